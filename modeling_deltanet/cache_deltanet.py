@@ -1,0 +1,98 @@
+"""What Transformers' cache lacks for DeltaNet's linear layers.
+
+A linear layer's memory is one state of fixed size and the last inputs of its short convolution. Transformers keeps both
+in a `LinearAttentionLayer`, which (in 5.23) can neither be repeated nor selected along the batch, and does not count
+tokens: a cache whose layers are all linear raises in `get_seq_length()`, hence in `generate`. `prepare_cache` puts the
+layers below in their place, in whatever cache comes: one that `generate` or the user made, dynamic or static.
+"""
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionLayer, StaticCache
+
+
+class DeltaNetCacheLayer(LinearAttentionLayer):
+    """A linear layer's convolution inputs `[B, D, W - 1]` and its recurrent state `[B, G, K, V]` in fp32."""
+
+    # Iterating a cache reads these of every layer: a linear layer has none.
+    keys = values = None
+
+    def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs) -> torch.Tensor:
+        """Store the state after the newest tokens. Unlike Transformers' layer, needs no convolution state beside it."""
+        self.has_previous_state[state_idx] = True
+        if self.device is None:
+            self.dtype, self.device = recurrent_states.dtype, recurrent_states.device
+        return super().update_recurrent_state(recurrent_states, state_idx, **kwargs)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence `repeats` times along the batch."""
+        self._map_states(lambda state: state.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the sequences `indices` of the batch."""
+        self._map_states(lambda state: state[indices.to(state.device)])
+
+    def _map_states(self, change) -> None:
+        for states in (self.conv_states, self.recurrent_states):
+            for i, state in states.items():
+                if state is not None:
+                    states[i] = change(state)
+
+
+class CountingDeltaNetCacheLayer(DeltaNetCacheLayer, CacheLayerMixin):
+    """The same in a cache without softmax layers, where the linear layers have to say how many tokens they have seen."""
+
+    is_compileable = True
+    is_croppable = LinearAttentionLayer.is_croppable
+    supports_early_init = False
+
+    def __init__(self, count_on_device: bool):
+        super().__init__()
+        # A tensor where the step is compiled: a Python int would be a constant of the graph, hence recompiled a step.
+        self.cumulative_length = torch.zeros((), dtype=torch.long) if count_on_device else 0
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, state_idx: int = 0, new_tokens: int = 0, **kwargs
+    ) -> torch.Tensor:
+        """Store the state after `new_tokens` more tokens, and count them."""
+        if isinstance(self.cumulative_length, torch.Tensor) and not self.is_recurrent_states_initialized[state_idx]:
+            self.cumulative_length = self.cumulative_length.to(recurrent_states.device)
+        self.cumulative_length += new_tokens
+        return super().update_recurrent_state(recurrent_states, state_idx, **kwargs)
+
+    def get_seq_length(self) -> int:
+        """Tokens seen so far, padding included."""
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of what a query could see, as in a softmax layer that has kept everything."""
+        return self.cumulative_length + query_length, 0
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        raise ValueError("a linear-attention layer stores no keys and values: use update_recurrent_state")
+
+    def reset(self) -> None:
+        super().reset()
+        self.cumulative_length -= self.cumulative_length  # in place for a tensor, whose address a compiled step knows
+
+
+def prepare_cache(cache: Cache, config) -> Cache:
+    """Make `cache` fit a DeltaNet of this `config`, in place; a cache that already fits is left as it is.
+
+    Raises:
+        ValueError: a cache of another architecture.
+    """
+    if not cache.layers and cache.layer_class_to_replicate is not None:  # DynamicCache() without a config
+        cache.layers, cache.layer_class_to_replicate = DynamicCache(config=config).layers, None
+    expected = [layer_type == "linear_attention" for layer_type in config.layer_types]
+    if expected != [isinstance(layer, LinearAttentionLayer) for layer in cache.layers]:
+        raise ValueError(
+            f"the cache has layers {cache.layers}, which do not fit layer_types {config.layer_types}; "
+            "make it with DynamicCache(config=model.config)"
+        )
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is LinearAttentionLayer:
+            if all(expected):
+                cache.layers[i] = CountingDeltaNetCacheLayer(count_on_device=isinstance(cache, StaticCache))
+            else:
+                cache.layers[i] = DeltaNetCacheLayer()
+    return cache

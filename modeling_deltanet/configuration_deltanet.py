@@ -1,0 +1,278 @@
+"""DeltaNet's configuration: sizes, layer pattern, and what each kind of layer is made of."""
+
+import difflib
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import GenerationConfig
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+
+LAYER_TYPES = ("linear_attention", "sliding_attention", "full_attention")
+
+# The published sizes ("Parallelizing Linear Transformers with the Delta Rule over Sequence Length", NeurIPS 2024).
+PRESETS = {
+    "340M": {"hidden_size": 1024, "num_hidden_layers": 24, "linear_num_key_heads": 8, "num_attention_heads": 8},
+    "1.3B": {"hidden_size": 2048, "num_hidden_layers": 24, "linear_num_key_heads": 16, "num_attention_heads": 16},
+}
+
+# What Transformers itself writes into a config.json, or takes out of one, besides declared fields and the parameters
+# of generation. Everything else is a spelling mistake or belongs to another model, and is refused.
+TRANSFORMERS_KEYS = {
+    "attn_implementation", "auto_map", "base_model_ep_plan", "base_model_fsdp_plan", "base_model_pp_plan",
+    "base_model_tp_plan", "custom_pipelines", "experts_implementation", "loss_type", "model_type", "name_or_path",
+    "num_labels", "output_attentions", "partial_rotary_factor", "per_layer_config", "quantization_config",
+    "rope_scaling", "rope_theta", "tie_last_hidden_states", "torch_dtype", "transformers_weights",
+}  # fmt: skip
+
+
+@strict
+class DeltaNetConfig(PreTrainedConfig):
+    r"""
+    Configuration of a DeltaNet: linear-attention layers that follow the delta rule, with softmax layers where
+    `layer_types` asks for them. The defaults are the published 1.3B model without softmax layers.
+
+    Args:
+        vocab_size (`int`, *optional*, defaults to 32000):
+            Number of tokens that the embeddings and the head know.
+        hidden_size (`int`, *optional*, defaults to 2048):
+            Width of the residual stream.
+        intermediate_size (`int`, *optional*):
+            Width of the SwiGLU MLP; 8/3 of `hidden_size`, rounded up to a multiple of 256, by default.
+        num_hidden_layers (`int`, *optional*, defaults to 24):
+            Number of layers.
+        layer_types (`list[str]`, *optional*):
+            For each layer `"linear_attention"` (the delta rule), `"sliding_attention"` or `"full_attention"`. All
+            linear by default; [`DeltaNetConfig.hybrid_layer_types`] makes the two published hybrid patterns.
+        linear_num_key_heads (`int`, *optional*):
+            Query and key heads of a linear layer; `hidden_size // 128` by default, at least 1.
+        linear_num_value_heads (`int`, *optional*):
+            Value heads of a linear layer, a multiple of `linear_num_key_heads` and equal to it by default.
+        linear_key_head_dim (`int`, *optional*):
+            Size of a query or key head; `hidden_size // linear_num_key_heads` by default.
+        linear_value_head_dim (`int`, *optional*):
+            Size of a value head; `hidden_size // linear_num_value_heads` by default.
+        linear_conv_kernel_dim (`int` or `None`, *optional*, defaults to 4):
+            Taps of the short causal convolution on q, k and v; `None` for no convolution.
+        linear_qk_activation (`str`, *optional*, defaults to `"silu"`):
+            Feature map of q and k: `"silu"`, `"relu"`, `"elu"` (1 + ELU) or `"identity"`.
+        linear_qk_norm (`str`, *optional*, defaults to `"l2"`):
+            Norm of q and k over a head: `"l2"`, or `"sum"` (divide by the sum; for feature maps that are positive).
+        linear_use_beta (`bool`, *optional*, defaults to `True`):
+            Whether the step size beta is learned, a sigmoid per token and value head; otherwise it is 1.
+        linear_allow_neg_eigval (`bool`, *optional*, defaults to `False`):
+            Double beta, to a range of (0, 2): negative eigenvalues, which learn parity and permutations.
+        linear_use_output_gate (`bool`, *optional*, defaults to `False`):
+            Multiply a linear layer's normalised output by SiLU of a projection.
+        num_attention_heads (`int`, *optional*):
+            Query heads of a softmax layer; `hidden_size // 128` by default, at least 1.
+        num_key_value_heads (`int`, *optional*):
+            Key and value heads of a softmax layer, a divisor of `num_attention_heads` and equal to it by default.
+        head_dim (`int`, *optional*):
+            Size of a softmax layer's head; `hidden_size // num_attention_heads` by default.
+        sliding_window (`int`, *optional*):
+            Tokens that a sliding layer sees, itself included. Required with such layers, refused without.
+        rope_parameters (`dict`, *optional*):
+            Rotary embedding of the softmax layers; theta 10000 by default, `{"rope_theta": None}` for none.
+        use_qk_norm (`bool`, *optional*, defaults to `False`):
+            RMSNorm on each query and key head of a softmax layer (as in Qwen3).
+        attention_bias (`bool`, *optional*, defaults to `False`):
+            Bias in a softmax layer's q, k and v projections.
+        attention_out_bias (`bool`, *optional*, defaults to `False`):
+            Bias in a softmax layer's output projection.
+        attention_dropout (`float`, *optional*, defaults to 0.0):
+            Dropout on a softmax layer's attention weights.
+        max_position_embeddings (`int`, *optional*, defaults to 2048):
+            Length that the rotary embedding was trained for. The linear layers have no limit.
+        hidden_act (`str`, *optional*, defaults to `"silu"`):
+            Activation of the MLP.
+        rms_norm_eps (`float`, *optional*, defaults to 1e-6):
+            Epsilon of every RMSNorm.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the initial weights.
+        use_cache (`bool`, *optional*, defaults to `True`):
+            Whether the model returns its cache.
+        tie_word_embeddings (`bool`, *optional*, defaults to `False`):
+            Whether the head shares the embeddings' weight.
+
+    Raises:
+        ValueError: a field that does not exist, or fields that contradict each other, named with their values.
+
+    Example:
+
+    ```python
+    >>> from modeling_deltanet import DeltaNetConfig, DeltaNetForCausalLM
+
+    >>> config = DeltaNetConfig.preset("340M", hybrid="sliding")  # every other layer a window of 2048 tokens
+    >>> model = DeltaNetForCausalLM(config)
+    ```
+    """
+
+    model_type = "deltanet"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 32000
+    hidden_size: int = 2048
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 24
+    layer_types: list[str] | None = None
+    linear_num_key_heads: int | None = None
+    linear_num_value_heads: int | None = None
+    linear_key_head_dim: int | None = None
+    linear_value_head_dim: int | None = None
+    linear_conv_kernel_dim: int | None = 4
+    linear_qk_activation: Literal["silu", "relu", "elu", "identity"] = "silu"
+    linear_qk_norm: Literal["l2", "sum"] = "l2"
+    linear_use_beta: bool = True
+    linear_allow_neg_eigval: bool = False
+    linear_use_output_gate: bool = False
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    sliding_window: int | None = None
+    rope_parameters: RopeParameters | dict | None = None
+    use_qk_norm: bool = False
+    attention_bias: bool = False
+    attention_out_bias: bool = False
+    attention_dropout: int | float = 0.0
+    max_position_embeddings: int = 2048
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+
+    @classmethod
+    def preset(
+        cls, size: Literal["340M", "1.3B"], hybrid: Literal["sliding", "global"] | None = None, **overrides
+    ) -> "DeltaNetConfig":
+        """The published `"340M"` or `"1.3B"` model, pure or one of its two hybrids; `overrides` are config fields."""
+        if size not in PRESETS:
+            raise ValueError(f"there is no preset {size!r}, only {', '.join(PRESETS)}")
+        fields = dict(PRESETS[size])
+        if hybrid is not None:
+            fields["layer_types"] = cls.hybrid_layer_types(
+                hybrid, overrides.get("num_hidden_layers", fields["num_hidden_layers"])
+            )
+        if hybrid == "sliding":
+            fields["sliding_window"] = 2048
+        return cls(**{**fields, **overrides})
+
+    @staticmethod
+    def hybrid_layer_types(hybrid: Literal["sliding", "global"], num_hidden_layers: int) -> list[str]:
+        """The paper's hybrids: `"sliding"` has a sliding window in every other layer, beginning with layer 1;
+        `"global"` has full attention in layers 1 and `num_hidden_layers // 2` (counted from 0)."""
+        softmax_layers = {
+            "sliding": dict.fromkeys(range(1, num_hidden_layers, 2), "sliding_attention"),
+            "global": dict.fromkeys((1, num_hidden_layers // 2), "full_attention"),
+        }
+        if hybrid not in softmax_layers:
+            raise ValueError(f"there is no hybrid {hybrid!r}, only {', '.join(softmax_layers)}")
+        return [softmax_layers[hybrid].get(i, "linear_attention") for i in range(num_hidden_layers)]
+
+    def __post_init__(self, **kwargs):
+        self._refuse_unknown(kwargs)
+        if self.intermediate_size is None:
+            self.intermediate_size = 256 * -(-(self.hidden_size * 8 // 3) // 256)
+        if self.layer_types is None:
+            self.layer_types = ["linear_attention"] * self.num_hidden_layers
+        if self.linear_num_key_heads is None:
+            self.linear_num_key_heads = max(1, self.hidden_size // 128)
+        if self.linear_num_value_heads is None:
+            self.linear_num_value_heads = self.linear_num_key_heads
+        if self.linear_key_head_dim is None:
+            self.linear_key_head_dim = self._divide("hidden_size", "linear_num_key_heads")
+        if self.linear_value_head_dim is None:
+            self.linear_value_head_dim = self._divide("hidden_size", "linear_num_value_heads")
+        if self.num_attention_heads is None:
+            self.num_attention_heads = max(1, self.hidden_size // 128)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self._divide("hidden_size", "num_attention_heads")
+        super().__post_init__(**kwargs)
+
+    def _divide(self, size: str, parts: str) -> int:
+        """A head size that was not given, from the two fields that determine it."""
+        total, count = getattr(self, size), getattr(self, parts)
+        if count < 1 or total % count:
+            raise ValueError(f"{size} ({total}) must be a multiple of {parts} ({count}), or the head size be given")
+        return total // count
+
+    def _refuse_unknown(self, kwargs: dict) -> None:
+        known = (
+            TRANSFORMERS_KEYS
+            | GenerationConfig().to_dict().keys()
+            | GenerationConfig._get_default_generation_params().keys()
+        )
+        for name in kwargs:
+            if name not in known and not name.startswith("_"):
+                close = difflib.get_close_matches(name, list(type(self).__dataclass_fields__), n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ValueError(f"DeltaNetConfig has no field {name!r} (got {kwargs[name]!r}){hint}")
+
+    def validate_architecture(self):
+        """Part of `@strict` validation: refuses what contradicts itself, naming both values."""
+        for name in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "linear_num_key_heads",
+            "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim", "num_attention_heads",
+            "num_key_value_heads", "head_dim",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for multiple, of in (
+            ("linear_num_value_heads", "linear_num_key_heads"),
+            ("num_attention_heads", "num_key_value_heads"),
+        ):
+            if getattr(self, multiple) % getattr(self, of):
+                raise ValueError(
+                    f"{multiple} ({getattr(self, multiple)}) must be a multiple of {of} ({getattr(self, of)})"
+                )
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types names {len(self.layer_types)} layers, but num_hidden_layers is {self.num_hidden_layers}"
+            )
+        unknown = sorted(set(self.layer_types) - set(LAYER_TYPES))
+        if unknown:
+            raise ValueError(f"layer_types may hold {', '.join(LAYER_TYPES)}, got {', '.join(unknown)}")
+        has_sliding_layers = "sliding_attention" in self.layer_types
+        if has_sliding_layers and self.sliding_window is None:
+            raise ValueError("layer_types has sliding_attention layers, but sliding_window is None")
+        if not has_sliding_layers and self.sliding_window is not None:
+            raise ValueError(
+                f"sliding_window is {self.sliding_window}, but no layer in layer_types is sliding_attention"
+            )
+        if has_sliding_layers and self.sliding_window < 1:
+            raise ValueError(f"sliding_window must be at least 1, got {self.sliding_window}")
+        if self.linear_conv_kernel_dim is not None and self.linear_conv_kernel_dim < 2:
+            raise ValueError(
+                f"linear_conv_kernel_dim must be at least 2, or None for no convolution, got {self.linear_conv_kernel_dim}"
+            )
+        if self.linear_qk_norm == "sum" and self.linear_qk_activation not in ("relu", "elu"):
+            raise ValueError(
+                f"linear_qk_norm is 'sum', which needs positive features, but linear_qk_activation is "
+                f"{self.linear_qk_activation!r}; take 'relu' or 'elu'"
+            )
+        if self.linear_allow_neg_eigval and not self.linear_use_beta:
+            raise ValueError(
+                "linear_allow_neg_eigval is True, but linear_use_beta is False: a fixed beta has no range to double"
+            )
+        if self.uses_rope and self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even for the rotary embedding of the softmax layers")
+
+    @property
+    def uses_rope(self) -> bool:
+        """Whether there are softmax layers and they rotate their queries and keys."""
+        return set(self.layer_types) != {"linear_attention"} and self.rope_parameters.get("rope_theta") is not None
+
+
+__all__ = ["DeltaNetConfig"]

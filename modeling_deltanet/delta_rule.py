@@ -1,0 +1,294 @@
+"""The delta rule: a fixed-size memory S that, before it stores a value under a key, subtracts what the key retrieves.
+
+    S_t = S_{t-1} + k_t (beta_t (v_t - S_{t-1}^T k_t))^T          o_t = S_t^T (scale * q_t)
+
+`torch_recurrent_delta_rule` runs it token by token, as published in 2021 (Schlag, Irie, Schmidhuber: "Linear
+Transformers Are Secretly Fast Weight Programmers"). `torch_chunk_delta_rule` computes the same in chunks of C tokens
+through matrix products, as published in 2024 (Yang, Wang, Zhang, Shen, Kim: "Parallelizing Linear Transformers with
+the Delta Rule over Sequence Length"). `delta_rule` is what the model calls: the Triton kernels on a GPU, these two
+functions elsewhere.
+
+Letters: B batch, T time, H key heads, G value heads (a multiple of H), K and V head sizes, C chunk, N sequences.
+"""
+
+import functools
+import logging
+
+import torch
+import torch.nn.functional as F
+
+
+logger = logging.getLogger(__name__)
+
+# Tokens per chunk. 64 is what the paper and the GPU kernels use; on two CPU cores 32 and 128 were slower.
+CHUNK_SIZE = 64
+# Below this many tokens the recurrence is cheaper on a CPU than one padded chunk.
+SHORT_SEQUENCE = 4
+L2_NORM_EPS = 1e-6
+
+
+def delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The rule by the fastest route that this machine has; arguments and results as in `torch_chunk_delta_rule`."""
+    kernels = _load_kernels() if q.is_cuda else None
+    if kernels is not None:
+        rule = kernels.chunk_delta_rule
+    else:
+        rule = torch_recurrent_delta_rule if q.shape[1] < SHORT_SEQUENCE else torch_chunk_delta_rule
+    return rule(q, k, v, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens)
+
+
+@functools.cache
+def _load_kernels():
+    """The kernel package, or None without triton. Only a missing package is forgiven: a broken one must be heard."""
+    try:
+        import deltanet_kernels
+    except ImportError as error:
+        logger.warning("DeltaNet runs its torch path on this GPU, not the Triton kernels: %s", error)
+        return None
+    logger.info("DeltaNet runs the Triton kernels of %s", deltanet_kernels.__name__)
+    return deltanet_kernels
+
+
+def torch_chunk_delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The delta rule in chunks: O(T) time, sequential only over T / 64 chunks. Differentiable in every tensor.
+
+    Args:
+        q, k: queries and keys, `[B, T, H, K]`, in one floating dtype with `v`.
+        v: values, `[B, T, G, V]`; value head g is addressed by key head `g // (G / H)`.
+        beta: step sizes in [0, 2], `[B, T, G]`, any floating dtype. Above 1 they give negative eigenvalues.
+        scale: factor on the queries, `K ** -0.5` by default.
+        initial_state: memory before the first token, `[N, G, K, V]` in fp32 (fp64 for fp64 inputs); zeros by default.
+        output_final_state: also return the memory after the last token.
+        use_qk_l2norm_in_kernel: divide each query and key by its L2 norm first (1e-6 is added to the squared norm).
+        cu_seqlens: borders of N packed sequences, int `[N + 1]`, from 0 up to T; needs B = 1. Without it, N = B.
+
+    Returns:
+        `(o, final_state)`: o `[B, T, G, V]` in v's dtype; final_state `[N, G, K, V]` in fp32 (fp64 for fp64 inputs),
+        or None unless asked for. All arithmetic is in that dtype.
+
+    Raises:
+        ValueError: a shape, dtype or border that does not fit, with what came and what was wanted.
+    """
+    (B, T, G, _), o_dtype = v.shape, v.dtype
+    q, k, v, beta, state, borders = _prepare(q, k, v, beta, scale, initial_state, use_qk_l2norm_in_kernel, cu_seqlens)
+    with torch.autocast(q.device.type, enabled=False):  # fp32 must stay fp32 under a bf16 autocast
+        (q, k, v, beta), chunk_borders, token_slots = _cut((q, k, v, beta.unsqueeze(-1)), borders)
+        o, final_state = _ChunkDeltaRule.apply(q, k, v, beta, state, chunk_borders)
+        # [n * B * G, C, V] -> [B, T, G, V]
+        o = o.unflatten(0, (chunk_borders[-1], B, G)).permute(1, 0, 3, 2, 4).flatten(1, 2)
+        o = o[:, :T] if token_slots is None else o[:, token_slots]
+    return o.to(o_dtype, memory_format=torch.contiguous_format), final_state if output_final_state else None
+
+
+class _ChunkDeltaRule(torch.autograd.Function):
+    """The rule on tensors cut into chunks: q, k `[n * X, C, K]`, v `[n * X, C, V]`, beta `[n * X, C, 1]`, X = B * G.
+
+    Gradients are written out, not recorded: twice as fast on a CPU, and S and U are all the memory it adds. In the
+    formulas lower() keeps the diagonal and strict() does not; a product is one batched call over all chunks.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, beta, initial_state, chunk_borders):
+        # 1. M = strict(diag(beta) K K^T): how far each token reads what earlier ones of its chunk wrote.
+        KK = (k @ k.mT).tril_(-1)
+
+        # 2. The product of the chunk's factors I - beta k k^T in its compact WY form, A = (I + M)^-1 diag(beta).
+        identity = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device)
+        A = torch.linalg.solve_triangular(beta * KK, identity, upper=False, unitriangular=True).mul_(beta.mT)
+        W = A @ k
+
+        # 3. From chunk to chunk: the pseudo values U = A (V - K S) = A V - W S, and the state S <- S + K^T U.
+        U = A @ v
+        S = v.new_empty(len(k), k.shape[-1], v.shape[-1])
+        final_state = initial_state.clone()
+        for n, state in _chunks(final_state, chunk_borders):
+            S[n] = state
+            U[n].baddbmm_(W[n], state, alpha=-1)
+            state.baddbmm_(k[n].mT, U[n])
+
+        # 4. All outputs at once: O = Q S + lower(Q K^T) U.
+        o = (q @ S).baddbmm_((q @ k.mT).tril_(), U)
+        ctx.save_for_backward(q, k, v, beta, KK, A, W, S, U)
+        ctx.chunk_borders = chunk_borders
+        return o, final_state
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do, dht):
+        q, k, v, beta, KK, A, W, S, U = ctx.saved_tensors
+
+        # Against time, dS being the gradient of the state that leaves a chunk:
+        # dU = P^T dO + K dS, then dS <- dS + Q^T dO - W^T dU, for P = lower(Q K^T) and W^T = K^T A^T.
+        P = (q @ k.mT).tril_()
+        dU = P.mT @ do
+        dS = q.mT @ do
+        d_state = dht.clone()
+        for n, state in _chunks(d_state, ctx.chunk_borders, reverse=True):
+            dU[n].baddbmm_(k[n], state)
+            entering = (state + dS[n]).baddbmm_(W[n].mT, dU[n], alpha=-1)
+            dS[n] = state
+            state.copy_(entering)
+
+        # Chunk-parallel; dKK is the gradient of strict(K K^T).
+        dv = A.mT @ dU
+        dP = torch.bmm(do, U.mT, out=P).tril_()
+        dq = (do @ S.mT).baddbmm_(dP, k)
+        dk = (dP.mT @ q).baddbmm_(U, dS.mT).baddbmm_(dv, S.mT, alpha=-1)
+        dKK = torch.bmm(dv, U.mT, out=P).tril_(-1)
+        dk.baddbmm_(dKK + dKK.mT, k, alpha=-1)
+
+        # E = V - K S - strict(K K^T) U is what each token found missing, U = beta E: no division by beta.
+        E = torch.baddbmm(v, k, S, alpha=-1).baddbmm_(KK, U, alpha=-1)
+        dbeta = dU.baddbmm_(KK.mT, dv, alpha=-1).mul_(E).sum(-1, keepdim=True)
+        return dq, dk, dv, dbeta, d_state, None
+
+
+def _chunks(states: torch.Tensor, chunk_borders: list[int], reverse: bool = False):
+    """Go through the chunks of all sequences: their slice of the chunked tensors, and the state they work on.
+
+    `states` is `[N, G, K, V]`; what comes with a chunk is the view `[X, K, V]` of its sequence, or of the whole batch
+    where there is one sequence a row.
+    """
+    per_sequence = [states.flatten(0, 1)] if len(chunk_borders) == 2 else states.unbind(0)
+    X = len(per_sequence[0])
+    order = [(slice(n * X, (n + 1) * X), state)
+             for state, first, last in zip(per_sequence, chunk_borders, chunk_borders[1:])
+             for n in range(first, last)]  # fmt: skip
+    return reversed(order) if reverse else order
+
+
+def torch_recurrent_delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The delta rule token by token, for decoding and as the baseline; arguments as in `torch_chunk_delta_rule`."""
+    o_dtype = v.dtype
+    q, k, v, beta, state, borders = _prepare(q, k, v, beta, scale, initial_state, use_qk_l2norm_in_kernel, cu_seqlens)
+    with torch.autocast(q.device.type, enabled=False):
+        outputs, final_states = [], []
+        states = (state,) if cu_seqlens is None else state.split(1)
+        for S, first, last in zip(states, borders, borders[1:]):
+            for t in range(first, last):
+                k_t = k[:, t].unsqueeze(-1)
+                error = v[:, t].unsqueeze(-2) - k_t.mT @ S
+                S = S + k_t @ (beta[:, t, :, None, None] * error)
+                outputs.append((q[:, t].unsqueeze(-2) @ S).squeeze(-2))
+            final_states.append(S)
+        o = torch.stack(outputs, dim=1) if outputs else v
+    return o.to(o_dtype), torch.cat(final_states) if output_final_state else None
+
+
+def _prepare(q, k, v, beta, scale, initial_state, use_qk_l2norm_in_kernel, cu_seqlens):
+    """Check the arguments of a rule and bring them into the form in which it computes.
+
+    Returns q (scaled), k, v `[B, T, G, *]` and beta `[B, T, G]` in fp32 or fp64, the initial state, and the sequences'
+    borders, a list of ints: `[0, T]` without `cu_seqlens`.
+    """
+    _check(q, k, v, beta, initial_state)
+    B, T, H, K = q.shape
+    G, V = v.shape[2:]
+    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    q, k, v, beta = (x.to(dtype) for x in (q, k, v, beta))
+    if use_qk_l2norm_in_kernel:
+        q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_NORM_EPS) for x in (q, k))
+    q = q * (K**-0.5 if scale is None else scale)
+    if G != H:
+        q, k = (x.repeat_interleave(G // H, dim=2) for x in (q, k))
+
+    if cu_seqlens is None:
+        borders, num_states = [0, T], B
+    else:
+        borders = _checked_borders(cu_seqlens, B, T)
+        num_states = len(borders) - 1
+    if initial_state is None:
+        initial_state = v.new_zeros(num_states, G, K, V)
+    elif initial_state.shape != (num_states, G, K, V) or initial_state.dtype != dtype:
+        raise ValueError(
+            f"initial_state must be [N, G, K, V] = {[num_states, G, K, V]} in {dtype}, "
+            f"got {list(initial_state.shape)} in {initial_state.dtype}"
+        )
+    return q, k, v, beta, initial_state, borders
+
+
+def _check(q, k, v, beta, initial_state) -> None:
+    if q.ndim != 4 or v.ndim != 4 or k.shape != q.shape or v.shape[:2] != q.shape[:2]:
+        raise ValueError(
+            "q and k must be [B, T, H, K] and v [B, T, G, V] with the same B and T, "
+            f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+        )
+    if v.shape[2] % q.shape[2] != 0:
+        raise ValueError(f"the value heads ({v.shape[2]}) must be a multiple of the key heads ({q.shape[2]})")
+    if beta.shape != v.shape[:3]:
+        raise ValueError(f"beta must be [B, T, G] = {list(v.shape[:3])}, got {list(beta.shape)}")
+    if not (v.is_floating_point() and q.dtype == k.dtype == v.dtype and beta.is_floating_point()):
+        raise ValueError(
+            "q, k and v must share one floating dtype and beta must be floating, "
+            f"got q {q.dtype}, k {k.dtype}, v {v.dtype}, beta {beta.dtype}"
+        )
+    if any(x is not None and x.device != q.device for x in (k, v, beta, initial_state)):
+        raise ValueError(f"every tensor must be on q's device, {q.device}")
+
+
+def _checked_borders(cu_seqlens: torch.Tensor, B: int, T: int) -> list[int]:
+    if B != 1:
+        raise ValueError(f"cu_seqlens packs sequences along time and needs a batch of 1, got {B}")
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
+        raise ValueError(
+            f"cu_seqlens must be a 1-d integer tensor of N + 1 borders, got {list(cu_seqlens.shape)} in {cu_seqlens.dtype}"
+        )
+    borders = cu_seqlens.tolist()
+    if borders[0] != 0 or borders[-1] != T or any(a > b for a, b in zip(borders, borders[1:])):
+        raise ValueError(f"cu_seqlens must run from 0 up to T = {T} without decreasing, got {borders}")
+    return borders
+
+
+def _cut(tensors, borders):
+    """Cut `[B, T, G, *]` tensors into chunks `[n * B * G, C, *]` so that every sequence starts a chunk of its own.
+
+    What fills up a sequence's last chunk is zero: a zero key with a zero step writes nothing. Also returns the chunk at
+    which each sequence begins (and the end), and each token's place on the padded time axis, or None if that is t.
+    """
+    lengths = [last - first for first, last in zip(borders, borders[1:])]
+    C = max(1, min(CHUNK_SIZE, max(lengths)))
+    chunk_borders = [0]
+    for length in lengths:
+        chunk_borders.append(chunk_borders[-1] + -(-length // C))
+    padded_length = C * chunk_borders[-1]
+    if len(lengths) == 1:
+        padded, token_slots = [F.pad(x, (0, 0, 0, 0, 0, padded_length - lengths[0])) for x in tensors], None
+    else:
+        device = tensors[0].device
+        shifts = [C * chunk - first for chunk, first in zip(chunk_borders, borders)]
+        token_slots = torch.arange(borders[-1], device=device) + torch.repeat_interleave(
+            torch.tensor(shifts[: len(lengths)], device=device), torch.tensor(lengths, device=device)
+        )
+        padded = [x.new_zeros(x.shape[0], padded_length, *x.shape[2:]).index_copy(1, token_slots, x) for x in tensors]
+    chunked = [x.unflatten(1, (padded_length // C, C)).permute(1, 0, 3, 2, 4).flatten(0, 2) for x in padded]
+    return chunked, chunk_borders, token_slots

@@ -1,0 +1,590 @@
+"""DeltaNet: a decoder whose layers keep a fixed-size memory by the delta rule, with softmax layers where wanted.
+
+Read from top to bottom: norm, rotary embedding, short convolution and delta rule in the linear mixer, softmax
+attention, MLP, layer, model, heads. Letters in shapes: B batch, T time, D hidden size, H key heads, G value heads,
+K and V head sizes, W taps of the convolution.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.integrations import use_kernel_forward_from_hub
+from transformers.integrations.accelerate import force_accelerate_hooks
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_recurrent_attention_mask,
+    create_sliding_window_causal_mask,
+    find_packed_sequence_indices,
+)
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, is_torchdynamo_compiling
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .cache_deltanet import prepare_cache
+from .configuration_deltanet import DeltaNetConfig
+from .delta_rule import delta_rule
+from .short_conv import torch_short_conv
+
+
+@use_kernel_forward_from_hub("RMSNorm")
+class DeltaNetRMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, in fp32."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.float32)
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * hidden_states.to(dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class DeltaNetRotaryEmbedding(nn.Module):
+    """Cosines and sines for the softmax layers' queries and keys."""
+
+    def __init__(self, config: DeltaNetConfig):
+        super().__init__()
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        rope_init_fn: Callable = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = rope_init_fn(config)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: DeltaNetConfig, **kwargs) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies of the plain rotary embedding, and its scaling factor of 1."""
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+        return config.rope_parameters["rope_theta"] ** -exponents, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        freqs = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        emb = torch.cat((freqs, freqs), dim=-1)
+        return (emb.cos() * self.attention_scaling).to(x.dtype), (emb.sin() * self.attention_scaling).to(x.dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate `[B, heads, T, head_dim]` by the angles of cos and sin, `[B, T, head_dim]`."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(1) + torch.cat((-x2, x1), dim=-1) * sin.unsqueeze(1)
+
+
+class DeltaNetLinearAttention(nn.Module):
+    """The delta-rule mixer: project, convolve, feature map and norm on q and k, delta rule, norm (and gate), project."""
+
+    def __init__(self, config: DeltaNetConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.head_k_dim = config.linear_key_head_dim
+        self.head_v_dim = config.linear_value_head_dim
+        self.num_v_heads = config.linear_num_value_heads
+        self.qk_activation = config.linear_qk_activation
+        self.qk_norm = config.linear_qk_norm
+        self.beta_range = 2.0 if config.linear_allow_neg_eigval else 1.0
+        key_dim = config.linear_num_key_heads * self.head_k_dim
+        value_dim = self.num_v_heads * self.head_v_dim
+
+        self.q_proj = nn.Linear(config.hidden_size, key_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, value_dim, bias=False)
+        self.b_proj = nn.Linear(config.hidden_size, self.num_v_heads, bias=False) if config.linear_use_beta else None
+        self.g_proj = nn.Linear(config.hidden_size, value_dim, bias=False) if config.linear_use_output_gate else None
+        self.conv_size = config.linear_conv_kernel_dim
+        if self.conv_size is not None:
+            self.q_conv1d, self.k_conv1d, self.v_conv1d = (
+                nn.Conv1d(dim, dim, self.conv_size, groups=dim, bias=False) for dim in (key_dim, key_dim, value_dim)
+            )
+        self.o_norm = DeltaNetRMSNorm(self.head_v_dim, config.rms_norm_eps)
+        self.o_proj = nn.Linear(value_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Mix `[B, T, D]` along time.
+
+        `attention_mask` `[B, T]` is 0 where a token is padding: such a token writes nothing, and no convolution sees it.
+        `cu_seqlens` `[N + 1]` holds the borders of packed documents on the flattened time axis of all B rows.
+        """
+        B, T, _ = hidden_states.shape
+        if cu_seqlens is not None:
+            hidden_states = hidden_states.flatten(0, 1).unsqueeze(0)
+
+        state = None if past_key_values is None else past_key_values.get_recurrent_state(self.layer_idx)
+        qkv = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        # v always passes through SiLU; where q and k do too, the three share it.
+        activation = "silu" if self.qk_activation == "silu" else None
+        if self.conv_size is not None:
+            qkv = self._convolve(qkv, activation, attention_mask, past_key_values, cu_seqlens)
+        elif activation == "silu":
+            qkv = (F.silu(x) for x in qkv)
+        q, k, v = qkv
+        if activation is None:
+            v = F.silu(v)
+        q, k = (self._features(x.unflatten(-1, (-1, self.head_k_dim))) for x in (q, k))
+        v = v.unflatten(-1, (-1, self.head_v_dim))
+
+        if self.b_proj is not None:
+            beta = self.b_proj(hidden_states).sigmoid() * self.beta_range
+        else:
+            beta = v.new_ones(v.shape[:3])
+        if attention_mask is not None:
+            beta = beta * attention_mask.unsqueeze(-1).to(beta.dtype)
+
+        o, state = delta_rule(
+            q,
+            k,
+            v,
+            beta,
+            initial_state=state,
+            output_final_state=past_key_values is not None,
+            use_qk_l2norm_in_kernel=self.qk_norm == "l2",
+            cu_seqlens=cu_seqlens,
+        )
+        if past_key_values is not None:
+            past_key_values.update_recurrent_state(state, self.layer_idx, new_tokens=T)
+
+        o = self.o_norm(o)
+        if self.g_proj is not None:
+            o = o * F.silu(self.g_proj(hidden_states).unflatten(-1, (-1, self.head_v_dim)))
+        return self.o_proj(o.flatten(-2)).view(B, T, -1)
+
+    @force_accelerate_hooks(["q_conv1d", "k_conv1d", "v_conv1d"])
+    def _convolve(self, xs, activation, attention_mask, past_key_values, cu_seqlens):
+        """The short convolution over q, k and v, from the cache's inputs on."""
+        history = None if past_key_values is None else past_key_values.get_conv_state(self.layer_idx)
+        if attention_mask is not None:
+            xs, history, unsort = _real_tokens_last(xs, attention_mask, history)
+        ys, tail = torch_short_conv(
+            xs,
+            tuple(conv.weight.squeeze(1) for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d)),
+            activation,
+            initial_state=history,
+            output_final_state=past_key_values is not None,
+            cu_seqlens=cu_seqlens,
+        )
+        if past_key_values is not None:
+            past_key_values.update_conv_state(tail, self.layer_idx, conv_kernel_size=self.conv_size - 1)
+        return ys if attention_mask is None else tuple(unsort(y) for y in ys)
+
+    def _features(self, x: torch.Tensor) -> torch.Tensor:
+        """Feature map (SiLU stands with the convolution) and sum norm; the L2 norm is the delta rule's own."""
+        if self.qk_activation == "relu":
+            x = F.relu(x)
+        elif self.qk_activation == "elu":
+            x = F.elu(x) + 1
+        if self.qk_norm == "sum":
+            # In fp32, and safe where a ReLU leaves nothing.
+            x = (x.float() / (x.float().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+        return x
+
+
+def _real_tokens_last(xs, attention_mask, history):
+    """Move padding to the front of each row, so that a convolution over the rest is the one without padding.
+
+    The inputs of before (`history`, `[B, D, W - 1]`) go between the two. Returns the reordered tensors, None for the
+    history that they now contain, and the function that undoes the reordering on an output.
+    """
+    xs = [x * attention_mask.unsqueeze(-1).to(x.dtype) for x in xs]
+    past = 0
+    if history is not None:
+        past = history.shape[-1]
+        xs = [torch.cat(pair, dim=1) for pair in zip(history.mT.split([x.shape[-1] for x in xs], dim=-1), xs)]
+        attention_mask = F.pad(attention_mask, (past, 0), value=1)
+    order = attention_mask.bool().to(torch.uint8).argsort(dim=1, stable=True)
+    rows = torch.arange(len(order), device=order.device).unsqueeze(1)
+    inverse = order.argsort(dim=1)[:, past:]
+    return tuple(x[rows, order] for x in xs), None, lambda y: y[rows, inverse]
+
+
+def repeat_kv(x: torch.Tensor, n_rep: int) -> torch.Tensor:
+    """Repeat each key or value head of `[B, heads, T, head_dim]` for the query heads that share it."""
+    return x if n_rep == 1 else x.repeat_interleave(n_rep, dim=1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention in plain torch, the interface's `eager`: the one that can return its weights."""
+    key, value = repeat_kv(key, module.num_key_value_groups), repeat_kv(value, module.num_key_value_groups)
+    weights = query @ key.mT * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class DeltaNetAttention(nn.Module):
+    """Softmax attention, full or within a sliding window, with grouped heads, rotary embedding and q/k norm if asked."""
+
+    def __init__(self, config: DeltaNetConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+
+        q_dim, kv_dim = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_dim, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=config.attention_bias)
+        self.o_proj = nn.Linear(q_dim, config.hidden_size, bias=config.attention_out_bias)
+        self.q_norm = DeltaNetRMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+        self.k_norm = DeltaNetRMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        head_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(head_shape)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).view(head_shape)).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+        if position_embeddings is not None:
+            query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(output.flatten(-2)), weights
+
+
+class DeltaNetMLP(nn.Module):
+    """SwiGLU, or the same with another activation."""
+
+    def __init__(self, config: DeltaNetConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DeltaNetDecoderLayer(GradientCheckpointingLayer):
+    """A mixer of the layer's type and an MLP, each behind a norm and beside a residual."""
+
+    def __init__(self, config: DeltaNetConfig, layer_idx: int):
+        super().__init__()
+        self.layer_type = config.layer_types[layer_idx]
+        if self.layer_type == "linear_attention":
+            self.linear_attn = DeltaNetLinearAttention(config, layer_idx)
+        else:
+            self.self_attn = DeltaNetAttention(config, layer_idx)
+        self.mlp = DeltaNetMLP(config)
+        self.input_layernorm = DeltaNetRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = DeltaNetRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        residual = hidden_states
+        hidden_states = self.input_layernorm(hidden_states)
+        if self.layer_type == "linear_attention":
+            hidden_states = self.linear_attn(hidden_states, attention_mask, past_key_values, cu_seqlens)
+        else:
+            hidden_states, _ = self.self_attn(
+                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+            )
+        hidden_states = residual + hidden_states
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+@auto_docstring
+class DeltaNetPreTrainedModel(PreTrainedModel):
+    config: DeltaNetConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DeltaNetDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _is_stateful = True
+    _can_record_outputs = {
+        "hidden_states": DeltaNetDecoderLayer,
+        "attentions": DeltaNetAttention,
+    }
+
+
+@auto_docstring
+class DeltaNetModel(DeltaNetPreTrainedModel):
+    def __init__(self, config: DeltaNetConfig):
+        super().__init__(config)
+        config.validate()  # fields may have been changed since the config was made
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(DeltaNetDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = DeltaNetRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = DeltaNetRotaryEmbedding(config) if config.uses_rope else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+
+        cu_seqlens, position_ids = _find_packed_documents(
+            inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs
+        )
+        if past_key_values is not None:
+            prepare_cache(past_key_values, self.config)
+        elif use_cache and cu_seqlens is None:
+            past_key_values = prepare_cache(DynamicCache(config=self.config), self.config)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
+
+        if not isinstance(masks := attention_mask, dict):
+            create_mask = {
+                "linear_attention": create_recurrent_attention_mask,
+                "sliding_attention": create_sliding_window_causal_mask,
+                "full_attention": create_causal_mask,
+            }
+            masks = {
+                layer_type: create_mask[layer_type](
+                    config=self.config,
+                    inputs_embeds=inputs_embeds,
+                    attention_mask=attention_mask,
+                    past_key_values=past_key_values,
+                    position_ids=position_ids,
+                )
+                for layer_type in dict.fromkeys(self.config.layer_types)
+            }
+
+        hidden_states = inputs_embeds
+        position_embeddings = None if self.rotary_emb is None else self.rotary_emb(hidden_states, position_ids)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=masks[layer.layer_type],
+                past_key_values=past_key_values,
+                position_embeddings=position_embeddings,
+                cu_seqlens=cu_seqlens,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+
+def _find_packed_documents(
+    inputs_embeds, attention_mask, position_ids, past_key_values, cu_seq_lens_q=None, seq_idx=None, **kwargs
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Where packed documents begin: from `cu_seq_lens_q`, from `seq_idx`, or from `position_ids` that start again.
+
+    Returns the borders `[N + 1]` on the flattened time axis of all rows, or None if nothing is packed, and the
+    position ids, which say the same to the softmax layers.
+    """
+    B, T, _ = inputs_embeds.shape
+    if cu_seq_lens_q is None and seq_idx is None:
+        may_be_packed = position_ids is not None and attention_mask is None and past_key_values is None
+        if not may_be_packed or is_torchdynamo_compiling():
+            return None, position_ids
+        seq_idx = find_packed_sequence_indices(position_ids.expand(B, -1))
+        if seq_idx is None:
+            return None, position_ids
+    if past_key_values is not None:
+        raise ValueError("packed documents (cu_seq_lens_q, seq_idx) cannot be combined with past_key_values")
+    if isinstance(attention_mask, torch.Tensor) and not attention_mask.all():
+        raise ValueError("packed documents (cu_seq_lens_q, seq_idx) cannot be combined with padding in attention_mask")
+    if cu_seq_lens_q is not None:
+        cu_seqlens = cu_seq_lens_q
+    else:
+        starts = F.pad(seq_idx.diff(dim=1) != 0, (1, 0), value=True).flatten()
+        cu_seqlens = F.pad(starts.nonzero().squeeze(1), (0, 1), value=B * T).to(torch.int32)
+    if position_ids is None:
+        t = torch.arange(B * T, device=inputs_embeds.device)
+        starts = cu_seqlens[torch.searchsorted(cu_seqlens, t, right=True) - 1]
+        position_ids = (t - starts).view(B, T)
+    return cu_seqlens, position_ids
+
+
+@auto_docstring
+class DeltaNetForCausalLM(DeltaNetPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: DeltaNetConfig):
+        super().__init__(config)
+        self.model = DeltaNetModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        # `generate` asks the cache for its length before the first forward, which an all-linear stock cache refuses.
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if model_kwargs.get("past_key_values") is not None:
+            prepare_cache(model_kwargs["past_key_values"], self.config)
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        r"""
+        Example:
+
+        ```python
+        >>> import modeling_deltanet  # registers the family
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        >>> model = AutoModelForCausalLM.from_pretrained("path/to/a/deltanet")
+        >>> tokenizer = AutoTokenizer.from_pretrained("path/to/a/deltanet")
+        >>> inputs = tokenizer("The delta rule", return_tensors="pt")
+        >>> print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
+        ```"""
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class DeltaNetForSequenceClassification(GenericForSequenceClassification, DeltaNetPreTrainedModel):
+    def __init__(self, config: DeltaNetConfig):
+        # Not through GenericForSequenceClassification: its AutoModel does not know a model that is remote code.
+        DeltaNetPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = DeltaNetModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class DeltaNetForTokenClassification(GenericForTokenClassification, DeltaNetPreTrainedModel):
+    def __init__(self, config: DeltaNetConfig):
+        DeltaNetPreTrainedModel.__init__(self, config)  # as in DeltaNetForSequenceClassification
+        self.num_labels = config.num_labels
+        self.model = DeltaNetModel(config)
+        self.dropout = nn.Dropout(0.1)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+try:  # LoRA's default targets for this model type, for local and for remote code alike
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+except ImportError:
+    pass
+else:
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[DeltaNetConfig.model_type] = [
+        "q_proj", "k_proj", "v_proj", "b_proj", "g_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    ]  # fmt: skip
+
+
+__all__ = [
+    "DeltaNetForCausalLM",
+    "DeltaNetForSequenceClassification",
+    "DeltaNetForTokenClassification",
+    "DeltaNetModel",
+    "DeltaNetPreTrainedModel",
+]

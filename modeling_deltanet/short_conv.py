@@ -1,0 +1,59 @@
+"""The short convolution before the delta rule: causal, depthwise, a few taps, over q, k and v together.
+
+Letters: B batch, T time, D channels, W taps, N sequences.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def torch_short_conv(
+    xs: tuple[torch.Tensor, ...],
+    weights: tuple[torch.Tensor, ...],
+    activation: str | None = "silu",
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+    """Convolve each of `xs` with its `weights` along time: `y_t = act(sum_j w_j x_{t - W + 1 + j})`, in fp32.
+
+    Args:
+        xs: tensors `[B, T, D_i]`.
+        weights: one `[D_i, W]` for each; the last tap meets the newest token.
+        activation: `"silu"` or None.
+        initial_state: the `W - 1` inputs before the first, oldest first, `[B, sum D_i, W - 1]`; zeros by default. Not
+            with `cu_seqlens`.
+        output_final_state: also return the last `W - 1` inputs, in the same form and the inputs' dtype.
+        cu_seqlens: borders of N packed sequences, int `[N + 1]`; needs B = 1. No token sees another sequence's.
+
+    Returns:
+        `(ys, final_state)`: ys like xs, in their dtypes; final_state without gradient, or None unless asked for.
+    """
+    T, W = xs[0].shape[1], weights[0].shape[-1]
+    sizes = [x.shape[-1] for x in xs]
+    if initial_state is None:
+        histories = [x.new_zeros(x.shape[0], W - 1, x.shape[-1]) for x in xs]
+    else:
+        histories = [h.to(x.dtype) for h, x in zip(initial_state.mT.split(sizes, dim=-1), xs)]
+    # Inputs that lie W - 1 - j tokens back exist only from the (W - 1 - j)-th token of a sequence on.
+    age = None if cu_seqlens is None else _position_in_sequence(cu_seqlens, T)
+
+    ys, tails = [], []
+    for x, weight, history in zip(xs, weights, histories):
+        padded = torch.cat((history, x), dim=1)
+        y = 0
+        for j in range(W):
+            shifted = padded[:, j : j + T]
+            if age is not None:
+                shifted = shifted.masked_fill((age < W - 1 - j)[None, :, None], 0)
+            y = y + shifted * weight[:, j].float()
+        ys.append((F.silu(y) if activation == "silu" else y).to(x.dtype))
+        tails.append(padded[:, T:].detach())
+    return tuple(ys), torch.cat(tails, dim=-1).mT.contiguous() if output_final_state else None
+
+
+def _position_in_sequence(cu_seqlens: torch.Tensor, T: int) -> torch.Tensor:
+    """For each of T packed tokens, how many tokens of its own sequence precede it: `[T]`."""
+    t = torch.arange(T, device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens, t, right=True) - 1
+    return t - cu_seqlens[sequence]
