@@ -9,7 +9,6 @@ from transformers import (
 )
 
 from .configuration_deltanet import DeltaNetConfig
-from .delta_rule import delta_rule, torch_chunk_delta_rule, torch_recurrent_delta_rule
 from .modeling_deltanet import (
     DeltaNetForCausalLM,
     DeltaNetForSequenceClassification,
@@ -18,6 +17,8 @@ from .modeling_deltanet import (
     DeltaNetPreTrainedModel,
 )
 
+
+__version__ = "0.1.0"
 
 _AUTO_CLASSES = {
     AutoModel: DeltaNetModel,
@@ -42,8 +43,6 @@ def register_remote_code() -> None:
         model_class.register_for_auto_class(auto_class.__name__)
 
 
-__version__ = "0.1.0"
-
 __all__ = [
     "__version__",
     "DeltaNetConfig",
@@ -52,8 +51,5 @@ __all__ = [
     "DeltaNetForTokenClassification",
     "DeltaNetModel",
     "DeltaNetPreTrainedModel",
-    "delta_rule",
     "register_remote_code",
-    "torch_chunk_delta_rule",
-    "torch_recurrent_delta_rule",
 ]

@@ -5,8 +5,9 @@ from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 
 LAYER_TYPES = ("linear_attention", "sliding_attention", "full_attention")
@@ -97,7 +98,9 @@ class DeltaNetConfig(PreTrainedConfig):
             Whether the head shares the embeddings' weight.
 
     Raises:
-        ValueError: a field that does not exist, or fields that contradict each other, named with their values.
+        ValueError: a field that does not exist, or a size that its heads do not divide.
+        huggingface_hub.errors.StrictDataclassError: a field of another type, or fields that contradict each other, named
+            with their values.
 
     Example:
 
@@ -266,8 +269,26 @@ class DeltaNetConfig(PreTrainedConfig):
             raise ValueError(
                 "linear_allow_neg_eigval is True, but linear_use_beta is False: a fixed beta has no range to double"
             )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act must be one of {', '.join(ACT2FN)}, got {self.hidden_act!r}")
+        for name, only in (("partial_rotary_factor", 1), *((layer_type, None) for layer_type in LAYER_TYPES)):
+            if self.rope_parameters.get(name, only) != only:
+                raise ValueError(
+                    f"rope_parameters has {name}: {self.rope_parameters[name]}, but all softmax layers share one rotary "
+                    "embedding of whole heads"
+                )
+        rope_types = ("default", *ROPE_INIT_FUNCTIONS)
+        if self.uses_rope and self.rope_parameters["rope_type"] not in rope_types:
+            raise ValueError(
+                f"rope_type must be one of {', '.join(rope_types)}, got {self.rope_parameters['rope_type']!r}"
+            )
         if self.uses_rope and self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even for the rotary embedding of the softmax layers")
+
+    def validate_rope(self):
+        """Part of `@strict` validation: Transformers' own checks, which an odd head without rotation need not pass."""
+        if self.uses_rope:
+            super().validate_rope()
 
     @property
     def uses_rope(self) -> bool:

@@ -80,7 +80,7 @@ def torch_chunk_delta_rule(
         initial_state: memory before the first token, `[N, G, K, V]` in fp32 (fp64 for fp64 inputs); zeros by default.
         output_final_state: also return the memory after the last token.
         use_qk_l2norm_in_kernel: divide each query and key by its L2 norm first (1e-6 is added to the squared norm).
-        cu_seqlens: borders of N packed sequences, int `[N + 1]`, from 0 up to T; needs B = 1. Without it, N = B.
+        cu_seqlens: borders of N packed sequences, int `[N + 1]`, increasing from 0 to T; needs B = 1. Without it, N = B.
 
     Returns:
         `(o, final_state)`: o `[B, T, G, V]` in v's dtype; final_state `[N, G, K, V]` in fp32 (fp64 for fp64 inputs),
@@ -89,8 +89,9 @@ def torch_chunk_delta_rule(
     Raises:
         ValueError: a shape, dtype or border that does not fit, with what came and what was wanted.
     """
-    (B, T, G, _), o_dtype = v.shape, v.dtype
+    o_dtype = v.dtype
     q, k, v, beta, state, borders = _prepare(q, k, v, beta, scale, initial_state, use_qk_l2norm_in_kernel, cu_seqlens)
+    B, T, G, _ = v.shape
     with torch.autocast(q.device.type, enabled=False):  # fp32 must stay fp32 under a bf16 autocast
         (q, k, v, beta), chunk_borders, token_slots = _cut((q, k, v, beta.unsqueeze(-1)), borders)
         o, final_state = _ChunkDeltaRule.apply(q, k, v, beta, state, chunk_borders)
@@ -264,8 +265,8 @@ def _checked_borders(cu_seqlens: torch.Tensor, B: int, T: int) -> list[int]:
             f"cu_seqlens must be a 1-d integer tensor of N + 1 borders, got {list(cu_seqlens.shape)} in {cu_seqlens.dtype}"
         )
     borders = cu_seqlens.tolist()
-    if borders[0] != 0 or borders[-1] != T or any(a > b for a, b in zip(borders, borders[1:])):
-        raise ValueError(f"cu_seqlens must run from 0 up to T = {T} without decreasing, got {borders}")
+    if borders[0] != 0 or borders[-1] != T or any(a >= b for a, b in zip(borders, borders[1:])):
+        raise ValueError(f"cu_seqlens must increase from 0 to T = {T}, got {borders}")
     return borders
 
 

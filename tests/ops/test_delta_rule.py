@@ -1,0 +1,245 @@
+"""The torch rule against the recurrence in fp64: outputs, final state and the gradient of every tensor."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modeling_deltanet import delta_rule as delta_rule_module
+from modeling_deltanet.delta_rule import delta_rule, torch_chunk_delta_rule, torch_recurrent_delta_rule
+
+
+RULES = [torch_chunk_delta_rule, torch_recurrent_delta_rule]
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+NAMES = ("q", "k", "v", "beta", "initial_state")
+
+
+def reference(q, k, v, beta, scale=None, initial_state=None, use_qk_l2norm_in_kernel=False, cu_seqlens=None):
+    """The rule as it is defined, a token and a head at a time, without a line of the code under test."""
+    B, T, H, K = q.shape
+    G, V = v.shape[2:]
+    if use_qk_l2norm_in_kernel:
+        q, k = (x / (x.pow(2).sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+    scale = K**-0.5 if scale is None else scale
+    sequences = [(b, 0, T) for b in range(B)]
+    if cu_seqlens is not None:
+        sequences = [(0, a, b) for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist())]
+    rows = [[None] * T for _ in range(B)]
+    finals = []
+    for n, (b, first, last) in enumerate(sequences):
+        heads = []
+        for g in range(G):
+            S = torch.zeros(K, V, dtype=q.dtype) if initial_state is None else initial_state[n, g]
+            outputs, h = [], g // (G // H)
+            for t in range(first, last):
+                retrieved = k[b, t, h] @ S
+                S = S + torch.outer(k[b, t, h], beta[b, t, g] * (v[b, t, g] - retrieved))
+                outputs.append(scale * (q[b, t, h] @ S))
+            heads.append((outputs, S))
+        for t in range(first, last):
+            rows[b][t] = torch.stack([outputs[t - first] for outputs, _ in heads])
+        finals.append(torch.stack([S for _, S in heads]))
+    o = torch.stack([torch.stack(row) for row in rows]) if T else v * 0
+    return o, torch.stack(finals)
+
+
+def make_inputs(B, T, H, K, G, V, N=None, seed=0, keys="random", beta_max=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    randn = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    q, k, v = randn(B, T, H, K), randn(B, T, H, K), randn(B, T, G, V)
+    if keys == "silu":
+        q, k = F.silu(q), F.silu(k)
+    elif keys == "repeated":
+        k = k[:, :1].expand_as(k).clone()
+    beta = torch.rand(B, T, G, generator=generator, dtype=torch.float64) * beta_max
+    return q, k, v, beta, randn(B if N is None else N, G, K, V)
+
+
+def run(rule, inputs, dtype, with_state=True, **kwargs):
+    """Outputs and the gradients of a random scalar of both, in fp64. (At T = 0 some inputs have none: zero then.)"""
+    inputs = [x.to(dtype).requires_grad_() for x in inputs]
+    used = inputs if with_state else inputs[:4]
+    if rule is not reference:
+        kwargs["output_final_state"] = True
+    o, final = rule(*inputs[:4], initial_state=inputs[4] if with_state else None, **kwargs)
+    generator = torch.Generator().manual_seed(1)
+    loss = sum(
+        (x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype)).sum() for x in (o, final)
+    )
+    gradients = torch.autograd.grad(loss, used, materialize_grads=True)
+    return dict(
+        zip(("o", "final_state", *("d" + name for name in NAMES)), (x.double() for x in (o, final, *gradients)))
+    )
+
+
+def assert_close(got, wanted, tolerance):
+    assert got.keys() == wanted.keys()
+    for name in wanted:
+        norm = wanted[name].norm()
+        error = (got[name] - wanted[name]).norm() / (norm if norm > 0 else 1)
+        assert error <= tolerance, f"{name}: relative error {error:.2e}, allowed {tolerance:.0e}"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("rule", RULES)
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_equals_the_fp64_recurrence(rule, dtype, data):
+    """Whatever the shapes, a user gets the published recurrence, not something near it."""
+    H, group = data.draw(st.integers(1, 2), "H"), data.draw(st.integers(1, 2), "G / H")
+    K, V = data.draw(st.sampled_from([4, 8, 16, 20]), "K"), data.draw(st.sampled_from([1, 8, 24]), "V")
+    kwargs = {"use_qk_l2norm_in_kernel": True, "scale": data.draw(st.sampled_from([None, 1.0, 0.3]), "scale")}
+    if data.draw(st.booleans(), "packed"):
+        lengths = data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=4), "lengths")
+        B, T, N = 1, sum(lengths), len(lengths)
+        kwargs["cu_seqlens"] = F.pad(torch.tensor(lengths), (1, 0)).cumsum(0)
+    else:
+        B, T, N = data.draw(st.integers(1, 2), "B"), data.draw(st.sampled_from([0, 1, 2, 63, 64, 65, 130]), "T"), None
+    inputs = make_inputs(
+        B, T, H, K, H * group, V, N,
+        seed=data.draw(st.integers(0, 99), "seed"),
+        keys=data.draw(st.sampled_from(["random", "silu", "repeated"]), "keys"),
+        beta_max=data.draw(st.sampled_from([0.0, 1.0, 2.0]), "beta_max"),
+    )  # fmt: skip
+    kwargs["with_state"] = data.draw(st.booleans(), "initial_state")
+    assert_close(run(rule, inputs, dtype, **kwargs), run(reference, inputs, torch.float64, **kwargs), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("keys", ["random", "silu", "repeated"])
+@pytest.mark.parametrize("beta_max", [0.0, 1.0, 2.0])
+def test_chunks_equal_the_recurrence_over_many_chunks(dtype, keys, beta_max):
+    """At T = 1000 rounding has had time to grow, most of all where one key comes again and again."""
+    inputs = make_inputs(1, 1000, 1, 16, 2, 8, keys=keys, beta_max=beta_max)
+    kwargs = {"use_qk_l2norm_in_kernel": True}
+    wanted = run(torch_recurrent_delta_rule, inputs, torch.float64, **kwargs)
+    assert_close(run(torch_chunk_delta_rule, inputs, dtype, **kwargs), wanted, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_half_precision_inputs_are_computed_in_fp32(rule):
+    """A bf16 model loses only the rounding of its inputs and of o; the state it carries on stays fp32."""
+    inputs = [x.to(torch.bfloat16) for x in make_inputs(1, 150, 2, 16, 2, 16)[:4]]
+    o, state = rule(*inputs, output_final_state=True, use_qk_l2norm_in_kernel=True)
+    wanted_o, wanted_state = reference(*(x.double() for x in inputs), use_qk_l2norm_in_kernel=True)
+    assert o.dtype == torch.bfloat16
+    assert state.dtype == torch.float32
+    assert ((state - wanted_state).norm() / wanted_state.norm()) < 1e-5
+    assert torch.equal(o, wanted_o.to(torch.bfloat16)) or ((o - wanted_o).norm() / wanted_o.norm()) < 4e-3
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_autocast_does_not_reach_the_rule(rule):
+    """Under a bf16 autocast the products inside would lose the state's precision."""
+    inputs = [x.float() for x in make_inputs(1, 100, 2, 16, 2, 16)[:4]]
+    wanted = rule(*inputs, use_qk_l2norm_in_kernel=True)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(rule(*inputs, use_qk_l2norm_in_kernel=True)[0], wanted)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_state_carries_a_sequence_over_a_cut(rule):
+    """Prefilling a prompt in two calls must be prefilling it in one, and must not change the state it was given."""
+    q, k, v, beta, state = make_inputs(2, 100, 2, 8, 2, 8)
+    before = state.clone()
+    whole, final = rule(q, k, v, beta, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True)
+    first, middle = rule(
+        *(x[:, :37] for x in (q, k, v, beta)),
+        initial_state=state,
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=True,
+    )
+    second, last = rule(
+        *(x[:, 37:] for x in (q, k, v, beta)),
+        initial_state=middle,
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=True,
+    )
+    torch.testing.assert_close(torch.cat((first, second), dim=1), whole, rtol=0, atol=1e-12)
+    torch.testing.assert_close(last, final, rtol=0, atol=1e-12)
+    assert torch.equal(state, before)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_no_final_state_unless_asked_for(rule):
+    """Training code unpacks (o, None)."""
+    assert rule(*make_inputs(1, 5, 1, 4, 1, 4)[:4])[1] is None
+
+
+def test_strided_inputs_from_one_projection():
+    """q, k and v may be views of one tensor: same result as contiguous copies."""
+    qkv = torch.randn(2, 70, 3, 2, 8, dtype=torch.float64)
+    beta = torch.rand(2, 70, 2, dtype=torch.float64)
+    q, k, v = qkv.unbind(2)
+    got = torch_chunk_delta_rule(q, k, v, beta)[0]
+    assert torch.equal(got, torch_chunk_delta_rule(q.contiguous(), k.contiguous(), v.contiguous(), beta)[0])
+
+
+def test_the_switch_takes_the_torch_rule_on_a_cpu():
+    """On a laptop the model must run without the kernels; a short step takes the recurrence, the rest the chunks."""
+    for T in (1, 100):
+        q, k, v, beta, _ = make_inputs(1, T, 1, 8, 1, 8)
+        got = delta_rule(q, k, v, beta, use_qk_l2norm_in_kernel=True)[0]
+        torch.testing.assert_close(got, reference(q, k, v, beta, use_qk_l2norm_in_kernel=True)[0], rtol=0, atol=1e-12)
+
+
+def test_a_broken_kernel_package_is_heard(monkeypatch):
+    """Only a missing package may fall back to torch: an error inside it must not hide behind a slow model."""
+
+    def broken(name, *args, **kwargs):
+        if name == "deltanet_kernels":
+            raise RuntimeError("bad kernel")
+        return original(name, *args, **kwargs)
+
+    original = __import__
+    monkeypatch.setattr("builtins.__import__", broken)
+    delta_rule_module._load_kernels.cache_clear()
+    with pytest.raises(RuntimeError, match="bad kernel"):
+        delta_rule_module._load_kernels()
+
+
+def _bad(**changes):
+    q, k, v, beta, state = make_inputs(1, 6, 2, 4, 4, 3)
+    arguments = {"q": q, "k": k, "v": v, "beta": beta, "initial_state": state, **changes}
+    return {name: x for name, x in arguments.items() if x is not None}
+
+
+BAD_INPUTS = {
+    "k of another shape": (_bad(k=torch.randn(1, 6, 2, 5).double()), r"q \[1, 6, 2, 4\], k \[1, 6, 2, 5\]"),
+    "3-d v": (_bad(v=torch.randn(1, 6, 3).double()), r"v \[1, 6, 3\]"),
+    "v of another length": (_bad(v=torch.randn(1, 7, 4, 3).double()), r"v \[1, 7, 4, 3\]"),
+    "heads that do not group": (_bad(v=torch.randn(1, 6, 3, 3).double()), r"value heads \(3\).*key heads \(2\)"),
+    "beta of the key heads": (_bad(beta=torch.rand(1, 6, 2).double()), r"\[1, 6, 4\], got \[1, 6, 2\]"),
+    "beta a value wide": (_bad(beta=torch.rand(1, 6, 4, 3).double()), r"\[1, 6, 4\], got \[1, 6, 4, 3\]"),
+    "mixed dtypes": (_bad(k=torch.randn(1, 6, 2, 4)), r"k torch.float32"),
+    "integers": (_bad(q=torch.ones(1, 6, 2, 4).long()), r"q torch.int64"),
+    "state of another shape": (_bad(initial_state=torch.zeros(1, 4, 3, 4).double()), r"\[1, 4, 4, 3\].*\[1, 4, 3, 4\]"),
+    "state of another dtype": (_bad(initial_state=torch.zeros(1, 4, 4, 3)), r"torch.float64, got .* torch.float32"),
+    "borders not from 0": (_bad(cu_seqlens=torch.tensor([1, 6])), r"from 0 to T = 6.*\[1, 6\]"),
+    "borders not to T": (_bad(cu_seqlens=torch.tensor([0, 5])), r"from 0 to T = 6.*\[0, 5\]"),
+    "borders that decrease": (_bad(cu_seqlens=torch.tensor([0, 4, 2, 6])), r"must increase .* got \[0, 4, 2, 6\]"),
+    "an empty document": (_bad(cu_seqlens=torch.tensor([0, 4, 4, 6])), r"must increase .* got \[0, 4, 4, 6\]"),
+    "borders not integers": (_bad(cu_seqlens=torch.tensor([0.0, 6.0])), r"integer.*torch.float32"),
+    "2-d borders": (_bad(cu_seqlens=torch.tensor([[0, 6]])), r"1-d integer.*\[1, 2\]"),
+    "one state for two packed": (_bad(cu_seqlens=torch.tensor([0, 4, 6])), r"\[2, 4, 4, 3\].*\[1, 4, 4, 3\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_input_is_one_clear_error(rule, case):
+    """What came and what was wanted, instead of a shape error from the middle of the mathematics."""
+    arguments, message = BAD_INPUTS[case]
+    with pytest.raises(ValueError, match=message):
+        rule(**arguments)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_packing_a_batch_and_unknown_keywords_are_refused(rule):
+    """cu_seqlens with two rows has no meaning, and a misspelt option must not be ignored."""
+    q, k, v, beta, _ = make_inputs(2, 6, 1, 4, 1, 4)
+    with pytest.raises(ValueError, match="batch of 1, got 2"):
+        rule(q, k, v, beta, cu_seqlens=torch.tensor([0, 6]))
+    with pytest.raises(TypeError, match="head_first"):
+        rule(q, k, v, beta, head_first=True)

@@ -1,0 +1,76 @@
+"""`make quickstart` at a size of seconds: the whole way, and Ctrl-C in the middle of it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+QUICKSTART = Path(__file__).parent.parent / "examples" / "quickstart.py"
+SMALL = "--steps 12 --lora-steps 4 --batch-size 2 --length 32 --hidden-size 64 --vocab-size 300".split()
+
+
+def start(folder, *options):
+    return subprocess.Popen(
+        [sys.executable, QUICKSTART, "--output-dir", folder, *SMALL, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+
+
+def finish(process):
+    output = process.communicate(timeout=300)[0]
+    return process.returncode, output
+
+
+def test_leaves_a_folder_that_could_be_pushed(tmp_path):
+    """The first thing a user runs has to work, and leave weights, code, tokenizer, card, curve and adapter."""
+    code, output = finish(start(tmp_path))
+    assert code == 0, output
+    folder = tmp_path / "deltanet-quickstart"
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {
+        "README.md", "loss.png", "config.json", "model.safetensors", "tokenizer.json", "lora", "merged",
+        "modeling_deltanet.py", "configuration_deltanet.py", "delta_rule.py", "cache_deltanet.py", "short_conv.py",
+    }  # fmt: skip
+    card = (folder / "README.md").read_text()
+    assert "| documentation, held out | perplexity |" in card
+    assert str(tmp_path) not in card
+    assert json.loads((folder / "config.json").read_text())["auto_map"]["AutoModelForCausalLM"]
+
+    code, output = finish(start(tmp_path, "--seed", "1"))
+    assert code == 2
+    assert "other settings" in output
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGINT")
+def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(tmp_path):
+    """Stopping a long run must not cost it."""
+    more = ["--steps", "3000"]
+    process = start(tmp_path, *more)
+    training = tmp_path / "training"
+    deadline = time.time() + 120
+    while not (training / "perplexity_before.json").exists() and time.time() < deadline:
+        time.sleep(0.2)
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    code, output = finish(process)
+    assert code == 130, output
+    [checkpoint] = training.glob("checkpoint-*")
+    step = int(checkpoint.name.split("-")[1])
+    assert 0 < step < 3000
+
+    process = start(tmp_path, *more)
+    time.sleep(12)
+    process.send_signal(signal.SIGINT)
+    code, output = finish(process)
+    assert code == 130, output
+    [checkpoint] = training.glob("checkpoint-*")
+    assert int(checkpoint.name.split("-")[1]) > step
