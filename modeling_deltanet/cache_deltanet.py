@@ -23,6 +23,10 @@ class DeltaNetCacheLayer(LinearAttentionLayer):
             self.dtype, self.device = recurrent_states.dtype, recurrent_states.device
         return super().update_recurrent_state(recurrent_states, state_idx, **kwargs)
 
+    def activate_past_recording(self) -> None:
+        """Refused: an assistant model has its cache rolled back, and a recurrent state cannot be."""
+        raise ValueError("a DeltaNet cannot be an assistant model: its recurrent state cannot be rolled back")
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times along the batch."""
         self._map_states(lambda state: state.repeat_interleave(repeats, dim=0))
@@ -95,4 +99,6 @@ def prepare_cache(cache: Cache, config) -> Cache:
                 cache.layers[i] = CountingDeltaNetCacheLayer(count_on_device=isinstance(cache, StaticCache))
             else:
                 cache.layers[i] = DeltaNetCacheLayer()
+            if layer.record_past:  # `generate` asks an assistant's cache for it as soon as that is made
+                cache.layers[i].activate_past_recording()
     return cache

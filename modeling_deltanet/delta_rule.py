@@ -39,12 +39,53 @@ def delta_rule(
     cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The rule by the fastest route that this machine has; arguments and results as in `torch_chunk_delta_rule`."""
-    kernels = _load_kernels() if q.is_cuda else None
+    kernels = kernels_for(v, _too_large(q, v))
     if kernels is not None:
         rule = kernels.chunk_delta_rule
     else:
         rule = torch_recurrent_delta_rule if q.shape[1] < SHORT_SEQUENCE else torch_chunk_delta_rule
     return rule(q, k, v, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens)
+
+
+def delta_rule_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    beta: torch.Tensor,
+    state: torch.Tensor,
+    scale: float | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+) -> torch.Tensor:
+    """One token of decoding, T = 1, without gradients: returns o and moves `state` `[B, G, K, V]` on in place."""
+    kernels = kernels_for(v, _too_large(q, v))
+    if kernels is not None:
+        return kernels.delta_rule_step(q, k, v, beta, state, scale, use_qk_l2norm_in_kernel)
+    o, new_state = torch_recurrent_delta_rule(q, k, v, beta, scale, state, True, use_qk_l2norm_in_kernel)
+    state.copy_(new_state)
+    return o
+
+
+def _too_large(q: torch.Tensor, v: torch.Tensor) -> str | None:
+    sizes = q.shape[-1], v.shape[-1]
+    return f"heads larger than 256, got {sizes}" if max(sizes) > 256 else None
+
+
+def kernels_for(x: torch.Tensor, refused: str | None = None):
+    """The Triton kernels if they compute with tensors like `x`, else None: the one place where that is decided.
+
+    `refused` is what they do not take of this call, for the log.
+    """
+    if not x.is_cuda:
+        return None
+    if x.dtype == torch.float64:
+        refused = "fp64"
+    if refused is not None:
+        _warn_once(f"DeltaNet computes with torch on this GPU: its Triton kernels do not take {refused}")
+        return None
+    return _load_kernels()
+
+
+_warn_once = functools.cache(logger.warning)
 
 
 @functools.cache
@@ -53,9 +94,9 @@ def _load_kernels():
     try:
         import deltanet_kernels
     except ImportError as error:
-        logger.warning("DeltaNet runs its torch path on this GPU, not the Triton kernels: %s", error)
+        logger.warning("DeltaNet computes with torch on this GPU, not with its Triton kernels: %s", error)
         return None
-    logger.info("DeltaNet runs the Triton kernels of %s", deltanet_kernels.__name__)
+    logger.info("DeltaNet computes with the Triton kernels of %s", deltanet_kernels.__file__)
     return deltanet_kernels
 
 

@@ -36,8 +36,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_deltanet import prepare_cache
 from .configuration_deltanet import DeltaNetConfig
-from .delta_rule import delta_rule
-from .short_conv import torch_short_conv
+from .delta_rule import delta_rule, delta_rule_step
+from .short_conv import short_conv, short_conv_step
 
 
 @use_kernel_forward_from_hub("RMSNorm")
@@ -161,16 +161,20 @@ class DeltaNetLinearAttention(nn.Module):
         if attention_mask is not None:
             beta = beta * attention_mask.unsqueeze(-1).to(beta.dtype)
 
-        o, state = delta_rule(
-            q,
-            k,
-            v,
-            beta,
-            initial_state=state,
-            output_final_state=past_key_values is not None,
-            use_qk_l2norm_in_kernel=self.qk_norm == "l2",
-            cu_seqlens=cu_seqlens,
-        )
+        l2norm = self.qk_norm == "l2"
+        if _is_decoding(state, T, attention_mask):
+            o = delta_rule_step(q, k, v, beta, state, use_qk_l2norm_in_kernel=l2norm)
+        else:
+            o, state = delta_rule(
+                q,
+                k,
+                v,
+                beta,
+                initial_state=state,
+                output_final_state=past_key_values is not None,
+                use_qk_l2norm_in_kernel=l2norm,
+                cu_seqlens=cu_seqlens,
+            )
         if past_key_values is not None:
             past_key_values.update_recurrent_state(state, self.layer_idx, new_tokens=T)
 
@@ -182,17 +186,13 @@ class DeltaNetLinearAttention(nn.Module):
     @force_accelerate_hooks(["q_conv1d", "k_conv1d", "v_conv1d"])
     def _convolve(self, xs, activation, attention_mask, past_key_values, cu_seqlens):
         """The short convolution over q, k and v, from the cache's inputs on."""
+        weights = tuple(conv.weight.squeeze(1) for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d))
         history = None if past_key_values is None else past_key_values.get_conv_state(self.layer_idx)
+        if _is_decoding(history, xs[0].shape[1], attention_mask):
+            return short_conv_step(xs, weights, history, activation)
         if attention_mask is not None:
             xs, history, unsort = _real_tokens_last(xs, attention_mask, history)
-        ys, tail = torch_short_conv(
-            xs,
-            tuple(conv.weight.squeeze(1) for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d)),
-            activation,
-            initial_state=history,
-            output_final_state=past_key_values is not None,
-            cu_seqlens=cu_seqlens,
-        )
+        ys, tail = short_conv(xs, weights, activation, history, past_key_values is not None, cu_seqlens)
         if past_key_values is not None:
             past_key_values.update_conv_state(tail, self.layer_idx, conv_kernel_size=self.conv_size - 1)
         return ys if attention_mask is None else tuple(unsort(y) for y in ys)
@@ -207,6 +207,11 @@ class DeltaNetLinearAttention(nn.Module):
             # In fp32, and safe where a ReLU leaves nothing.
             x = (x.float() / (x.float().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
         return x
+
+
+def _is_decoding(state, new_tokens, attention_mask) -> bool:
+    """Whether a state moves on by one real token, without gradients: then it can do so in place."""
+    return state is not None and new_tokens == 1 and attention_mask is None and not torch.is_grad_enabled()
 
 
 def _real_tokens_last(xs, attention_mask, history):
@@ -356,6 +361,16 @@ class DeltaNetDecoderLayer(GradientCheckpointingLayer):
         hidden_states = residual + hidden_states
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, error_msgs):
+        # PEFT loads an adapter with strict=False: one for another architecture would leave this layer without any.
+        foreign = "self_attn." if self.layer_type == "linear_attention" else "linear_attn."
+        came = [name for name in state_dict if name.startswith(prefix + foreign)]
+        if came:
+            error_msgs.append(
+                f"weights for another architecture: {prefix[:-1]} is a {self.layer_type} layer, got {', '.join(came)}"
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, error_msgs)
+
 
 @auto_docstring
 class DeltaNetPreTrainedModel(PreTrainedModel):
@@ -406,7 +421,7 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
 
-        cu_seqlens, position_ids = _find_packed_documents(
+        cu_seqlens, document_positions = _find_packed_documents(
             inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs
         )
         if past_key_values is not None:
@@ -414,28 +429,20 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
         elif use_cache and cu_seqlens is None:
             past_key_values = prepare_cache(DynamicCache(config=self.config), self.config)
         if position_ids is None:
+            position_ids = document_positions
+        if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
+        position_embeddings = None if self.rotary_emb is None else self.rotary_emb(inputs_embeds, position_ids)
 
+        if cu_seqlens is not None:
+            # Softmax layers find the documents by positions that start again, and only where there is no 2d mask.
+            position_ids = document_positions
+            attention_mask = attention_mask if isinstance(attention_mask, dict) else None
         if not isinstance(masks := attention_mask, dict):
-            create_mask = {
-                "linear_attention": create_recurrent_attention_mask,
-                "sliding_attention": create_sliding_window_causal_mask,
-                "full_attention": create_causal_mask,
-            }
-            masks = {
-                layer_type: create_mask[layer_type](
-                    config=self.config,
-                    inputs_embeds=inputs_embeds,
-                    attention_mask=attention_mask,
-                    past_key_values=past_key_values,
-                    position_ids=position_ids,
-                )
-                for layer_type in dict.fromkeys(self.config.layer_types)
-            }
+            masks = create_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
 
         hidden_states = inputs_embeds
-        position_embeddings = None if self.rotary_emb is None else self.rotary_emb(hidden_states, position_ids)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
@@ -456,17 +463,17 @@ def _find_packed_documents(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Where packed documents begin: from `cu_seq_lens_q`, from `seq_idx`, or from `position_ids` that start again.
 
-    Returns the borders `[N + 1]` on the flattened time axis of all rows, or None if nothing is packed, and the
-    position ids, which say the same to the softmax layers.
+    Returns the borders `[N + 1]` on the flattened time axis of all rows and each token's position in its document,
+    `[B, T]`, or twice None if nothing is packed.
     """
     B, T, _ = inputs_embeds.shape
     if cu_seq_lens_q is None and seq_idx is None:
         may_be_packed = position_ids is not None and attention_mask is None and past_key_values is None
         if not may_be_packed or is_torchdynamo_compiling():
-            return None, position_ids
+            return None, None
         seq_idx = find_packed_sequence_indices(position_ids.expand(B, -1))
         if seq_idx is None:
-            return None, position_ids
+            return None, None
     if past_key_values is not None:
         raise ValueError("packed documents (cu_seq_lens_q, seq_idx) cannot be combined with past_key_values")
     if isinstance(attention_mask, torch.Tensor) and not attention_mask.all():
@@ -476,11 +483,52 @@ def _find_packed_documents(
     else:
         starts = F.pad(seq_idx.diff(dim=1) != 0, (1, 0), value=True).flatten()
         cu_seqlens = F.pad(starts.nonzero().squeeze(1), (0, 1), value=B * T).to(torch.int32)
-    if position_ids is None:
-        t = torch.arange(B * T, device=inputs_embeds.device)
-        starts = cu_seqlens[torch.searchsorted(cu_seqlens, t, right=True) - 1]
-        position_ids = (t - starts).view(B, T)
-    return cu_seqlens, position_ids
+    t = torch.arange(B * T, device=inputs_embeds.device)
+    starts = cu_seqlens[torch.searchsorted(cu_seqlens, t, right=True) - 1]
+    return cu_seqlens, (t - starts).view(B, T)
+
+
+def create_masks(
+    config: DeltaNetConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None = None,
+    position_ids: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor | None]:
+    """The mask of each of the model's layer types, from `attention_mask`, which is 0 where a token is padding."""
+    arguments = {
+        "config": config,
+        "inputs_embeds": inputs_embeds,
+        "attention_mask": attention_mask,
+        "past_key_values": past_key_values,
+        "position_ids": position_ids,
+    }
+    create_mask = {
+        "linear_attention": create_linear_attention_mask,
+        "sliding_attention": create_sliding_window_causal_mask,
+        "full_attention": create_causal_mask,
+    }
+    return {layer_type: create_mask[layer_type](**arguments) for layer_type in dict.fromkeys(config.layer_types)}
+
+
+def create_linear_attention_mask(
+    inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
+) -> torch.Tensor | None:
+    """Transformers' `[B, T]` mask for linear layers, or None without padding.
+
+    It takes a single token for a generated one, never padding (in 5.23). In a padded prompt that is processed token by
+    token, or whose last chunk is one token, it may well be padding, and would enter the memory.
+    """
+    is_padded_step = (
+        attention_mask is not None
+        and inputs_embeds.shape[1] == 1
+        and not is_torchdynamo_compiling()
+        and attention_mask.ndim == 2
+        and not attention_mask[:, -1].all()
+    )
+    if is_padded_step:
+        return attention_mask[:, -1:]
+    return create_recurrent_attention_mask(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
 
 
 @auto_docstring
@@ -502,6 +550,11 @@ class DeltaNetForCausalLM(DeltaNetPreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if model_kwargs.get("past_key_values") is not None:
             prepare_cache(model_kwargs["past_key_values"], self.config)
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs):
+        # `generate` makes the masks itself where the cache could be compiled: by default with Transformers' linear mask.
+        return create_masks(config, inputs_embeds, attention_mask, past_key_values, position_ids)
 
     @can_return_tuple
     @auto_docstring

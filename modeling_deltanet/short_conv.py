@@ -6,6 +6,42 @@ Letters: B batch, T time, D channels, W taps, N sequences.
 import torch
 import torch.nn.functional as F
 
+from .delta_rule import kernels_for
+
+
+def short_conv(
+    xs: tuple[torch.Tensor, ...],
+    weights: tuple[torch.Tensor, ...],
+    activation: str | None = "silu",
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+    """The convolution by the fastest route that this machine has; arguments and results as in `torch_short_conv`."""
+    kernels = kernels_for(xs[0], _too_wide(weights))
+    conv = torch_short_conv if kernels is None else kernels.short_conv
+    return conv(xs, weights, activation, initial_state, output_final_state, cu_seqlens)
+
+
+def short_conv_step(
+    xs: tuple[torch.Tensor, ...],
+    weights: tuple[torch.Tensor, ...],
+    state: torch.Tensor,
+    activation: str | None = "silu",
+) -> tuple[torch.Tensor, ...]:
+    """One token of decoding, T = 1, without gradients: returns ys and moves `state` `[B, sum D_i, W - 1]` on in place."""
+    kernels = kernels_for(xs[0], _too_wide(weights))
+    if kernels is not None:
+        return kernels.short_conv_step(xs, weights, state, activation)
+    ys, new_state = torch_short_conv(xs, weights, activation, state, output_final_state=True)
+    state.copy_(new_state)
+    return ys
+
+
+def _too_wide(weights: tuple[torch.Tensor, ...]) -> str | None:
+    taps = weights[0].shape[-1]
+    return f"convolutions of more than 4 taps, got {taps}" if taps > 4 else None
+
 
 def torch_short_conv(
     xs: tuple[torch.Tensor, ...],

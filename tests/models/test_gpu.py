@@ -1,0 +1,125 @@
+"""The model on the Triton kernels against the same model on the torch rule, on one GPU."""
+
+import logging
+
+import pytest
+import torch
+
+from modeling_deltanet import DeltaNetConfig, DeltaNetForCausalLM
+from modeling_deltanet.delta_rule import _load_kernels
+
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+HYBRID = ["linear_attention", "sliding_attention", "linear_attention", "full_attention"]
+
+
+def make_model(layer_types=HYBRID, dtype=torch.float32, **kwargs):
+    torch.manual_seed(0)
+    if "sliding_attention" in layer_types:
+        kwargs["sliding_window"] = 50
+    config = DeltaNetConfig(
+        vocab_size=300,
+        hidden_size=256,
+        num_hidden_layers=len(layer_types),
+        layer_types=layer_types,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
+        num_attention_heads=4,
+        **kwargs,
+    )
+    model = DeltaNetForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if "conv1d" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model.to("cuda", dtype)
+
+
+@pytest.fixture
+def on_torch(monkeypatch):
+    """A function that runs another one without the kernels."""
+
+    def run(function):
+        with monkeypatch.context() as patch:
+            for module in ("delta_rule", "short_conv"):
+                patch.setattr(f"modeling_deltanet.{module}.kernels_for", lambda x: None)
+            return function()
+
+    return run
+
+
+def relative(got, wanted):
+    return ((got.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+def loss_and_gradients(model, **inputs):
+    model.zero_grad()
+    output = model(**inputs, use_cache=False)
+    output.loss.backward()
+    return output.logits, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("layer_types", [HYBRID, ["linear_attention"] * 2], ids=["hybrid", "linear"])
+@pytest.mark.parametrize("case", ["plain", "left padding", "right padding", "packed", "checkpointed"])
+def test_training_step_equals_the_torch_path(case, layer_types, on_torch):
+    """A model must not learn anything else on a GPU than it would on a CPU."""
+    model = make_model(layer_types).train()
+    ids = torch.randint(300, (2, 333), device="cuda")
+    inputs = {"input_ids": ids, "labels": ids}
+    if "padding" in case:
+        mask = torch.ones_like(ids)
+        mask[0, slice(0, 70) if case == "left padding" else slice(263, None)] = 0
+        inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    if case == "packed":
+        lengths = [100, 1, 64, 168]
+        position_ids = torch.cat([torch.arange(n) for n in lengths]).expand(2, -1).cuda()
+        inputs["position_ids"] = position_ids
+    wanted_logits, wanted = on_torch(lambda: loss_and_gradients(model, **inputs))
+    if case == "checkpointed":
+        model.gradient_checkpointing_enable()
+    logits, gradients = loss_and_gradients(model, **inputs)
+    real = inputs["labels"] != -100
+    assert relative(logits[real], wanted_logits[real]) < 1e-4
+    for name in wanted:
+        assert relative(gradients[name], wanted[name]) < 2e-3, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layer_types", [HYBRID, ["linear_attention"] * 2], ids=["hybrid", "linear"])
+def test_decoding_equals_reading_at_once(dtype, layer_types):
+    """Prefill, steps and several tokens at once have to lead to one and the same state."""
+    model = make_model(layer_types, dtype).eval()
+    ids = torch.randint(300, (3, 150), device="cuda")
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        cache, parts = None, []
+        for a, b in ((0, 70), (70, 71), (71, 72), (72, 100), (100, 101), (101, 150)):
+            output = model(ids[:, a:b], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            parts.append(output.logits)
+    assert relative(torch.cat(parts, dim=1), whole) < (1e-4 if dtype == torch.float32 else 3e-2)
+    assert cache.layers[0].recurrent_states[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("layer_types", [HYBRID, ["linear_attention"] * 2], ids=["hybrid", "linear"])
+def test_generation_equals_the_torch_path(layer_types, on_torch):
+    """Greedy and beam search of a left-padded batch: the same tokens on either path."""
+    model = make_model(layer_types).eval()
+    ids = torch.randint(3, 300, (2, 40), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[0, :13] = 0
+    for options in ({"do_sample": False}, {"num_beams": 3}):
+        generate = lambda: model.generate(ids, attention_mask=mask, max_new_tokens=20, pad_token_id=0, **options)  # noqa: B023, E731
+        assert torch.equal(generate(), on_torch(generate))
+
+
+def test_the_log_says_once_which_path_runs(caplog):
+    """A silent fall back to torch would be a slow model that nobody understands."""
+    _load_kernels.cache_clear()
+    model = make_model().eval()
+    with caplog.at_level(logging.INFO, logger="modeling_deltanet.delta_rule"):
+        for _ in range(2):
+            model(torch.randint(300, (1, 10), device="cuda"))
+    assert len([record for record in caplog.records if "Triton kernels" in record.message]) == 1

@@ -1,0 +1,100 @@
+"""Models small enough for a CPU whose weights are large enough for every part of a layer to show in the logits."""
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from modeling_deltanet import DeltaNetConfig, DeltaNetForCausalLM
+
+
+LINEAR, SLIDING, FULL = "linear_attention", "sliding_attention", "full_attention"
+VOCAB = 96
+
+# What the suite runs through padding, packing and the cache: every kind of layer, and every part that looks back in time.
+VARIANTS = {
+    "hybrid": {},
+    "all_linear": {"layer_types": [LINEAR] * 3},
+    "no_convolution": {"layer_types": [LINEAR] * 3, "linear_conv_kernel_dim": None},
+    "no_convolution_hybrid": {"linear_conv_kernel_dim": None},
+    "wide_convolution": {"layer_types": [LINEAR] * 2, "linear_conv_kernel_dim": 7},
+    "relu": {"linear_qk_activation": "relu"},
+    "elu_sum": {"linear_qk_activation": "elu", "linear_qk_norm": "sum"},
+    "relu_sum_no_convolution": {
+        "linear_qk_activation": "relu", "linear_qk_norm": "sum", "linear_conv_kernel_dim": None,
+    },
+    "identity": {"linear_qk_activation": "identity"},
+    "output_gate": {"linear_use_output_gate": True},
+    "fixed_beta": {"linear_use_beta": False},
+    "negative_eigenvalues": {"linear_allow_neg_eigval": True},
+    "grouped_value_heads": {
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 12,
+    },
+    "softmax_extras": {"use_qk_norm": True, "attention_bias": True, "attention_out_bias": True, "head_dim": 16},
+    "one_key_value_head": {"num_key_value_heads": 1},
+    "no_rope": {"rope_parameters": {"rope_theta": None}},
+    "softmax_first": {"layer_types": [FULL, LINEAR, SLIDING, LINEAR]},
+    "all_softmax": {"layer_types": [SLIDING, FULL]},
+}  # fmt: skip
+
+
+def tiny_config(**overrides) -> DeltaNetConfig:
+    """A hybrid of four layers, or what `overrides` make of it."""
+    fields = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "layer_types": [LINEAR, SLIDING, LINEAR, FULL],
+        "linear_num_key_heads": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    } | overrides
+    fields.setdefault("num_hidden_layers", len(fields["layer_types"]))
+    if SLIDING in fields["layer_types"]:
+        fields.setdefault("sliding_window", 5)
+    return DeltaNetConfig(**fields)
+
+
+def tiny_model(cls=DeltaNetForCausalLM, seed: int = 0, attn_implementation: str = "sdpa", **overrides):
+    """A model in eval mode, of random weights. Those that Transformers draws (std 0.02) would hide most mistakes: the
+    convolution would pass almost nothing on, and beta would be the same for every token."""
+    torch.manual_seed(seed)
+    model = cls._from_config(tiny_config(**overrides), attn_implementation=attn_implementation)
+    return redraw(model).eval()
+
+
+@torch.no_grad()
+def redraw(model):
+    """Draw every weight anew, so large that each part of the model matters."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.uniform_(0.7, 1.3)
+        elif "conv1d" in name or "b_proj" in name or name.endswith("bias"):
+            parameter.normal_(std=0.5)
+        elif "embed_tokens" in name:
+            parameter.normal_(std=1.0)
+        else:
+            parameter.normal_(std=1.2 * parameter.shape[-1] ** -0.5)
+    return model
+
+
+def tiny_llama(hidden_size: int = 32) -> LlamaForCausalLM:
+    """Another architecture whose modules have the names of our softmax layers'."""
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=hidden_size,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Random token ids, none of them the padding token."""
+    return torch.randint(1, VOCAB, shape, generator=torch.Generator().manual_seed(seed))

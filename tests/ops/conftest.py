@@ -1,8 +1,0 @@
-"""Without a GPU the kernels run in Triton's interpreter, which must be chosen before they are imported."""
-
-import os
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
