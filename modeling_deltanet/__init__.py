@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from .cache_deltanet import load_cache, save_cache
 from .configuration_deltanet import DeltaNetConfig
 from .modeling_deltanet import (
     DeltaNetForCausalLM,
@@ -51,5 +52,7 @@ __all__ = [
     "DeltaNetForTokenClassification",
     "DeltaNetModel",
     "DeltaNetPreTrainedModel",
+    "load_cache",
     "register_remote_code",
+    "save_cache",
 ]

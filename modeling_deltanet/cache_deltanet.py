@@ -4,10 +4,21 @@ A linear layer's memory is one state of fixed size and the last inputs of its sh
 in a `LinearAttentionLayer`, which (in 5.23) can neither be repeated nor selected along the batch, and does not count
 tokens: a cache whose layers are all linear raises in `get_seq_length()`, hence in `generate`. `prepare_cache` puts the
 layers below in their place, in whatever cache comes: one that `generate` or the user made, dynamic or static.
+
+`save_cache` and `load_cache` keep in a file what a model has read.
 """
 
+import json
+import os
+from pathlib import Path
+
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionLayer, StaticCache
+
+
+CACHE_FORMAT = "deltanet-cache-1"
 
 
 class DeltaNetCacheLayer(LinearAttentionLayer):
@@ -102,3 +113,85 @@ def prepare_cache(cache: Cache, config) -> Cache:
             if layer.record_past:  # `generate` asks an assistant's cache for it as soon as that is made
                 cache.layers[i].activate_past_recording()
     return cache
+
+
+def save_cache(cache: Cache, file: str | os.PathLike, config) -> None:
+    """Write what a model of this `config` has read so far to a safetensors file.
+
+    Linear and sliding layers take the same room whatever was read, full-attention layers grow with it. The file is
+    written under another name first: one that stands there already is replaced whole or not at all.
+
+    Raises:
+        ValueError: a static cache, one that has read nothing yet, or one of another architecture.
+    """
+    cache = prepare_cache(cache, config)
+    if isinstance(cache, StaticCache):
+        raise ValueError(f"only a dynamic cache can be saved, got a {type(cache).__name__}")
+    tensors = {f"{i}.{name}": x for i, layer in enumerate(cache.layers) for name, x in _tensors_of(layer).items()}
+    if not tensors:
+        raise ValueError("the cache is empty: there is nothing to save before the model has read something")
+    # Sliding layers keep a window of what they have read: how much that was is needed for positions and masks.
+    metadata = {"format": CACHE_FORMAT, "config": _fingerprint(config), "tokens": str(int(cache.get_seq_length()))}
+    file = Path(file)
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        save_file({name: x.contiguous() for name, x in tensors.items()}, unfinished, metadata)
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def load_cache(file: str | os.PathLike, config, device: str | torch.device = "cpu") -> Cache:
+    """Read a cache that `save_cache` wrote, ready to be passed to the model as `past_key_values`.
+
+    Raises:
+        ValueError: a file that is truncated, not a cache, or of a model with another `config`.
+    """
+    try:
+        with safe_open(file, framework="pt", device=str(device)) as f:
+            metadata = f.metadata() or {}
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (safe_open is no dict)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
+    if metadata.get("format") != CACHE_FORMAT:
+        raise ValueError(
+            f"{file} is not a DeltaNet cache: its format is {metadata.get('format')!r}, not {CACHE_FORMAT!r}"
+        )
+    if metadata["config"] != _fingerprint(config):
+        raise ValueError(
+            f"{file} holds the cache of another model: {metadata['config']}, wanted {_fingerprint(config)}"
+        )
+    cache, tokens = prepare_cache(DynamicCache(config=config), config), int(metadata["tokens"])
+    for i, layer in enumerate(cache.layers):
+        _restore(layer, {name.split(".")[1]: x for name, x in tensors.items() if name.startswith(f"{i}.")}, tokens)
+    return cache
+
+
+def _fingerprint(config) -> str:
+    """What two configs must share for a cache of one to fit the other."""
+    fields = (
+        "layer_types", "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
+        "linear_conv_kernel_dim", "num_key_value_heads", "head_dim", "sliding_window", "hidden_size", "vocab_size",
+    )  # fmt: skip
+    return json.dumps({name: getattr(config, name) for name in fields})
+
+
+def _tensors_of(layer) -> dict[str, torch.Tensor]:
+    if isinstance(layer, DeltaNetCacheLayer):
+        states = {"conv_state": layer.conv_states[0], "recurrent_state": layer.recurrent_states[0]}
+    else:
+        states = {"keys": layer.keys, "values": layer.values}
+    return {name: x for name, x in states.items() if x is not None}
+
+
+def _restore(layer, tensors: dict[str, torch.Tensor], tokens: int) -> None:
+    """Fill an empty cache layer with what `_tensors_of` gave."""
+    if isinstance(layer, DeltaNetCacheLayer):
+        if "conv_state" in tensors:
+            conv_state = tensors["conv_state"]
+            layer.update_conv_state(conv_state, conv_kernel_size=conv_state.shape[-1])
+        layer.update_recurrent_state(tensors["recurrent_state"], new_tokens=tokens)
+    else:
+        layer.update(tensors["keys"], tensors["values"])
+        if layer.is_sliding:
+            layer.cumulative_length = tokens
