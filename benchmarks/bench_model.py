@@ -1,0 +1,177 @@
+"""Whole models on one GPU: training steps and `generate`, ours against fla's DeltaNet and a Llama of equal size.
+
+    python benchmarks/bench_model.py                                     # all of it, the 1.3B size
+    python benchmarks/bench_model.py --only train --batch 8 --length 4096
+    python benchmarks/bench_model.py --only decode --models ours ours-compiled --out benchmarks/results/decode.json
+
+All models have bf16 weights drawn at random and see the same random tokens. Training is forward, loss, backward and a
+fused AdamW step, without recomputation. The peer `fla` is left out, with a line that says so, where it is not installed.
+"""
+
+import argparse
+import datetime
+import gc
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+import triton
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from modeling_deltanet import DeltaNetConfig, DeltaNetForCausalLM
+
+
+try:
+    import fla
+    from fla.models import DeltaNetConfig as FlaConfig
+    from fla.models import DeltaNetForCausalLM as FlaForCausalLM
+except ImportError:
+    fla = None
+
+H200_BF16_TFLOPS = 989  # dense peak of the data sheet, the denominator of model FLOP utilisation
+console = Console(width=140)
+
+
+def make_model(name: str, size: str):
+    torch.manual_seed(0)
+    config = DeltaNetConfig.preset(size)
+    if name.startswith("llama"):
+        model = LlamaForCausalLM._from_config(
+            LlamaConfig(
+                vocab_size=config.vocab_size,
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+                num_hidden_layers=config.num_hidden_layers,
+                num_attention_heads=config.num_attention_heads,
+                max_position_embeddings=131072,
+            ),
+            dtype=torch.bfloat16,
+        )
+    elif name == "fla":
+        model = FlaForCausalLM(
+            FlaConfig(
+                hidden_size=config.hidden_size,
+                num_hidden_layers=config.num_hidden_layers,
+                num_heads=config.linear_num_key_heads,
+                vocab_size=config.vocab_size,
+            )
+        ).to(torch.bfloat16)
+    else:
+        model = DeltaNetForCausalLM._from_config(config, dtype=torch.bfloat16)
+    return model.to("cuda")
+
+
+def bench_train(name, args):
+    """Tokens a second and peak memory of a training step: the median of 6 after 3, the first step's time apart."""
+    model = make_model(name, args.size).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    ids = torch.randint(model.config.vocab_size, (args.batch, args.length), device="cuda")
+    forward = torch.compile(model, fullgraph=True) if name.endswith("compiled") else model
+
+    def step():
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        forward(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    torch.cuda.reset_peak_memory_stats()
+    first = [step() for _ in range(3)][0]
+    seconds = statistics.median(step() for _ in range(6))
+    tokens = args.batch * args.length
+    flops = 6 * model.num_parameters(exclude_embeddings=True) * tokens  # what a token costs whatever the mixer
+    return {
+        "model": name,
+        "tokens_per_second": tokens / seconds,
+        "step_ms": 1e3 * seconds,
+        "first_step_s": first,
+        "peak_GB": torch.cuda.max_memory_allocated() / 1e9,
+        "utilisation": flops / seconds / (H200_BF16_TFLOPS * 1e12),
+    }
+
+
+@torch.no_grad()
+def bench_decode(name, args):
+    """Milliseconds a generated token, as the difference of a long and a short greedy generation."""
+    model = make_model(name, args.size).eval()
+    ids = torch.randint(5, model.config.vocab_size, (args.decode_batch, args.prompt), device="cuda")
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    if name.endswith("compiled"):
+        options |= {"cache_implementation": "static", "max_cache_len": args.prompt + 16 + args.new_tokens}
+
+    def generate(new_tokens):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        model.generate(ids, max_new_tokens=new_tokens, min_new_tokens=new_tokens, **options)
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    first = generate(16)
+    generate(16)
+    short, long = generate(16), generate(16 + args.new_tokens)
+    return {
+        "model": name,
+        "ms_per_token": 1e3 * (long - short) / args.new_tokens,
+        "first_generate_s": first,
+        "peak_GB": torch.cuda.max_memory_allocated() / 1e9,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ["ours", "ours-compiled", "fla", "llama", "llama-compiled"]
+    parser.add_argument("--only", choices=["train", "decode"], help="one of the two measurements (default both)")
+    parser.add_argument("--models", nargs="+", choices=names, default=names, help="default all")
+    parser.add_argument("--size", default="1.3B", help="preset, 340M or 1.3B (default 1.3B)")
+    parser.add_argument("--batch", type=int, default=8, help="sequences a training step (default 8)")
+    parser.add_argument("--length", type=int, default=4096, help="tokens a training sequence (default 4096)")
+    parser.add_argument("--decode-batch", type=int, default=8, help="sequences generated at once (default 8)")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt (default 512)")
+    parser.add_argument("--new-tokens", type=int, default=64, help="generated tokens that are timed (default 64)")
+    parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this benchmark needs a CUDA device")
+    models = args.models
+    if fla is None and "fla" in models:
+        console.print("fla is not installed: left out")
+        models = [name for name in models if name != "fla"]
+
+    results = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "transformers": transformers.__version__,
+        "fla": fla and fla.__version__,
+        "date": datetime.date.today().isoformat(),
+        "command": "python " + " ".join(sys.argv),
+    }
+    for task, bench in (("train", bench_train), ("decode", bench_decode)):
+        if args.only not in (None, task):
+            continue
+        results[task] = []
+        for name in models:
+            results[task].append(bench(name, args))
+            console.print(task, {k: v if isinstance(v, str) else round(v, 3) for k, v in results[task][-1].items()})
+            gc.collect()
+            torch._dynamo.reset()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            if args.out:
+                args.out.write_text(json.dumps(results, indent=1) + "\n")
+        table = Table(*results[task][0], title=f"{task}, {args.size}")
+        for row in results[task]:
+            table.add_row(*(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()))
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()

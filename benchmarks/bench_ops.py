@@ -1,0 +1,186 @@
+"""Measures the delta-rule kernels beside fla, torch's softmax attention and the token-by-token rule, on one GPU.
+
+    python benchmarks/bench_ops.py                           # the table of shapes, JSON beside this file in results/
+    python benchmarks/bench_ops.py --shapes 8,4096,16,128    # one of them
+    python benchmarks/bench_ops.py --lengths --plot lengths.svg    # by sequence length, with a plot
+
+Same inputs, same process, bf16, q/k norm in kernel; medians of triton.testing.do_bench. "forward" runs without
+gradients, "forward + backward" returns those of q, k, v and beta. Without flash-linear-attention its columns are empty.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+
+SHAPES = [
+    (8, 4096, 16, 128),
+    (1, 32768, 16, 128),
+    (1, 131072, 16, 128),
+    (1, 4096, 16, 128),
+    (8, 4096, 32, 64),
+    (8, 4096, 8, 256),
+]
+COLD = """
+import time, torch
+t = time.time()
+from {module} import chunk_delta_rule as f
+q, k, v = (torch.randn(8, 4096, 16, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv")
+b = torch.rand(8, 4096, 16, device="cuda").bfloat16().requires_grad_()
+f(q, k, v, b, use_qk_l2norm_in_kernel=True)[0].sum().backward()
+torch.cuda.synchronize()
+print("seconds", time.time() - t)
+"""
+
+
+def candidates(names: list[str]) -> dict:
+    """name -> function of (q, k, v, beta); a peer that is not installed is left out, with a message."""
+    from deltanet_kernels import chunk_delta_rule, fused_recurrent_delta_rule
+
+    def delta(f, **kw):
+        return lambda q, k, v, beta: f(q, k, v, beta, use_qk_l2norm_in_kernel=True, **kw)[0]
+
+    def sdpa(q, k, v, beta):
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
+
+    found = {
+        "ours": delta(chunk_delta_rule),
+        "ours-recompute": delta(chunk_delta_rule, recompute=True),
+        "sdpa": sdpa,
+        "token by token": delta(fused_recurrent_delta_rule),
+    }
+    try:
+        from fla.ops.delta_rule import chunk_delta_rule as fla
+
+        found["fla"] = delta(fla)
+    except ImportError:
+        print("flash-linear-attention is not installed: no fla column (pip install flash-linear-attention)")
+    return {name: f for name, f in found.items() if name in names}
+
+
+def measure(f, shape: tuple[int, ...], rep: int) -> dict:
+    from triton.testing import do_bench
+
+    torch.manual_seed(0)
+    B, T, H, d = shape
+    q, k, v = (torch.randn(B, T, H, d, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv")
+    beta = torch.rand(B, T, H, device="cuda").bfloat16().requires_grad_()
+    out = f(q, k, v, beta)
+    do = torch.randn_like(out)
+    inputs = [q, k, v, beta] if torch.autograd.grad(out.sum(), beta, allow_unused=True)[0] is not None else [q, k, v]
+    del out
+
+    def both():
+        return torch.autograd.grad(f(q, k, v, beta), inputs, do)
+
+    def forward():
+        with torch.no_grad():
+            return f(q, k, v, beta)
+
+    both()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    both()
+    peak = torch.cuda.max_memory_allocated() - before
+    times = [do_bench(g, warmup=15, rep=rep, return_mode="median") for g in (forward, both)]
+    return {"fwd_ms": round(times[0], 4), "fwdbwd_ms": round(times[1], 4), "peak_extra_MB": round(peak / 1e6, 1)}
+
+
+def cold(module: str) -> float | None:
+    """Seconds of the first forward + backward in a fresh process with an empty Triton cache."""
+    with tempfile.TemporaryDirectory() as cache:
+        env = {**os.environ, "TRITON_CACHE_DIR": cache}
+        code = COLD.format(module=module)
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    lines = [x for x in done.stdout.splitlines() if x.startswith("seconds")]
+    return round(float(lines[0].split()[1]), 1) if lines else None
+
+
+def plot(rows: list[dict], path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("svg" if path.endswith("svg") else "agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for axis, key, title in zip(axes, ("fwd_ms", "fwdbwd_ms"), ("forward", "forward + backward"), strict=True):
+        for name in dict.fromkeys(n for row in rows for n in row["results"]):
+            points = [(r["shape"][1], r["results"][name][key]) for r in rows if key in r["results"].get(name, {})]
+            axis.plot(*zip(*points, strict=True), marker="o", label=name)
+        axis.set(xscale="log", yscale="log", xlabel="sequence length", title=title)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("ms")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="*", help="B,T,H,d each; default: the table in kernels/README.md")
+    parser.add_argument("--lengths", action="store_true", help="1 x T x 16 x 128 for T from 1024 to 131072 instead")
+    parser.add_argument("--only", default="ours,ours-recompute,fla,sdpa", help="names, separated by commas; also: token by token")
+    parser.add_argument("--rep", type=int, default=60, help="milliseconds of repetition a figure")
+    parser.add_argument("--cold", action="store_true", help="also time the first call in a fresh process")
+    parser.add_argument("--out", default=None, help="JSON file; default: results/<gpu>_ops.json")
+    parser.add_argument("--plot", default=None, help="PNG or SVG against sequence length")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.exit(1, "bench_ops needs a CUDA GPU: there is nothing to measure in Triton's interpreter\n")
+    import triton
+
+    functions = candidates(args.only.split(","))
+    shapes = [tuple(map(int, s.split(","))) for s in args.shapes] if args.shapes else SHAPES
+    if args.lengths:
+        shapes = [(1, 1024 * 4**i, 16, 128) for i in range(4)] + [(1, 131072, 16, 128)]
+    rows = []
+    for shape in shapes:
+        results = {}
+        for name, f in functions.items():
+            if name == "token by token" and shape[1] > 32768 or name == "sdpa" and shape[1] > 65536:
+                continue
+            results[name] = measure(f, shape, args.rep)
+            torch.cuda.empty_cache()
+        rows.append({"shape": shape, "results": results})
+        ours, fla = results.get("ours"), results.get("fla")
+        if ours and fla:
+            rows[-1]["ratio"] = {k: round(fla[k] / ours[k], 2) for k in ours}
+        print(shape, json.dumps(rows[-1]["results"]), json.dumps(rows[-1].get("ratio")), flush=True)
+    gpu = torch.cuda.get_device_name()
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
+    if "fla" in functions:
+        import fla
+
+        versions["fla"] = fla.__version__
+    record = {
+        "gpu": gpu,
+        "versions": versions,
+        "date": str(date.today()),
+        "command": " ".join(["python", "benchmarks/bench_ops.py", *sys.argv[1:]]),
+        "timer": "triton.testing.do_bench median, bf16, use_qk_l2norm_in_kernel=True",
+        "rows": rows,
+    }
+    if args.cold:
+        start = time.time()
+        record["first_call_s"] = {"ours": cold("deltanet_kernels")}
+        print("first call", record["first_call_s"], f"({time.time() - start:.0f} s with imports)")
+    out = args.out or str(Path(__file__).parent / "results" / f"{gpu.lower().replace(' ', '_')}_ops.json")
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    Path(out).write_text(json.dumps(record, indent=1) + "\n")
+    if args.plot:
+        plot(rows, args.plot)
+
+
+if __name__ == "__main__":
+    main()

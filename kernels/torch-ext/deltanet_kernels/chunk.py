@@ -1,0 +1,272 @@
+"""`chunk_delta_rule`: the public function, its autograd function and its torch.library operators.
+
+Eager calls go through a plain autograd function, which costs less time on the host than an operator's dispatch (at
+batch 1 and 4096 tokens the host is what one waits for); under torch.compile the same launchers are reached through
+registered operators, so that `fullgraph=True` passes. Legend as in `chunk_forward.py`.
+"""
+
+import torch
+
+from . import chunk_backward, chunk_forward, configs, segments
+from ._checks import check_arguments
+
+
+__all__ = ["chunk_delta_rule"]
+
+Saved = list[torch.Tensor]
+SEGMENTS = True  # tests switch segmentation off to compare
+
+
+def _plan(q: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None) -> tuple[configs.Plan, int]:
+    """The launch table's line for this call, and the number of segments a sequence is cut into."""
+    B, T, _, K = q.shape
+    HV, V = v.shape[2:]
+    arch, sms = (configs.arch_of(q.device.index), configs.multiprocessors(q.device.index)) if q.is_cuda else (90, 132)
+    n = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    wide = q.dtype != torch.bfloat16
+    block_v = configs.plan(arch, K, V, wide, False).scan.block_v
+    blocks = -(-V // block_v)
+    s = segments.count(B, T, HV, K, blocks, sms) if cu_seqlens is None and SEGMENTS else 1
+    return configs.plan(arch, K, V, wide, n * s * HV * blocks <= sms), s
+
+
+def _forward(q, k, v, beta, h0, cu_seqlens, scale: float, l2norm: bool, final: bool, save: bool):
+    """o, the final state, and with `save` what backward reads (a, p, rq, rk, u, s, phi)."""
+    B, T, _, K = q.shape
+    HV, V = v.shape[2:]
+    plan, s = _plan(q, v, cu_seqlens)
+    parts = [segments.cut(x, s) for x in (q, k, v, beta)] if s > 1 else [None]
+    if any(x is None for x in parts):
+        s, parts = 1, (q, k, v, beta)
+    q, k, v, beta = parts
+    t = chunk_forward.tables(q.shape[0], q.shape[1], plan.group, cu_seqlens)
+    prepared = chunk_forward.prepare(q, k, beta, scale, l2norm, t, cu_seqlens, plan)
+    phi = None
+    if s > 1:
+        h0, phi = segments.entry_states(k, v, prepared, h0, scale, t, plan, s)
+    o, u, states, ht = chunk_forward.scan(
+        q, k, v, prepared, h0, scale, t, cu_seqlens, plan, output=True, save=save, final=final
+    )
+    o = o.view(B, T, HV, V)
+    if not final:
+        ht = q.new_empty(0, dtype=torch.float32)
+    elif s > 1:
+        ht = ht[s - 1 :: s].contiguous()
+    return o, ht, ([*prepared, u, states, phi] if save else [])
+
+
+def _backward(q, k, v, beta, h0, cu_seqlens, saved, do, dht, scale: float, l2norm: bool):
+    """dq, dk, dv, dbeta, dh0. `saved` as `_forward` gave it; empty: everything is computed again, heads in slices."""
+    if do.stride(-1) != 1:
+        do = do.contiguous()
+    if dht is not None:
+        dht = dht.contiguous()
+    # grads reads dv back, so it has the scratch type until the end
+    dv = v.new_empty(v.shape, dtype=chunk_forward.scratch_type(k.dtype))
+    out = q.new_empty(q.shape), k.new_empty(k.shape), dv, beta.new_empty(beta.shape)
+    dh0 = None if h0 is None else h0.new_empty(h0.shape)
+    plan, s = _plan(q, v, cu_seqlens)
+    ins = q, k, beta, do
+    if saved:
+        phi = saved.pop()
+        parts = [segments.cut(x, s) for x in (*ins, *out)] if phi is not None else []
+        if any(x is None for x in parts):  # only do can have such strides
+            parts = [segments.cut(x.contiguous(), s) for x in ins] + parts[4:]
+        if phi is not None:
+            *ins, dq, dk, dv_, dbeta = parts
+            t = chunk_forward.tables(*ins[0].shape[:2], plan.group, None)
+            dht = segments.exit_gradients(ins[0], ins[1], ins[3], saved[:4], phi, dht, scale, t, plan, s)
+            part = None if h0 is None else dht.new_empty(dht.shape)
+            _gradients(ins, saved, dht, (dq, dk, dv_, dbeta), part, scale, t, None, plan)
+            if h0 is not None:
+                dh0.copy_(part[::s])
+        else:
+            t = chunk_forward.tables(*q.shape[:2], plan.group, cu_seqlens)
+            _gradients(ins, saved, dht, out, dh0, scale, t, cu_seqlens, plan)
+    else:
+        t = chunk_forward.tables(*q.shape[:2], plan.group, cu_seqlens)
+        H, HV = q.shape[2], v.shape[2]
+        slices = next(i for i in (4, 3, 2, 1) if H % i == 0)
+        for i in range(slices):
+            hs, vs = slice(i * H // slices, (i + 1) * H // slices), slice(i * HV // slices, (i + 1) * HV // slices)
+            part = [x[:, :, h] for x, h in zip(ins, (hs, hs, vs, vs), strict=True)]
+            prepared = chunk_forward.prepare(*part[:3], scale, l2norm, t, cu_seqlens, plan)
+            _, u, states, _ = chunk_forward.scan(
+                part[0], part[1], v[:, :, vs], prepared, None if h0 is None else h0[:, vs].contiguous(), scale, t,
+                cu_seqlens, plan, output=False, save=True, final=False,
+            )  # fmt: skip
+            _gradients(
+                part, [*prepared, u, states], None if dht is None else dht[:, vs],
+                [x[:, :, h] for x, h in zip(out, (hs, hs, vs, vs), strict=True)],
+                None if dh0 is None else dh0[:, vs], scale, t, cu_seqlens, plan,
+            )  # fmt: skip
+    return out[0], out[1], dv.to(v.dtype), out[3], dh0
+
+
+def _gradients(ins, saved, dht, out, dh0, scale, t, cu_seqlens, plan) -> None:
+    q, k, beta, do = ins
+    *prepared, u, states = saved
+    dq, dk, dv, dbeta = out
+    ds = chunk_backward.reverse(q, k, do, prepared, dht, dv, dh0, scale, t, cu_seqlens, plan)
+    chunk_backward.grads(q, k, beta, do, u, dv, states, ds, *prepared[2:], dq, dk, dbeta, scale, t, cu_seqlens, plan)
+
+
+class _ChunkDeltaRule(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, beta, h0, cu_seqlens, scale, l2norm, final, recompute):
+        save = not recompute and any(ctx.needs_input_grad)
+        o, ht, saved = _forward(q, k, v, beta, h0, cu_seqlens, scale, l2norm, final, save)
+        # v and h0 are only read again when everything is recomputed; their shapes are needed in any case
+        ctx.save_for_backward(q, k, v, beta, h0, cu_seqlens, *saved)
+        ctx.scale, ctx.l2norm = scale, l2norm
+        ctx.set_materialize_grads(False)
+        return o, ht
+
+    @staticmethod
+    def backward(ctx, do, dht):
+        q, k, v, beta, h0, cu_seqlens, *saved = ctx.saved_tensors
+        if do is None:
+            do = torch.zeros_like(v)
+        if dht is not None and dht.numel() == 0:
+            dht = None
+        grads = _backward(q, k, v, beta, h0, cu_seqlens, saved, do, dht, ctx.scale, ctx.l2norm)
+        return *grads, None, None, None, None, None
+
+
+# ------------------------------------------------------------------------------------------- torch.library operators
+
+
+@torch.library.custom_op("deltanet_kernels::chunk_forward", mutates_args=())
+def _forward_op(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor, h0: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None, scale: float, l2norm: bool, final: bool, save: bool,
+) -> tuple[torch.Tensor, torch.Tensor, Saved]:  # fmt: skip
+    o, ht, saved = _forward(q, k, v, beta, h0, cu_seqlens, scale, l2norm, final, save)
+    return o, ht, [q.new_empty(0, dtype=torch.float32) if x is None else x for x in saved]
+
+
+@_forward_op.register_fake
+def _(q, k, v, beta, h0, cu_seqlens, scale, l2norm, final, save):
+    B, T, H, K = k.shape
+    HV, V = v.shape[2:]
+    n = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    o = v.new_empty(B, T, HV, V)
+    ht = q.new_empty((n, HV, K, V) if final else (0,), dtype=torch.float32)
+    if not save:
+        return o, ht, []
+    plan, parts = _plan(q, v, cu_seqlens)
+    chunks, groups = (
+        B * ((T + c - 1) // c) if cu_seqlens is None else T // c + n for c in (configs.CHUNK, plan.group)
+    )
+    scratch = chunk_forward.scratch_type(k.dtype)
+    norms = (chunks, H, configs.CHUNK) if l2norm else (0,)
+    return (
+        o,
+        ht,
+        [
+            k.new_empty(chunks, HV, configs.CHUNK, configs.CHUNK, dtype=scratch),
+            k.new_empty(chunks, H, configs.CHUNK, configs.CHUNK, dtype=scratch),
+            k.new_empty(norms, dtype=torch.float32),
+            k.new_empty(norms, dtype=torch.float32),
+            k.new_empty(chunk_forward.u_shape(k, v, chunks, plan), dtype=scratch),
+            k.new_empty(chunk_forward.s_shape(k, v, groups, plan), dtype=scratch),
+            k.new_empty((B * parts, HV, K, K) if parts > 1 else (0,), dtype=torch.float32),
+        ],
+    )
+
+
+@torch.library.custom_op("deltanet_kernels::chunk_backward", mutates_args=())
+def _backward_op(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor, h0: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None, saved: Saved, do: torch.Tensor, dht: torch.Tensor | None, scale: float,
+    l2norm: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    saved = [None if x.dim() == 1 else x for x in saved]
+    *grads, dh0 = _backward(q, k, v, beta, h0, cu_seqlens, saved, do, dht, scale, l2norm)
+    return *grads, q.new_empty(0, dtype=torch.float32) if dh0 is None else dh0
+
+
+@_backward_op.register_fake
+def _(q, k, v, beta, h0, cu_seqlens, saved, do, dht, scale, l2norm):
+    dh0 = q.new_empty(0, dtype=torch.float32) if h0 is None else h0.new_empty(h0.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), beta.new_empty(beta.shape), dh0
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, beta, h0, cu_seqlens, ctx.scale, ctx.l2norm, _, _ = inputs
+    ctx.n_saved = len(output[2])
+    ctx.save_for_backward(q, k, v, beta, h0, cu_seqlens, *output[2])
+
+
+def _backward_of_op(ctx, do, dht, _):
+    q, k, v, beta, h0, cu_seqlens, *saved = ctx.saved_tensors
+    do = torch.zeros_like(v) if do is None else do
+    dht = None if dht is None or dht.numel() == 0 else dht
+    *grads, dh0 = _backward_op(q, k, v, beta, h0, cu_seqlens, saved, do, dht, ctx.scale, ctx.l2norm)
+    return *grads, None if h0 is None else dh0, None, None, None, None, None
+
+
+_forward_op.register_autograd(_backward_of_op, setup_context=_setup_context)
+
+
+# -------------------------------------------------------------------------------------------------- public function
+
+
+def chunk_delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    *,
+    recompute: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The delta rule, chunk by chunk (Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule").
+
+        S_t = S_{t-1} + k_t (beta_t (v_t - S_{t-1}^T k_t))^T        o_t = scale * S_t^T q_t
+
+    Args:
+        q, k: `[B, T, H, K]`, bf16, fp16 or fp32, K at most 256. Any strides, the last dimension contiguous.
+        v: `[B, T, HV, V]`, dtype of q. HV is a multiple of H: value head j reads key head `j // (HV // H)`.
+        beta: `[B, T, HV]`, the step size, in [0, 2] for normalised keys. Any floating dtype.
+        scale: of the queries; default `K ** -0.5`.
+        initial_state: `[N, HV, K, V]` fp32, or None for zeros. N is B, or the number of packed sequences.
+        output_final_state: whether to return the state after the last token, `[N, HV, K, V]` fp32.
+        use_qk_l2norm_in_kernel: q and k are divided by `sqrt(sum(x^2) + 1e-6)`, without a copy of either.
+        cu_seqlens: `[N + 1]` int32 or int64 on the device of q: borders of sequences packed along T, with B = 1.
+            Empty sequences are allowed.
+        recompute: keep only the inputs for backward and compute the rest again, a slice of heads at a time: about
+            half the extra memory for about a quarter more time (`kernels/README.md`).
+
+    Returns:
+        `(o, final_state)`: o `[B, T, HV, V]` in v's dtype; final_state is None unless asked for. All gradients are
+        defined, that of initial_state and the one coming in on final_state included, and two runs are bit-equal.
+
+    Raises:
+        ValueError: a shape, dtype, stride or device is not as above; says what came and what was wanted.
+    """
+    scale = check_arguments(q, k, v, beta, scale, initial_state, cu_seqlens)
+    if initial_state is not None:
+        initial_state = initial_state.contiguous()
+    if torch.compiler.is_compiling():
+        save = (
+            not recompute
+            and torch.is_grad_enabled()
+            and any(x is not None and x.requires_grad for x in (q, k, v, beta, initial_state))
+        )
+        o, ht, _ = _forward_op(
+            q, k, v, beta, initial_state, cu_seqlens, scale, use_qk_l2norm_in_kernel, output_final_state, save
+        )
+    elif torch.is_grad_enabled():
+        o, ht = _ChunkDeltaRule.apply(
+            q, k, v, beta, initial_state, cu_seqlens, scale, use_qk_l2norm_in_kernel, output_final_state, recompute
+        )
+    else:
+        o, ht, _ = _forward(
+            q, k, v, beta, initial_state, cu_seqlens, scale, use_qk_l2norm_in_kernel, output_final_state, False
+        )
+    return o, ht if output_final_state else None

@@ -1,0 +1,369 @@
+"""Chunked delta rule, backward: reverse scan -> chunk-parallel gradients.
+
+Letters as in `chunk_forward.py`; a d before a name is a gradient. U is saved times rk, as the forward scan used it.
+
+    dU = P^T dO + K dS    dV = A^T dU    dS <- dS + Q^T dO' - K^T (rk dV)    dO' = scale rq dO      reverse
+    R = lower(dO U^T)    dq^ = scale (dO S^T + R K)                                                             grads
+    E = -strictly_lower(rk dV U^T)
+    rk dk^ = -rk (dV S^T) + U dS^T + (scale rq R)^T Q + (E + E^T) K
+    dbeta = diag(dV U^T) / (rk beta^2)
+    d of x^ = x / |x|:  dx = r (dx^ - x^ <x^, dx^>)
+
+The second half holds for any group of tokens, not only for a chunk: the state entering and the gradient leaving the
+group are all it needs, because given U and dV both recurrences are plain sums (`kernels/README.md`, "Groups").
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._launch import launch
+from .chunk_forward import (
+    BETA_MIN,
+    Tables,
+    _load_fragments,
+    _load_tile,
+    _load_tile_t,
+    _store_fragments,
+    blocks,
+    precision,
+    s_shape,
+    scratch_type,
+)
+from .configs import CHUNK, Plan
+
+
+# ---------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def reverse_kernel(
+    # inputs; a, p, rq and rk as the prepare kernel wrote them
+    q, k, do, a, p, rq, rk, dht,
+    # outputs; ds, in tiles like s: gradient of the state leaving a group
+    dv, ds, dh0,
+    # packed sequences
+    cu_seqlens, chunk_offsets, group_offsets,
+    # sizes and strides
+    scale, T, NT, NG, H, HV, HV_ALL,
+    q_sb, q_st, q_sh, k_sb, k_st, k_sh, d_sb, d_st, d_sh,
+    # constants
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
+    L2NORM: tl.constexpr, PACKED: tl.constexpr, HAS_DHT: tl.constexpr, HAS_DH0: tl.constexpr,
+    SAVE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DEEP: tl.constexpr,
+):  # fmt: skip
+    """Runs one sequence, value head and block of BV value columns from the last chunk to the first. DEEP as forward.
+
+    Without SAVE only dh0 is written (first pass of a segmented scan).
+    """
+    i_v = tl.program_id(0)
+    i_hv = tl.program_id(1)
+    i_n = tl.program_id(2)
+    i_h = i_hv // (HV // H)
+    T_all = T
+    if PACKED:
+        i_b = tl.zeros([], tl.int64)
+        bos = tl.load(cu_seqlens + i_n).to(tl.int64)
+        T = (tl.load(cu_seqlens + i_n + 1) - bos).to(tl.int32)
+        NT = (T + C - 1) // C
+        chunk_0 = tl.load(chunk_offsets + i_n).to(tl.int64)
+        group_0 = tl.load(group_offsets + i_n).to(tl.int64)
+    else:
+        i_b = i_n.to(tl.int64)
+        bos = tl.zeros([], tl.int64)
+        chunk_0 = i_b * NT
+        group_0 = i_b * NG
+    CT: tl.constexpr = tl.float32 if WIDE else tl.bfloat16
+    o_c = tl.arange(0, C)
+    o_k1 = tl.arange(0, BK)
+    o_k2 = BK + tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_k1 = o_k1 < K
+    m_k2 = o_k2 < K
+    m_v = o_v < V
+
+    last = tl.zeros([], tl.int64) + NT - 1
+    bos += last * C
+    q += i_b * q_sb + bos * q_st + i_h * q_sh
+    k += i_b * k_sb + bos * k_st + i_h * k_sh
+    do += i_b * d_sb + bos * d_st + i_hv * d_sh
+    dv += ((i_b * T_all + bos) * HV_ALL + i_hv) * V
+    a += ((chunk_0 + last) * HV + i_hv) * C * C
+    p += ((chunk_0 + last) * H + i_h) * C * C
+    rq += ((chunk_0 + last) * H + i_h) * C
+    rk += ((chunk_0 + last) * H + i_h) * C
+    NV = tl.cdiv(V, BV)
+    NK = tl.cdiv(K, BK)
+    ds += ((group_0 * HV + i_hv) * NV + i_v) * NK * BV * BK
+    state_size = tl.full([], BV * BK, tl.int64) * HV * NV * NK
+    p_h = (i_n.to(tl.int64) * HV_ALL + i_hv) * K * V
+
+    b_s1 = tl.zeros([BV, BK], tl.float32)
+    if K > BK:
+        b_s2 = tl.zeros([BV, BK], tl.float32)
+    if HAS_DHT:
+        b_s1 += _load_tile_t(dht + p_h, o_k1, V, o_v, m_k1, m_v)
+        if K > BK:
+            b_s2 += _load_tile_t(dht + p_h, o_k2, V, o_v, m_k2, m_v)
+
+    if DEEP:
+        b_i = (o_c[:, None] == o_c[None, :]).to(CT)
+    for i_r in range(NT):
+        i_c = NT - 1 - i_r
+        m_t = i_c * C + o_c < T
+        b_k1 = _load_tile(k, o_c, k_st, o_k1, m_t, m_k1).to(CT)
+        b_q1 = _load_tile(q, o_c, q_st, o_k1, m_t, m_k1).to(CT)
+        if K > BK:
+            b_k2 = _load_tile(k, o_c, k_st, o_k2, m_t, m_k2).to(CT)
+            b_q2 = _load_tile(q, o_c, q_st, o_k2, m_t, m_k2).to(CT)
+        if DEEP:
+            b_do = tl.trans(_load_tile(do, o_c, d_st, o_v, m_t, m_v).to(CT))
+        else:
+            b_do = _load_tile_t(do, o_c, d_st, o_v, m_t, m_v)
+        b_a = tl.load(a + o_c[:, None] * C + o_c[None, :])
+        b_p = tl.load(p + o_c[:, None] * C + o_c[None, :])
+        b_do = tl.dot(b_do, b_i, input_precision="ieee") if DEEP else b_do.to(tl.float32)
+        b_dq = (b_do * (tl.load(rq + o_c) * scale)[None, :]).to(CT) if L2NORM else (b_do * scale).to(CT)
+        b_do = b_do.to(CT)
+        b_c1 = b_s1.to(CT)
+        if SAVE and ((i_r == 0) | (i_c % GROUP == GROUP - 1)):
+            p_s = ds + (i_c // GROUP) * state_size
+            _store_fragments(p_s, b_c1, BV, BK)
+            if K > BK:
+                _store_fragments(p_s + BV * BK, b_s2.to(CT), BV, BK)
+
+        # dU^T = dO^T P + dS^T K^T
+        b_u = tl.dot(b_do, b_p, input_precision=PRECISION)
+        b_u = tl.dot(b_c1, tl.trans(b_k1), b_u, input_precision=PRECISION)
+        if K > BK:
+            b_c2 = b_s2.to(CT)
+            b_u = tl.dot(b_c2, tl.trans(b_k2), b_u, input_precision=PRECISION)
+        # dV^T = dU^T A
+        b_v = tl.dot(b_u.to(CT), b_a, input_precision=PRECISION)
+        # dS^T <- dS^T + dO'^T Q - (rk dV)^T K
+        b_w = (-b_v * tl.load(rk + o_c)[None, :]).to(CT) if L2NORM else (-b_v).to(CT)
+        b_s1 = tl.dot(b_dq, b_q1, b_s1, input_precision=PRECISION)
+        b_s1 = tl.dot(b_w, b_k1, b_s1, input_precision=PRECISION)
+        if K > BK:
+            b_s2 = tl.dot(b_dq, b_q2, b_s2, input_precision=PRECISION)
+            b_s2 = tl.dot(b_w, b_k2, b_s2, input_precision=PRECISION)
+        if SAVE:
+            p_v = dv + o_c[None, :] * (HV_ALL * V) + o_v[:, None]
+            tl.store(p_v, b_v.to(dv.dtype.element_ty), mask=m_t[None, :] & m_v[:, None])
+
+        q -= C * q_st
+        k -= C * k_st
+        do -= C * d_st
+        dv -= C * HV_ALL * V
+        a -= C * C * HV
+        p -= C * C * H
+        rq -= C * H
+        rk -= C * H
+
+    if HAS_DH0:
+        tl.store(dh0 + p_h + o_k1[None, :] * V + o_v[:, None], b_s1, mask=m_v[:, None] & m_k1[None, :])
+        if K > BK:
+            tl.store(dh0 + p_h + o_k2[None, :] * V + o_v[:, None], b_s2, mask=m_v[:, None] & m_k2[None, :])
+
+
+@triton.jit
+def _load_state(p, BV: tl.constexpr, BK: tl.constexpr):
+    """[BV, BK]; the scans save wide keys as two halves of 128."""
+    if BK > 128:
+        b = tl.join(_load_fragments(p, BV, 128), _load_fragments(p + BV * 128, BV, 128))
+        b = tl.reshape(tl.permute(b, [0, 2, 1]), [BV, BK])
+    else:
+        b = _load_fragments(p, BV, BK)
+    return b
+
+
+@triton.jit
+def _norm_backward(b_d, b_x, b_r, L2NORM: tl.constexpr):
+    """b_d is r times the gradient of x^ = r x; returns that of x."""
+    if L2NORM:
+        b_x = b_x.to(tl.float32)
+        b_d -= b_x * (tl.sum(b_x * b_d, 1) * b_r * b_r)[:, None]
+    return b_d
+
+
+@triton.jit
+def grads_kernel(
+    # inputs; dv as the reverse scan wrote it, in the scratch type
+    q, k, beta, do, u, dv, s, ds, rq, rk,
+    # outputs
+    dq, dk, dbeta,
+    # packed sequences
+    cu_seqlens, chunk_offsets, groups,
+    # sizes and strides
+    scale, T, NT, NG, H, H_ALL, HV_ALL,
+    q_sb, q_st, q_sh, k_sb, k_st, k_sh, b_sb, b_st, b_sh, d_sb, d_st, d_sh,
+    # constants; G the value heads of a key head
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    G: tl.constexpr, L2NORM: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BETA_MIN: tl.constexpr,
+):  # fmt: skip
+    """One group of tokens and key head. Even programs compute dq, odd ones dk and dbeta.
+
+    Two small programs rather than one that holds R for both: at d = 128 the latter spilled 0.9 KB a thread. They run
+    side by side, so that what both read comes from the L2 cache the second time.
+    """
+    role = tl.program_id(0) % 2
+    i_h = tl.program_id(0) // 2
+    i_t = tl.program_id(1)
+    HV = H * G
+    T_all = T
+    if PACKED:
+        i_n = tl.load(groups + i_t * 2)
+        if i_n < 0:
+            return
+        i_g = tl.load(groups + i_t * 2 + 1)
+        i_b = tl.zeros([], tl.int64)
+        bos = tl.load(cu_seqlens + i_n).to(tl.int64)
+        T = (tl.load(cu_seqlens + i_n + 1) - bos).to(tl.int32)
+        chunk = tl.load(chunk_offsets + i_n).to(tl.int64)
+    else:
+        i_b = (i_t // NG).to(tl.int64)
+        i_g = i_t % NG
+        bos = tl.zeros([], tl.int64)
+        chunk = i_b * NT
+    CT: tl.constexpr = tl.float32 if WIDE else tl.bfloat16
+    t_0 = i_g * C
+    bos += t_0
+    chunk += i_g
+    o_c = tl.arange(0, C)
+    o_k = tl.arange(0, BK)
+    m_t = t_0 + o_c < T
+    m_k = o_k < K
+    q += i_b * q_sb + bos * q_st + i_h * q_sh
+    k += i_b * k_sb + bos * k_st + i_h * k_sh
+    row = i_b * T_all + bos
+    do += i_b * d_sb + bos * d_st + i_h * G * d_sh
+    NV: tl.constexpr = (V + BV - 1) // BV
+    u += ((chunk * HV + i_h * G) * NV) * BV * C
+    s += ((i_t.to(tl.int64) * HV + i_h * G) * NV) * BV * BK
+    b_rq = tl.full([C], 1.0, tl.float32)
+    if L2NORM:
+        p_r = (chunk * H + i_h) * C + o_c
+        b_rq = tl.load(rq + p_r, mask=m_t, other=1.0)
+    b_sq = b_rq * scale
+    m_o = m_t[:, None] & m_k[None, :]
+
+    if role == 0:
+        b_dq = tl.zeros([C, BK], tl.float32)
+        for i_g in range(G):
+            b_r = tl.zeros([C, C], tl.float32)
+            for i_v in range(0, V, BV):
+                o_v = i_v + tl.arange(0, BV)
+                b_do = _load_tile(do + i_g * d_sh, o_c, d_st, o_v, m_t, o_v < V).to(CT)
+                b_u = _load_fragments(u + (i_g * NV + i_v // BV) * BV * C, BV, C)
+                b_s = _load_state(s + (i_g * NV + i_v // BV) * BV * BK, BV, BK)
+                b_r = tl.dot(b_do, b_u, b_r, input_precision=PRECISION)
+                b_dq = tl.dot(b_do, b_s, b_dq, input_precision=PRECISION)
+            b_k = _load_tile(k, o_c, k_st, o_k, m_t, m_k).to(CT)
+            b_r = tl.where(o_c[:, None] >= o_c[None, :], b_r, 0.0).to(CT)
+            b_dq = tl.dot(b_r, b_k, b_dq, input_precision=PRECISION)
+        b_q = _load_tile(q, o_c, q_st, o_k, m_t, m_k)
+        b_dq = _norm_backward(b_dq * b_sq[:, None], b_q, b_rq, L2NORM)
+        tl.store(dq + ((row + o_c) * H_ALL + i_h)[:, None] * K + o_k[None, :], b_dq.to(dq.dtype.element_ty), mask=m_o)
+    else:
+        dv += (row * HV_ALL + i_h * G) * V
+        ds += ((i_t.to(tl.int64) * HV + i_h * G) * NV) * BV * BK
+        b_rk = tl.full([C], 1.0, tl.float32)
+        if L2NORM:
+            b_rk = tl.load(rk + p_r, mask=m_t, other=1.0)
+        b_dk = tl.zeros([C, BK], tl.float32)
+        for i_g in range(G):
+            # of the four terms only dV S^T carries rk, so what stands in the accumulator is divided by it meanwhile
+            b_dk *= (-1.0 / b_rk)[:, None]
+            b_e = tl.zeros([C, C], tl.float32)
+            for i_v in range(0, V, BV):
+                o_v = i_v + tl.arange(0, BV)
+                b_v = _load_tile(dv + i_g * V, o_c, HV_ALL * V, o_v, m_t, o_v < V)
+                b_u = _load_fragments(u + (i_g * NV + i_v // BV) * BV * C, BV, C)
+                b_s = _load_state(s + (i_g * NV + i_v // BV) * BV * BK, BV, BK)
+                b_e = tl.dot(b_v, b_u, b_e, input_precision=PRECISION)
+                b_dk = tl.dot(b_v, b_s, b_dk, input_precision=PRECISION)
+            b_dk *= (-b_rk)[:, None]
+            p_b = beta + i_b * b_sb + (bos + o_c) * b_st + (i_h * G + i_g) * b_sh
+            b_b = tl.load(p_b, mask=m_t, other=1.0).to(tl.float32)
+            b_b = tl.where(tl.abs(b_b) < BETA_MIN, BETA_MIN, b_b)
+            # divided twice: beta^2 would leave fp32's range where beta is near its bound
+            b_g = tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_e, 0.0), 1) / b_b / b_b / b_rk
+            b_e = tl.where(o_c[:, None] > o_c[None, :], b_e * -b_rk[:, None], 0.0).to(CT)
+            b_k = _load_tile(k, o_c, k_st, o_k, m_t, m_k).to(CT)
+            b_dk = tl.dot(b_e, b_k, b_dk, input_precision=PRECISION)
+            b_dk = tl.dot(tl.trans(b_e), b_k, b_dk, input_precision=PRECISION)
+            # transposed from the start: R^T = U dO^T
+            b_r = tl.zeros([C, C], tl.float32)
+            for i_v in range(0, V, BV):
+                o_v = i_v + tl.arange(0, BV)
+                b_do = _load_tile(do + i_g * d_sh, o_c, d_st, o_v, m_t, o_v < V).to(CT)
+                b_u = _load_fragments(u + (i_g * NV + i_v // BV) * BV * C, BV, C)
+                b_s = _load_state(ds + (i_g * NV + i_v // BV) * BV * BK, BV, BK)
+                b_u = tl.trans(b_u)
+                b_r = tl.dot(b_u, tl.trans(b_do), b_r, input_precision=PRECISION)
+                b_dk = tl.dot(b_u, b_s, b_dk, input_precision=PRECISION)
+            b_q = _load_tile(q, o_c, q_st, o_k, m_t, m_k).to(CT)
+            b_r = tl.where(o_c[:, None] <= o_c[None, :], b_r * b_sq[None, :], 0.0).to(CT)
+            b_dk = tl.dot(b_r, b_q, b_dk, input_precision=PRECISION)
+            p_b = dbeta + (row + o_c) * HV_ALL + i_h * G + i_g
+            tl.store(p_b, b_g.to(dbeta.dtype.element_ty), mask=m_t)
+        b_k = _load_tile(k, o_c, k_st, o_k, m_t, m_k)
+        b_dk = _norm_backward(b_dk, b_k, b_rk, L2NORM)
+        tl.store(dk + ((row + o_c) * H_ALL + i_h)[:, None] * K + o_k[None, :], b_dk.to(dk.dtype.element_ty), mask=m_o)
+
+
+# --------------------------------------------------------------------------------------------------------- launchers
+
+
+def reverse(q, k, do, prepared, dht, dv, dh0, scale, t: Tables, cu_seqlens, plan: Plan, save: bool = True):
+    """Reverse scan. Writes dv and dh0 (whose heads may be a slice of more); returns ds [groups, HV, V, K]."""
+    a, p, rq, rk = prepared
+    B, T, H, K = k.shape
+    HV, V = do.shape[2:]
+    ds = k.new_empty(s_shape(k, do, t.n_groups, plan), dtype=scratch_type(k.dtype)) if save else a
+    choice = plan.reverse
+    block_v, block_k = blocks(K, V, plan)
+    if t.n > 0:
+        launch(
+            reverse_kernel, (triton.cdiv(V, block_v), HV, t.n),
+            (
+                q, k, do, a, p, a if rq is None else rq, a if rk is None else rk, a if dht is None else dht,
+                dv, ds, a if dh0 is None else dh0,
+                cu_seqlens, t.chunk_offsets, t.group_offsets,
+                scale, T, t.nt, t.ng, H, HV, dv.stride(1) // V if save else HV,
+                q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
+                do.stride(0), do.stride(1), do.stride(2),
+            ),
+            {
+                "K": K, "V": V, "BK": block_k, "BV": block_v, "C": CHUNK, "GROUP": plan.group // CHUNK,
+                "L2NORM": rk is not None, "PACKED": cu_seqlens is not None, "HAS_DHT": dht is not None, "HAS_DH0": dh0 is not None,
+                "SAVE": save, "WIDE": k.dtype != torch.bfloat16, "PRECISION": precision(k.dtype), "DEEP": choice.deep,
+            },
+            {"num_warps": choice.num_warps, "num_stages": choice.num_stages},
+        )  # fmt: skip
+    return ds
+
+
+def grads(q, k, beta, do, u, dv, s, ds, rq, rk, dq, dk, dbeta, scale, t: Tables, cu_seqlens, plan: Plan):
+    """Writes dq, dk and dbeta, whose heads may be a slice of more."""
+    B, T, H, K = k.shape
+    HV, V = do.shape[2:]
+    choice = plan.grads
+    if t.n_groups > 0 and T > 0:
+        launch(
+            grads_kernel, (2 * H, t.n_groups),
+            (
+                q, k, beta, do, u, dv, s, ds, u if rq is None else rq, u if rk is None else rk, dq, dk, dbeta,
+                cu_seqlens, t.chunk_offsets, t.groups,
+                scale, T, t.nt, t.ng, H, dk.stride(1) // K, dv.stride(1) // V,
+                q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
+                beta.stride(0), beta.stride(1), beta.stride(2), do.stride(0), do.stride(1), do.stride(2),
+            ),
+            {
+                "K": K, "V": V, "BK": max(32, triton.next_power_of_2(K)), "BV": blocks(K, V, plan)[0], "C": CHUNK, "G": HV // H,
+                "L2NORM": rk is not None, "PACKED": cu_seqlens is not None, "WIDE": k.dtype != torch.bfloat16,
+                "PRECISION": precision(k.dtype), "BETA_MIN": BETA_MIN,
+            },
+            {"num_warps": choice.num_warps, "num_stages": choice.num_stages, "maxnreg": choice.maxnreg},
+        )  # fmt: skip

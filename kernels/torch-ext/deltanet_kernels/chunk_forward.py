@@ -1,0 +1,677 @@
+"""Chunked delta rule, forward: index -> prepare -> scan.
+
+Legend. B batch, T time, H key heads, HV value heads, K and V head sizes, C chunk (64), N sequences.
+i_ index, o_ offset, p_ pointer, m_ mask, b_ block held by a program. rk, rq: reciprocal norms of k and q (1 without
+the L2 norm), folded in as row scalars so that normalised copies are never stored.
+
+    M = strictly_lower(beta rk rk' K K^T)    A = rk (I + M)^-1 diag(beta)          prepare, one program a chunk
+    P = scale rq lower(Q K^T)
+    X = V - rk (K S)    U = A X    O = scale rq (Q S) + P U    S' = S + K^T U                                  scan
+
+The scan keeps the state transposed, S^T [V, K], as an accumulator: each product of the chain S -> X -> U -> S then
+takes its left operand from registers and its right one from shared memory, and nothing on the critical path makes a
+round trip through shared memory (`kernels/README.md`, "Transposed scan").
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ._launch import launch
+from .configs import CHUNK, Plan
+
+
+EPS = 1e-6  # inside the square root of the L2 norm
+BETA_MIN = 2.0**-30  # beta is kept this far from zero inside the kernels
+
+# ---------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def index_kernel(
+    cu_seqlens,
+    # outputs: first chunk (group) of each sequence, and (sequence, position) of each chunk (group), -1 where unused
+    chunk_offsets, group_offsets, chunks, groups,
+    N, MAX_CHUNKS, MAX_GROUPS,
+    C: tl.constexpr, GC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program i_n writes the table entries of sequence i_n; program N closes the tables. No host synchronisation."""
+    i_n = tl.program_id(0)
+    o = tl.arange(0, BLOCK)
+    chunk = 0
+    group = 0
+    for i in range(0, i_n, BLOCK):
+        m = i + o < i_n
+        length = tl.load(cu_seqlens + i + o + 1, mask=m, other=0) - tl.load(cu_seqlens + i + o, mask=m, other=0)
+        length = length.to(tl.int32)
+        chunk += tl.sum((length + C - 1) // C, 0)
+        group += tl.sum((length + GC - 1) // GC, 0)
+    tl.store(chunk_offsets + i_n, chunk)
+    tl.store(group_offsets + i_n, group)
+    if i_n < N:
+        length = (tl.load(cu_seqlens + i_n + 1) - tl.load(cu_seqlens + i_n)).to(tl.int32)
+        n_chunks = (length + C - 1) // C
+        n_groups = (length + GC - 1) // GC
+        for i in range(0, n_chunks, BLOCK):
+            tl.store(chunks + (chunk + i + o) * 2, i_n, mask=i + o < n_chunks)
+            tl.store(chunks + (chunk + i + o) * 2 + 1, i + o, mask=i + o < n_chunks)
+        for i in range(0, n_groups, BLOCK):
+            tl.store(groups + (group + i + o) * 2, i_n, mask=i + o < n_groups)
+            tl.store(groups + (group + i + o) * 2 + 1, i + o, mask=i + o < n_groups)
+    else:
+        for i in range(chunk, MAX_CHUNKS, BLOCK):
+            tl.store(chunks + (i + o) * 2, -1, mask=i + o < MAX_CHUNKS)
+        for i in range(group, MAX_GROUPS, BLOCK):
+            tl.store(groups + (i + o) * 2, -1, mask=i + o < MAX_GROUPS)
+
+
+@triton.jit
+def _load_tile(p, o_r, stride, o_c, m_r, m_c):
+    """Tile [rows, columns], zero outside the masks."""
+    return tl.load(p + o_r[:, None] * stride + o_c[None, :], mask=m_r[:, None] & m_c[None, :], other=0.0)
+
+
+@triton.jit
+def _load_tile_t(p, o_r, stride, o_c, m_r, m_c):
+    """The same tile read transposed: [columns, rows]."""
+    return tl.load(p + o_r[None, :] * stride + o_c[:, None], mask=m_r[None, :] & m_c[:, None], other=0.0)
+
+
+@triton.jit
+def _store_fragments(p, b, R: tl.constexpr, N: tl.constexpr):
+    """Scratch tile [R, N] in the order in which a warp group's accumulator holds it: 16 bytes a thread, no shuffle.
+
+    Row-major order would need a pass through shared memory and two barriers for every 2 KB. Row bits are (warp, half,
+    8 rows), column bits (block of 32, 4, 4, pair); only the speed depends on the layout, the result never does.
+    """
+    b = tl.reshape(b, [R // 16, 2, 8, N // 32, 4, 4, 2])
+    b = tl.reshape(tl.permute(b, [3, 1, 0, 2, 5, 4, 6]), [R * N // 256, 256])
+    o = tl.arange(0, R * N // 256)[:, None] * 256 + tl.arange(0, 256)[None, :]
+    tl.store(p + o, b.to(p.dtype.element_ty))
+
+
+@triton.jit
+def _load_fragments(p, R: tl.constexpr, N: tl.constexpr):
+    """Reads what `_store_fragments` wrote."""
+    o = tl.arange(0, R * N // 256)[:, None] * 256 + tl.arange(0, 256)[None, :]
+    b = tl.reshape(tl.load(p + o), [N // 32, 2, R // 16, 8, 4, 4, 2])
+    return tl.reshape(tl.permute(b, [2, 1, 3, 0, 5, 4, 6]), [R, N])
+
+
+@triton.jit
+def _dot(a, b, FP16: tl.constexpr, PRECISION: tl.constexpr):
+    """16x16 product of the inverse: fp16 operands where the entries are known to be bounded, else fp32 ones."""
+    # one return: Triton would type both of an if and what follows it
+    return (
+        tl.dot(a.to(tl.float16), b.to(tl.float16)).to(tl.float16) if FP16 else tl.dot(a, b, input_precision=PRECISION)
+    )
+
+
+@triton.jit
+def _inverse_16(b_m, FP16: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + M)^-1 of a strictly lower 16x16 block by doubling: 2x2 blocks in closed form, then 4, 8, 16.
+
+    Each step is T <- T - T (lower-left quarter of M) T. Unlike a Neumann series it never forms powers of M, which
+    reach 1e6 for repeated keys and cancel (`kernels.md`, Numerics).
+    """
+    o_r = tl.arange(0, 16)[:, None]
+    o_c = tl.arange(0, 16)[None, :]
+    b_t = tl.where(o_r == o_c, 1.0, tl.where(o_r // 2 == o_c // 2, -b_m, 0.0)).to(b_m.dtype)
+    for step in tl.static_range(2, 5):
+        quarter = (o_r >> step == o_c >> step) & ((o_r >> (step - 1)) % 2 == 1) & ((o_c >> (step - 1)) % 2 == 0)
+        b_y = _dot(tl.where(quarter, b_m, 0.0).to(b_m.dtype), b_t, FP16, PRECISION)
+        b_t -= _dot(b_t, b_y, FP16, PRECISION)
+    return b_t
+
+
+@triton.jit
+def _load_rows(p, i_b: tl.constexpr, o_t, t_0, stride, o_k, T, K):
+    o = i_b * 16 + o_t
+    m = (t_0 + o < T)[:, None] & (o_k < K)[None, :]
+    return tl.load(p + o[:, None] * stride + o_k[None, :], mask=m, other=0.0)
+
+
+@triton.jit
+def _load_beta(p, i_b: tl.constexpr, o_t, t_0, stride, T, BETA_MIN: tl.constexpr):
+    """beta, kept away from zero: its gradient divides by it (README, "Where beta is zero"). Zero beyond the end."""
+    o = i_b * 16 + o_t
+    m = t_0 + o < T
+    b = tl.load(p + o * stride, mask=m, other=0.0).to(tl.float32)
+    b = tl.where(tl.abs(b) < BETA_MIN, BETA_MIN, b)
+    return tl.where(m, b, 0.0)
+
+
+@triton.jit
+def _norm_of(b_g, EPS: tl.constexpr):
+    """Reciprocal norms from the diagonal of K K^T."""
+    o = tl.arange(0, 16)
+    return tl.rsqrt(tl.sum(tl.where(o[:, None] == o[None, :], b_g, 0.0), 1) + EPS)
+
+
+@triton.jit
+def _strict(b_m):
+    o = tl.arange(0, 16)
+    return tl.where(o[:, None] > o[None, :], b_m, 0.0)
+
+
+@triton.jit
+def _store_block(p, i_r: tl.constexpr, i_c: tl.constexpr, b, C: tl.constexpr):
+    o = tl.arange(0, 16)
+    tl.store(p + (i_r * 16 + o)[:, None] * C + (i_c * 16 + o)[None, :], b.to(p.dtype.element_ty))
+
+
+@triton.jit
+def _store_lower(p, b, C: tl.constexpr):
+    """Ten blocks and the zeros above them, diagonal blocks cut to their lower half."""
+    o = tl.arange(0, 16)
+    lower = o[:, None] >= o[None, :]
+    zero = tl.zeros([16, 16], tl.float32)
+    _store_block(p, 0, 0, tl.where(lower, b[0], 0.0), C)
+    _store_block(p, 1, 0, b[1], C)
+    _store_block(p, 1, 1, tl.where(lower, b[2], 0.0), C)
+    _store_block(p, 2, 0, b[3], C)
+    _store_block(p, 2, 1, b[4], C)
+    _store_block(p, 2, 2, tl.where(lower, b[5], 0.0), C)
+    _store_block(p, 3, 0, b[6], C)
+    _store_block(p, 3, 1, b[7], C)
+    _store_block(p, 3, 2, b[8], C)
+    _store_block(p, 3, 3, tl.where(lower, b[9], 0.0), C)
+    _store_block(p, 0, 1, zero, C)
+    _store_block(p, 0, 2, zero, C)
+    _store_block(p, 0, 3, zero, C)
+    _store_block(p, 1, 2, zero, C)
+    _store_block(p, 1, 3, zero, C)
+    _store_block(p, 2, 3, zero, C)
+
+
+@triton.jit
+def _lower_products(
+    p_x, x_st, p_y, y_st, t_0, T, K: tl.constexpr, BK: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr
+):
+    """X Y^T of one chunk: the ten 16x16 blocks on and below the diagonal, row by row."""
+    o_t = tl.arange(0, 16)
+    b00 = tl.zeros([16, 16], tl.float32)
+    b10 = tl.zeros([16, 16], tl.float32)
+    b11 = tl.zeros([16, 16], tl.float32)
+    b20 = tl.zeros([16, 16], tl.float32)
+    b21 = tl.zeros([16, 16], tl.float32)
+    b22 = tl.zeros([16, 16], tl.float32)
+    b30 = tl.zeros([16, 16], tl.float32)
+    b31 = tl.zeros([16, 16], tl.float32)
+    b32 = tl.zeros([16, 16], tl.float32)
+    b33 = tl.zeros([16, 16], tl.float32)
+    for i_k in range((K + BK - 1) // BK):
+        o_k = i_k * BK + tl.arange(0, BK)
+        x0 = _load_rows(p_x, 0, o_t, t_0, x_st, o_k, T, K).to(CT)
+        x1 = _load_rows(p_x, 1, o_t, t_0, x_st, o_k, T, K).to(CT)
+        x2 = _load_rows(p_x, 2, o_t, t_0, x_st, o_k, T, K).to(CT)
+        x3 = _load_rows(p_x, 3, o_t, t_0, x_st, o_k, T, K).to(CT)
+        y0 = tl.trans(_load_rows(p_y, 0, o_t, t_0, y_st, o_k, T, K).to(CT))
+        y1 = tl.trans(_load_rows(p_y, 1, o_t, t_0, y_st, o_k, T, K).to(CT))
+        y2 = tl.trans(_load_rows(p_y, 2, o_t, t_0, y_st, o_k, T, K).to(CT))
+        y3 = tl.trans(_load_rows(p_y, 3, o_t, t_0, y_st, o_k, T, K).to(CT))
+        b00 = tl.dot(x0, y0, b00, input_precision=PRECISION)
+        b10 = tl.dot(x1, y0, b10, input_precision=PRECISION)
+        b11 = tl.dot(x1, y1, b11, input_precision=PRECISION)
+        b20 = tl.dot(x2, y0, b20, input_precision=PRECISION)
+        b21 = tl.dot(x2, y1, b21, input_precision=PRECISION)
+        b22 = tl.dot(x2, y2, b22, input_precision=PRECISION)
+        b30 = tl.dot(x3, y0, b30, input_precision=PRECISION)
+        b31 = tl.dot(x3, y1, b31, input_precision=PRECISION)
+        b32 = tl.dot(x3, y2, b32, input_precision=PRECISION)
+        b33 = tl.dot(x3, y3, b33, input_precision=PRECISION)
+    return b00, b10, b11, b20, b21, b22, b30, b31, b32, b33
+
+
+@triton.jit
+def _row_norms(p, i_b: tl.constexpr, t_0, stride, T, K: tl.constexpr, BK: tl.constexpr, EPS: tl.constexpr):
+    b_r = tl.zeros([16], tl.float32)
+    for i_k in range((K + BK - 1) // BK):
+        b_x = _load_rows(p, i_b, tl.arange(0, 16), t_0, stride, i_k * BK + tl.arange(0, BK), T, K).to(tl.float32)
+        b_r += tl.sum(b_x * b_x, 1)
+    return tl.rsqrt(b_r + EPS)
+
+
+@triton.jit
+def prepare_kernel(
+    # inputs
+    q, k, beta,
+    # outputs: a [chunks, HV, C, C], p [chunks, H, C, C]; rq and rk [chunks, H, C], only with L2NORM
+    a, p, rq, rk,
+    # packed sequences
+    cu_seqlens, chunks,
+    # sizes and strides
+    scale, T, NT, H, HV, q_sb, q_st, q_sh, k_sb, k_st, k_sh, b_sb, b_st, b_sh,
+    # constants
+    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, L2NORM: tl.constexpr, PACKED: tl.constexpr,
+    WIDE: tl.constexpr, FP16: tl.constexpr, PRECISION: tl.constexpr, EPS: tl.constexpr, BETA_MIN: tl.constexpr,
+):  # fmt: skip
+    """A = rk (I + strictly_lower(beta rk rk' K K^T))^-1 diag(beta) of one chunk and value head, on 16x16 blocks.
+
+    The H programs after the HV of a chunk compute P = scale rq lower(Q K^T) and the norms of q. One warp each: the blocks are
+    too small for more, and with one there are no barriers. The ten blocks on and below the diagonal are named by row and column: m21 is block row 2, block column 1.
+    """
+    i_hv = tl.program_id(0)
+    i_t = tl.program_id(1)
+    i_h = tl.where(i_hv < HV, i_hv // (HV // H), i_hv - HV)
+    if PACKED:
+        i_n = tl.load(chunks + i_t * 2)
+        if i_n < 0:
+            return
+        i_c = tl.load(chunks + i_t * 2 + 1)
+        i_b = tl.zeros([], tl.int64)
+        bos = tl.load(cu_seqlens + i_n).to(tl.int64)
+        T = (tl.load(cu_seqlens + i_n + 1) - bos).to(tl.int32)
+    else:
+        i_b = (i_t // NT).to(tl.int64)
+        i_c = i_t % NT
+        bos = tl.zeros([], tl.int64)
+    t_0 = i_c * C
+    p_k = k + i_b * k_sb + (bos + t_0) * k_st + i_h * k_sh
+    p_b = beta + i_b * b_sb + (bos + t_0) * b_st + i_hv * b_sh
+    p_a = a + (i_t.to(tl.int64) * HV + i_hv) * C * C
+    p_r = (i_t.to(tl.int64) * H + i_h) * C
+    o_t = tl.arange(0, 16)
+    CT: tl.constexpr = tl.float32 if WIDE else tl.bfloat16
+
+    if i_hv >= HV:
+        p_q = q + i_b * q_sb + (bos + t_0) * q_st + i_h * q_sh
+        m00, m10, m11, m20, m21, m22, m30, m31, m32, m33 = _lower_products(
+            p_q, q_st, p_k, k_st, t_0, T, K, BK, CT, PRECISION
+        )
+        r0 = tl.full([16], scale, tl.float32)
+        r1 = r0
+        r2 = r0
+        r3 = r0
+        if L2NORM:
+            r0 = _row_norms(p_q, 0, t_0, q_st, T, K, BK, EPS)
+            r1 = _row_norms(p_q, 1, t_0, q_st, T, K, BK, EPS)
+            r2 = _row_norms(p_q, 2, t_0, q_st, T, K, BK, EPS)
+            r3 = _row_norms(p_q, 3, t_0, q_st, T, K, BK, EPS)
+            tl.store(rq + p_r + o_t, r0)
+            tl.store(rq + p_r + 16 + o_t, r1)
+            tl.store(rq + p_r + 32 + o_t, r2)
+            tl.store(rq + p_r + 48 + o_t, r3)
+            r0 *= scale
+            r1 *= scale
+            r2 *= scale
+            r3 *= scale
+        m00 *= r0[:, None]
+        m10 *= r1[:, None]
+        m11 *= r1[:, None]
+        m20 *= r2[:, None]
+        m21 *= r2[:, None]
+        m22 *= r2[:, None]
+        m30 *= r3[:, None]
+        m31 *= r3[:, None]
+        m32 *= r3[:, None]
+        m33 *= r3[:, None]
+        _store_lower(p + p_r * C, (m00, m10, m11, m20, m21, m22, m30, m31, m32, m33), C)
+        return
+
+    m00, m10, m11, m20, m21, m22, m30, m31, m32, m33 = _lower_products(
+        p_k, k_st, p_k, k_st, t_0, T, K, BK, CT, PRECISION
+    )
+    b_b0 = _load_beta(p_b, 0, o_t, t_0, b_st, T, BETA_MIN)
+    b_b1 = _load_beta(p_b, 1, o_t, t_0, b_st, T, BETA_MIN)
+    b_b2 = _load_beta(p_b, 2, o_t, t_0, b_st, T, BETA_MIN)
+    b_b3 = _load_beta(p_b, 3, o_t, t_0, b_st, T, BETA_MIN)
+    if L2NORM:
+        r0 = _norm_of(m00, EPS)
+        r1 = _norm_of(m11, EPS)
+        r2 = _norm_of(m22, EPS)
+        r3 = _norm_of(m33, EPS)
+        if i_hv % (HV // H) == 0:
+            tl.store(rk + p_r + o_t, r0)
+            tl.store(rk + p_r + 16 + o_t, r1)
+            tl.store(rk + p_r + 32 + o_t, r2)
+            tl.store(rk + p_r + 48 + o_t, r3)
+        w0 = (b_b0 * r0)[:, None]
+        w1 = (b_b1 * r1)[:, None]
+        w2 = (b_b2 * r2)[:, None]
+        w3 = (b_b3 * r3)[:, None]
+        m00 = m00 * w0 * r0[None, :]
+        m10 = m10 * w1 * r0[None, :]
+        m11 = m11 * w1 * r1[None, :]
+        m20 = m20 * w2 * r0[None, :]
+        m21 = m21 * w2 * r1[None, :]
+        m22 = m22 * w2 * r2[None, :]
+        m30 = m30 * w3 * r0[None, :]
+        m31 = m31 * w3 * r1[None, :]
+        m32 = m32 * w3 * r2[None, :]
+        m33 = m33 * w3 * r3[None, :]
+    else:
+        r0 = tl.full([16], 1.0, tl.float32)
+        r1 = r0
+        r2 = r0
+        r3 = r0
+        m00 *= b_b0[:, None]
+        m10 *= b_b1[:, None]
+        m11 *= b_b1[:, None]
+        m20 *= b_b2[:, None]
+        m21 *= b_b2[:, None]
+        m22 *= b_b2[:, None]
+        m30 *= b_b3[:, None]
+        m31 *= b_b3[:, None]
+        m32 *= b_b3[:, None]
+        m33 *= b_b3[:, None]
+
+    # fp16 blocks take half the registers: twice as many programs fit a multiprocessor
+    HT: tl.constexpr = tl.float16 if FP16 else tl.float32
+    m00 = _strict(m00).to(HT)
+    m10 = m10.to(HT)
+    m11 = _strict(m11).to(HT)
+    m20 = m20.to(HT)
+    m21 = m21.to(HT)
+    m22 = _strict(m22).to(HT)
+    m30 = m30.to(HT)
+    m31 = m31.to(HT)
+    m32 = m32.to(HT)
+    m33 = _strict(m33).to(HT)
+    t00 = _inverse_16(m00, FP16, PRECISION)
+    t11 = _inverse_16(m11, FP16, PRECISION)
+    t22 = _inverse_16(m22, FP16, PRECISION)
+    t33 = _inverse_16(m33, FP16, PRECISION)
+    # two merges to 32x32, then one to 64x64: [[P, 0], [R, Q]]^-1 = [[P', 0], [-Q' R P', Q']]
+    t10 = -_dot(t11, _dot(m10, t00, FP16, PRECISION), FP16, PRECISION)
+    t32 = -_dot(t33, _dot(m32, t22, FP16, PRECISION), FP16, PRECISION)
+    y20 = _dot(m20, t00, FP16, PRECISION) + _dot(m21, t10, FP16, PRECISION)
+    y30 = _dot(m30, t00, FP16, PRECISION) + _dot(m31, t10, FP16, PRECISION)
+    y21 = _dot(m21, t11, FP16, PRECISION)
+    y31 = _dot(m31, t11, FP16, PRECISION)
+    t20 = -_dot(t22, y20, FP16, PRECISION)
+    t21 = -_dot(t22, y21, FP16, PRECISION)
+    t30 = -(_dot(t32, y20, FP16, PRECISION) + _dot(t33, y30, FP16, PRECISION))
+    t31 = -(_dot(t32, y21, FP16, PRECISION) + _dot(t33, y31, FP16, PRECISION))
+
+    t00 = t00.to(tl.float32) * r0[:, None] * b_b0[None, :]
+    t10 = t10.to(tl.float32) * r1[:, None] * b_b0[None, :]
+    t11 = t11.to(tl.float32) * r1[:, None] * b_b1[None, :]
+    t20 = t20.to(tl.float32) * r2[:, None] * b_b0[None, :]
+    t21 = t21.to(tl.float32) * r2[:, None] * b_b1[None, :]
+    t22 = t22.to(tl.float32) * r2[:, None] * b_b2[None, :]
+    t30 = t30.to(tl.float32) * r3[:, None] * b_b0[None, :]
+    t31 = t31.to(tl.float32) * r3[:, None] * b_b1[None, :]
+    t32 = t32.to(tl.float32) * r3[:, None] * b_b2[None, :]
+    t33 = t33.to(tl.float32) * r3[:, None] * b_b3[None, :]
+    _store_lower(p_a, (t00, t10, t11, t20, t21, t22, t30, t31, t32, t33), C)
+
+
+@triton.jit
+def scan_kernel(
+    # inputs; a, p, rq and rk as the prepare kernel wrote them
+    q, k, v, a, p, rq, rk, h0,
+    # outputs; u and s, in tiles (`_store_fragments`), only with SAVE
+    o, u, s, ht,
+    # packed sequences
+    cu_seqlens, chunk_offsets, group_offsets,
+    # sizes and strides
+    scale, T, NT, NG, H, HV, HV_ALL,
+    q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
+    # constants
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
+    L2NORM: tl.constexpr, PACKED: tl.constexpr, HAS_H0: tl.constexpr, HAS_HT: tl.constexpr, OUTPUT: tl.constexpr,
+    SAVE: tl.constexpr, PHI: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DEEP: tl.constexpr,
+):  # fmt: skip
+    """Runs one sequence, value head and block of BV value columns from the first chunk to the last.
+
+    HV_ALL is the number of heads in h0 and ht, of which a call may hold a slice (`recompute`).
+    PHI (segments): blocks of columns beyond V start from the identity with v = 0; their final state goes to o.
+    DEEP, for few programs, each alone on a multiprocessor: V is transposed by the tensor cores, exactly. Through
+    registers and shared memory it costs eight barriers a chunk, but leaves room for two programs side by side.
+    Keys wider than BK = 128 are held as two halves, 1 and 2, so that only one bf16 copy of the state lives at a time.
+    """
+    i_v = tl.program_id(0)
+    i_hv = tl.program_id(1)
+    i_n = tl.program_id(2)
+    i_h = i_hv // (HV // H)
+    if PACKED:
+        i_b = tl.zeros([], tl.int64)
+        bos = tl.load(cu_seqlens + i_n).to(tl.int64)
+        T_all = T
+        T = (tl.load(cu_seqlens + i_n + 1) - bos).to(tl.int32)
+        NT = (T + C - 1) // C
+        chunk_0 = tl.load(chunk_offsets + i_n).to(tl.int64)
+        group_0 = tl.load(group_offsets + i_n).to(tl.int64)
+    else:
+        i_b = i_n.to(tl.int64)
+        bos = tl.zeros([], tl.int64)
+        T_all = T
+        chunk_0 = i_b * NT
+        group_0 = i_b * NG
+    CT: tl.constexpr = tl.float32 if WIDE else tl.bfloat16
+    o_c = tl.arange(0, C)
+    o_k1 = tl.arange(0, BK)
+    o_k2 = BK + tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_k1 = o_k1 < K
+    m_k2 = o_k2 < K
+    m_v = o_v < V
+
+    q += i_b * q_sb + bos * q_st + i_h * q_sh
+    k += i_b * k_sb + bos * k_st + i_h * k_sh
+    v += i_b * v_sb + bos * v_st + i_hv * v_sh
+    if OUTPUT:
+        o += ((i_b * T_all + bos) * HV + i_hv) * V
+    # scratch tiles: u [chunks, HV, V blocks, BV * C], s [groups, HV, V blocks, K halves, BV * BK]
+    NV = tl.cdiv(V, BV)
+    NK = tl.cdiv(K, BK)
+    V_LOAD = V
+    V_HT = V
+    if PHI and i_v >= NV:
+        o_v -= NV * BV
+        m_v = o_v < K
+        V_LOAD = 0
+        V_HT = K
+        ht = o
+    m_load = o_v < V_LOAD
+    u += ((chunk_0 * HV + i_hv) * NV + i_v) * BV * C
+    a += (chunk_0 * HV + i_hv) * C * C
+    p += (chunk_0 * H + i_h) * C * C
+    rk += (chunk_0 * H + i_h) * C
+    rq += (chunk_0 * H + i_h) * C
+    s += ((group_0 * HV + i_hv) * NV + i_v) * NK * BV * BK
+    state_size = tl.full([], BV * BK, tl.int64) * HV * NV * NK
+    p_h = (i_n.to(tl.int64) * HV_ALL + i_hv) * K * V
+
+    b_s1 = tl.zeros([BV, BK], tl.float32)
+    if K > BK:
+        b_s2 = tl.zeros([BV, BK], tl.float32)
+    if PHI:
+        b_s1 += ((o_v[:, None] == o_k1[None, :]) & (i_v >= NV)).to(tl.float32)
+    if HAS_H0:
+        b_s1 += _load_tile_t(h0 + p_h, o_k1, V, o_v, m_k1, m_v)
+        if K > BK:
+            b_s2 += _load_tile_t(h0 + p_h, o_k2, V, o_v, m_k2, m_v)
+
+    if DEEP:
+        b_i = (o_c[:, None] == o_c[None, :]).to(CT)
+    for i_c in range(NT):
+        m_t = i_c * C + o_c < T
+        b_k1 = _load_tile(k, o_c, k_st, o_k1, m_t, m_k1).to(CT)
+        if K > BK:
+            b_k2 = _load_tile(k, o_c, k_st, o_k2, m_t, m_k2).to(CT)
+        if DEEP:
+            b_v = tl.trans(_load_tile(v, o_c, v_st, o_v, m_t, m_load).to(CT))
+        else:
+            b_v = _load_tile_t(v, o_c, v_st, o_v, m_t, m_load)
+        b_a = tl.load(a + o_c[:, None] * C + o_c[None, :])
+        if OUTPUT:
+            b_q1 = _load_tile(q, o_c, q_st, o_k1, m_t, m_k1).to(CT)
+            if K > BK:
+                b_q2 = _load_tile(q, o_c, q_st, o_k2, m_t, m_k2).to(CT)
+        b_c1 = b_s1.to(CT)
+        if SAVE and i_c % GROUP == 0:
+            p_s = s + (i_c // GROUP) * state_size
+            _store_fragments(p_s, b_c1, BV, BK)
+            if K > BK:
+                _store_fragments(p_s + BV * BK, b_s2.to(CT), BV, BK)
+
+        # X^T = V^T - rk (S^T K^T)
+        b_y = tl.dot(b_v, b_i, input_precision="ieee") if DEEP else b_v.to(tl.float32)
+        b_x = tl.dot(b_c1, tl.trans(b_k1), input_precision=PRECISION)
+        if OUTPUT:
+            b_o = tl.dot(b_c1, tl.trans(b_q1), input_precision=PRECISION)
+        if K > BK:
+            b_c2 = b_s2.to(CT)
+            b_x = tl.dot(b_c2, tl.trans(b_k2), b_x, input_precision=PRECISION)
+            if OUTPUT:
+                b_o = tl.dot(b_c2, tl.trans(b_q2), b_o, input_precision=PRECISION)
+        b_x = b_y - b_x * tl.load(rk + o_c)[None, :] if L2NORM else b_y - b_x
+        # U^T = X^T A^T
+        b_u = tl.dot(b_x.to(CT), tl.trans(b_a), input_precision=PRECISION).to(CT)
+        # S^T <- S^T + U^T K
+        b_s1 = tl.dot(b_u, b_k1, b_s1, input_precision=PRECISION)
+        if K > BK:
+            b_s2 = tl.dot(b_u, b_k2, b_s2, input_precision=PRECISION)
+        if SAVE:
+            _store_fragments(u, b_u, BV, C)
+
+        # O^T = scale rq (S^T Q^T) + U^T P^T
+        if OUTPUT:
+            if L2NORM:
+                b_o *= (tl.load(rq + o_c) * scale)[None, :]
+            else:
+                b_o *= scale
+            b_p = tl.load(p + o_c[:, None] * C + o_c[None, :])
+            b_o = tl.dot(b_u, tl.trans(b_p), b_o, input_precision=PRECISION)
+            p_o = o + o_c[None, :] * (HV * V) + o_v[:, None]
+            tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_t[None, :] & m_v[:, None])
+
+        q += C * q_st
+        k += C * k_st
+        v += C * v_st
+        if OUTPUT:
+            o += C * HV * V
+        u += HV * NV * BV * C
+        a += C * C * HV
+        p += C * C * H
+        rk += C * H
+        rq += C * H
+
+    if HAS_HT:
+        p_h = (i_n.to(tl.int64) * HV_ALL + i_hv) * K * V_HT
+        tl.store(ht + p_h + o_k1[None, :] * V_HT + o_v[:, None], b_s1, mask=m_v[:, None] & m_k1[None, :])
+        if K > BK:
+            tl.store(ht + p_h + o_k2[None, :] * V_HT + o_v[:, None], b_s2, mask=m_v[:, None] & m_k2[None, :])
+
+
+# --------------------------------------------------------------------------------------------------------- launchers
+
+
+class Tables(NamedTuple):
+    """Where sequences, chunks and groups lie. Tensors are None for a dense batch, where it is plain arithmetic."""
+
+    n: int  # sequences
+    n_chunks: int  # programs over chunks; an upper bound for packed sequences, whose lengths only the device knows
+    n_groups: int
+    nt: int  # chunks a sequence (dense)
+    ng: int
+    chunk_offsets: torch.Tensor | None = None
+    group_offsets: torch.Tensor | None = None
+    chunks: torch.Tensor | None = None
+    groups: torch.Tensor | None = None
+
+
+def tables(B: int, T: int, group: int, cu_seqlens: torch.Tensor | None) -> Tables:
+    if cu_seqlens is None:
+        nt, ng = triton.cdiv(T, CHUNK), triton.cdiv(T, group)
+        return Tables(B, B * nt, B * ng, nt, ng)
+    n = cu_seqlens.numel() - 1
+    n_chunks, n_groups = T // CHUNK + n, T // group + n
+    buffer = torch.empty(2 * (n + 1) + 2 * (n_chunks + n_groups), dtype=torch.int32, device=cu_seqlens.device)
+    parts = buffer.split([n + 1, n + 1, 2 * n_chunks, 2 * n_groups])
+    index_kernel[(n + 1,)](cu_seqlens, *parts, n, n_chunks, n_groups, C=CHUNK, GC=group, BLOCK=128, num_warps=1)
+    return Tables(n, n_chunks, n_groups, 0, 0, *parts)
+
+
+def scratch_type(dtype: torch.dtype) -> torch.dtype:
+    """fp16 goes through fp32: its exponent range cannot hold U and dV where beta is near zero."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def precision(dtype: torch.dtype) -> str:
+    """tf32 holds an fp16 number exactly; fp32 inputs get three tf32 products, an error of fp32's class."""
+    return "tf32" if dtype == torch.float16 else "tf32x3"
+
+
+def blocks(K: int, V: int, plan: Plan) -> tuple[int, int]:
+    """Value columns of a scan program and key columns of a half; the tiles of u, s and ds."""
+    return min(plan.scan.block_v, max(16, triton.next_power_of_2(V))), max(32, min(128, triton.next_power_of_2(K)))
+
+
+def u_shape(k, v, n_chunks: int, plan: Plan) -> tuple[int, ...]:
+    HV, V = v.shape[2:]
+    block_v, _ = blocks(k.shape[3], V, plan)
+    return n_chunks, HV, triton.cdiv(V, block_v), block_v * CHUNK
+
+
+def s_shape(k, v, n_groups: int, plan: Plan) -> tuple[int, ...]:
+    K, (HV, V) = k.shape[3], v.shape[2:]
+    block_v, block_k = blocks(K, V, plan)
+    return n_groups, HV, triton.cdiv(V, block_v), triton.cdiv(K, block_k), block_v * block_k
+
+
+def prepare(q, k, beta, scale: float, l2norm: bool, t: Tables, cu_seqlens, plan: Plan):
+    """A [chunks, HV, C, C], P [chunks, H, C, C], and the reciprocal norms of q and k [chunks, H, C] (or None)."""
+    B, T, H, K = k.shape
+    HV = beta.shape[2]
+    wide = k.dtype != torch.bfloat16
+    a = k.new_empty(t.n_chunks, HV, CHUNK, CHUNK, dtype=scratch_type(k.dtype))
+    p = k.new_empty(t.n_chunks, H, CHUNK, CHUNK, dtype=scratch_type(k.dtype))
+    # two tensors, not two halves of one: an operator's outputs may not share memory
+    rq, rk = (k.new_empty(t.n_chunks, H, CHUNK, dtype=torch.float32) if l2norm else None for _ in range(2))
+    if t.n_chunks > 0 and T > 0:
+        launch(
+            prepare_kernel, (HV + H, t.n_chunks),
+            (
+                q, k, beta, a, p, a if rq is None else rq, a if rk is None else rk, cu_seqlens, t.chunks,
+                scale, T, t.nt, H, HV, q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
+                beta.stride(0), beta.stride(1), beta.stride(2),
+            ),
+            {
+                "K": K, "BK": max(16, min(plan.prepare.block_v, triton.next_power_of_2(K))), "C": CHUNK, "L2NORM": l2norm,
+                "PACKED": cu_seqlens is not None, "WIDE": wide, "FP16": l2norm and not wide,
+                "PRECISION": "tf32x3" if wide else "tf32", "EPS": EPS, "BETA_MIN": BETA_MIN,
+            },
+            {"num_warps": plan.prepare.num_warps, "num_stages": plan.prepare.num_stages, "maxnreg": plan.prepare.maxnreg},
+        )  # fmt: skip
+    return a, p, rq, rk
+
+
+def scan(q, k, v, prepared, h0, scale, t: Tables, cu_seqlens, plan: Plan, *, output, save, final, phi=None):
+    """Forward scan. Returns o, u, s, ht; each is None unless asked for. Fills phi [N, HV, K, K], for segments."""
+    a, p, rq, rk = prepared
+    B, T, H, K = k.shape
+    HV, V = v.shape[2:]
+    new = k.new_empty
+    scratch = scratch_type(k.dtype)
+    o = new(B, T, HV, V, dtype=v.dtype) if output else None
+    u = new(u_shape(k, v, t.n_chunks, plan), dtype=scratch) if save else None
+    s = new(s_shape(k, v, t.n_groups, plan), dtype=scratch) if save else None
+    ht = new(t.n, HV, K, V, dtype=torch.float32) if final else None
+    choice = plan.scan
+    block_v, block_k = blocks(K, V, plan)
+    if t.n > 0:
+        columns = triton.cdiv(V, block_v) + (0 if phi is None else triton.cdiv(K, block_v))
+        launch(
+            scan_kernel, (columns, HV, t.n),
+            (
+                q, k, v, a, p, a if rq is None else rq, a if rk is None else rk, a if h0 is None else h0,
+                (a if phi is None else phi) if o is None else o, a if u is None else u, a if s is None else s, a if ht is None else ht,
+                cu_seqlens, t.chunk_offsets, t.group_offsets,
+                scale, T, t.nt, t.ng, H, HV, HV,
+                q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
+                v.stride(0), v.stride(1), v.stride(2),
+            ),
+            {
+                "K": K, "V": V, "BK": block_k, "BV": block_v, "C": CHUNK,
+                "GROUP": plan.group // CHUNK, "L2NORM": rk is not None, "PACKED": cu_seqlens is not None, "HAS_H0": h0 is not None,
+                "HAS_HT": final, "OUTPUT": output, "SAVE": save, "PHI": phi is not None, "WIDE": k.dtype != torch.bfloat16, "PRECISION": precision(k.dtype),
+                "DEEP": choice.deep,
+            },
+            {"num_warps": choice.num_warps, "num_stages": choice.num_stages},
+        )  # fmt: skip
+    return o, u, s, ht

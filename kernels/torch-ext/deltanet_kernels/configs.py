@@ -1,0 +1,80 @@
+"""Launch choices: one small table per architecture and head size, each line with its reason. No autotuning.
+
+A first call must cost seconds, not minutes, so nothing is swept on the user's time. The figures behind the choices
+are in `kernels/README.md`. Shared memory a block may take: 99 KB on sm_86/89/120, 163 KB on sm_80, 227 KB on
+sm_90/100; `tests/ops/test_compile.py` compiles every line of this table for each of them.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+
+CHUNK = 64  # tokens in a chunk: the unit of the triangular inverse and of a scan step
+
+
+class Launch(NamedTuple):
+    """How one kernel is launched; block_v is the number of value columns a program (or a loop step) works on."""
+
+    block_v: int
+    num_warps: int
+    num_stages: int
+    deep: bool = False  # scans: V transposed by the tensor cores, see `scan_kernel`
+    maxnreg: int | None = None  # registers a thread, where more programs beat fewer spills
+
+
+class Plan(NamedTuple):
+    """All launch choices of one call."""
+
+    prepare: Launch  # block_v is the slice of key columns a step loads; one chunk in 16x16 blocks
+    scan: Launch  # forward scan; its block_v is that of the reverse scan and of the gradients' loops too
+    reverse: Launch  # reverse scan
+    grads: Launch  # chunk-parallel gradients
+    group: int  # tokens between two saved states
+
+
+@functools.cache
+def arch_of(device_index: int) -> int:
+    """80, 86, 89, 90, 100, 120: compute capability as one number."""
+    major, minor = torch.cuda.get_device_capability(device_index)
+    return major * 10 + minor
+
+
+@functools.cache
+def multiprocessors(device_index: int) -> int:
+    return torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
+def shared_memory_limit(arch: int) -> int:
+    """Bytes of shared memory one block may use."""
+    if arch in (90, 100, 103):
+        return 232448
+    return 166912 if arch in (80, 87) else 101376
+
+
+@functools.cache
+def plan(arch: int, K: int, V: int, wide: bool, few: bool) -> Plan:
+    """The launch table. `wide`: fp32 scratch (fp32 and fp16 inputs). `few`: at most one scan program a multiprocessor."""
+    d = max(K, V)
+    if wide:
+        # tf32 operands take twice the shared memory: narrow blocks, whatever the chip
+        return Plan(Launch(32, 1, 1), Launch(16, 4, 1), Launch(16, 4, 1), Launch(16, 4, 1), CHUNK)
+    # one warp: 16x16 blocks offer no more work, and there is no barrier to wait at (four warps on 64x64: 0.26 ms, not
+    # 0.21, at 8 x 4096 x 16 x 128)
+    prepare = Launch(64, 1, 1)
+    if arch in (90, 100, 103):
+        if K > 128:
+            # two halves of the state are 128 registers: no room to load ahead; 8 warps hold dq and dk without spilling
+            return Plan(prepare, Launch(64, 4, 1), Launch(64, 4, 1), Launch(64, 8, 1), CHUNK)
+        # d = 64: four programs a multiprocessor beat the spills (0.47 ms, not 0.63). d = 128: all registers
+        grads = Launch(64, 4, 1, maxnreg=128) if d <= 64 else Launch(64, 4, 1)
+        if few:
+            # alone on its multiprocessor a program must hide the loads itself: three stages (2.0 us a chunk, not 2.5)
+            scan = Launch(64, 4, 3, deep=True)
+            return Plan(prepare, scan, scan, grads, CHUNK)
+        # forward: two stages, so that two programs share a multiprocessor; reverse: 0.25 ms with three, 0.27 with two
+        return Plan(prepare, Launch(64, 4, 2), Launch(64, 4, 3 if arch == 90 else 2), grads, CHUNK)
+    # compiled, not measured: blocks that fit 99 KB; at d = 256 and 32 columns the reverse scan took 112 KB
+    block_v = 16 if d > 128 else 32
+    return Plan(prepare, Launch(block_v, 4, 1), Launch(block_v, 4, 1), Launch(block_v, 8 if d > 128 else 4, 1), CHUNK)

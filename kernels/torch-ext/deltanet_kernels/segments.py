@@ -1,0 +1,109 @@
+"""Long sequences with few heads: the scan cut into segments that run side by side.
+
+A scan has one program a sequence, head and block of value columns: 32 of them for 16 heads of 128 at batch 1, on a
+chip of 132 multiprocessors. Over a segment the state goes S_out = Phi S_in + N, so:
+
+    N     = the segment's final state from S_in = 0                         (scan, no output)
+    Phi   = the same for v = 0 and S_in = I: K more value columns           (in the same launch)
+    S_in  of every segment, one after the other                             (chain, one launch)
+    the ordinary scan from each segment's true entry state                  (scan)
+
+Backward is its adjoint, dS_in = Phi^T dS_out + dN, and reuses Phi. Phi is exact, nothing is truncated: the rule does
+not decay. Each factor has norm at most 1 for normalised keys and beta <= 2, so products cannot grow.
+
+Segments are batch entries: every tensor is viewed as [B * S, T / S, ...], which costs no copy.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import chunk_backward, chunk_forward
+from .chunk_forward import Tables
+from .configs import CHUNK, Plan
+
+
+MIN_CHUNKS = 64  # chunks a segment; below, the extra launches cost more than they spread
+
+
+def count(B: int, T: int, HV: int, K: int, blocks: int, sms: int) -> int:
+    """Segments a sequence: 1 unless that leaves more than half of the multiprocessors without a program.
+
+    The largest power of two that keeps at most two programs a multiprocessor and divides T into whole chunks.
+    """
+    programs = B * HV * blocks
+    if programs * 2 > sms or T % CHUNK or K > 128:
+        return 1
+    s = 1
+    while programs * s * 2 <= 2 * sms and T % (CHUNK * s * 2) == 0 and T // (CHUNK * s * 2) >= MIN_CHUNKS:
+        s *= 2
+    # two extra passes: worth it from four segments on
+    return s if s >= 4 else 1
+
+
+def cut(x: torch.Tensor, s: int) -> torch.Tensor | None:
+    """[B, T, ...] seen as [B * s, T / s, ...]; None where strides do not allow it."""
+    B, T = x.shape[:2]
+    if B > 1 and x.stride(0) != T * x.stride(1):
+        return None
+    return x.as_strided((B * s, T // s, *x.shape[2:]), (T // s * x.stride(1), *x.stride()[1:]), x.storage_offset())
+
+
+@triton.jit
+def chain_kernel(
+    n, phi, first, out,
+    HV,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, S: tl.constexpr,
+    HAS_FIRST: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """state <- Phi state + N from segment to segment (backward: Phi^T, last to first); out is each one's entry."""
+    i_v = tl.program_id(0)
+    i_b = tl.program_id(1).to(tl.int64) // HV
+    i_hv = tl.program_id(1) % HV
+    o_k = tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    m = (o_k < K)[:, None] & (o_v < V)[None, :]
+    o = o_k[:, None] * V + o_v[None, :]
+    if HAS_FIRST:
+        b_s = tl.load(first + (i_b * HV + i_hv) * K * V + o, mask=m, other=0.0)
+    else:
+        b_s = tl.zeros([BK, BV], tl.float32)
+    for i in range(S):
+        i_s = i_b * S + (S - 1 - i if REVERSE else i)
+        p = (i_s * HV + i_hv) * K
+        tl.store(out + p * V + o, b_s, mask=m)
+        if REVERSE:
+            p_phi = phi + p * K + o_k[:, None] + o_k[None, :] * K
+        else:
+            p_phi = phi + p * K + o_k[:, None] * K + o_k[None, :]
+        b_phi = tl.load(p_phi, mask=(o_k < K)[:, None] & (o_k < K)[None, :], other=0.0)
+        b_n = tl.load(n + p * V + o, mask=m, other=0.0)
+        b_s = tl.dot(b_phi, b_s, b_n, input_precision="tf32x3")
+
+
+def _chain(n, phi, first, s: int, reverse: bool) -> torch.Tensor:
+    N, HV, K, V = n.shape
+    out = torch.empty_like(n)
+    chain_kernel[(triton.cdiv(V, 16), N // s * HV)](
+        n, phi, n if first is None else first, out, HV,
+        K=K, V=V, BK=max(16, triton.next_power_of_2(K)), BV=16, S=s, HAS_FIRST=first is not None, REVERSE=reverse,
+        num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return out
+
+
+def entry_states(k, v, prepared, h0, scale: float, t: Tables, plan: Plan, s: int):
+    """S_in of every segment, [B * s, HV, K, V], and Phi [B * s, HV, K, K]."""
+    K, HV = k.shape[3], v.shape[2]
+    phi = k.new_empty(t.n, HV, K, K, dtype=torch.float32)
+    *_, n = chunk_forward.scan(
+        k, k, v, prepared, None, scale, t, None, plan, output=False, save=False, final=True, phi=phi
+    )
+    return _chain(n, phi, h0, s, False), phi
+
+
+def exit_gradients(q, k, do, prepared, phi, dht, scale: float, t: Tables, plan: Plan, s: int) -> torch.Tensor:
+    """dS_out of every segment, [B * s, HV, K, V]."""
+    n = k.new_empty(t.n, do.shape[2], k.shape[3], do.shape[3], dtype=torch.float32)
+    chunk_backward.reverse(q, k, do, prepared, None, n, n, scale, t, None, plan, save=False)
+    return _chain(n, phi, dht, s, True)

@@ -1,0 +1,716 @@
+"""Short causal depthwise convolution and SiLU for several tensors (q, k and v) in one launch.
+
+    z_t = sum_j w_j x_{t-j}, j = 0 .. W-1        y_t = silu(z_t), or z_t
+
+What lies before a sequence comes from its state (its last W - 1 inputs, oldest first), or is zero. Backward:
+
+    dz_t = dy_t silu'(z_t)        dx_t = sum_j w_j dz_{t+j}        dw_j = sum_t dz_t x_{t-j}
+
+Forward computes a tile of time by channels from W shifted loads: they differ by whole rows, so all but one hit the
+cache, and none waits for another. Backward would need 4 x 4 shifts that way; instead a program walks its segment of
+time from the last row to the first with the last W - 1 rows of dz and of x in registers, so each dz is computed once
+(and again in the W - 1 rows before a segment's end), and dw gathers in registers: one partial sum a segment, added up
+afterwards in a fixed order.
+
+Legend: B batch, T time, D channels (D0, D1, D2 of up to three tensors, one after another in the state and in dw),
+W width, N sequences (N = B, or len(cu_seqlens) - 1 packed into B = 1). w_j multiplies x_{t-j}: it is column W-1-j of
+the weight [D, W]. In kernels: i_ index, o_ offset, p_ pointer, m_ mask, s_ stride, b_ block value in registers; d for
+a gradient; h the state; bos and eos the first token of a sequence and the one after its last.
+Everything is accumulated in fp32; offsets into tensors are int64.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+
+__all__ = ["short_conv", "short_conv_step"]
+
+MAX_TENSORS = 3
+MIN_WIDTH, MAX_WIDTH = 2, 4
+
+# Launch choices. All three kernels are bound by memory.
+# Forward: 16 x 256 elements on 8 warps are 16 a thread, in two 16-byte loads (bf16) for each of the W shifts. With 4
+# warps the int64 addresses of a state take the kernel to 241 registers.
+FORWARD_BLOCK_T, FORWARD_BLOCK_D, FORWARD_WARPS = 16, 256, 8
+# Backward: 4 channels a thread keep w, dw, x and dz (16 fp32 each) and four rows of loads in flight under 128
+# registers. 64 rows a segment: 3 rows in 64 are computed twice, and dw's partial sums are 1/12 of x's bytes in bf16
+# (W fp32 a channel and segment).
+BACKWARD_SEGMENT, BACKWARD_BLOCK_D, BACKWARD_WARPS = 64, 256, 2
+STEP_BLOCK_D, STEP_WARPS = 256, 2
+
+
+# ---------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _find_sequence(cu_seqlens, o_t, N):
+    """The last n with cu_seqlens[n] <= o_t (so never an empty sequence), by halving; o_t a scalar or a block."""
+    i_lo = o_t * 0
+    i_hi = o_t * 0 + N
+    n = N
+    while n > 0:
+        i_mid = (i_lo + i_hi) // 2
+        left = tl.load(cu_seqlens + i_mid) > o_t
+        i_hi = tl.where(left, i_mid, i_hi)
+        i_lo = tl.where(left, i_lo, i_mid)
+        n = n // 2
+    return i_lo
+
+
+@triton.jit
+def _tap(p_x, s_xt, h, s_hn, o_h, i_n, o_t, bos, m, J: tl.constexpr, W: tl.constexpr):
+    """x_{t-J} in fp32: from x within the sequence, from the state before it (zero without one)."""
+    inside = o_t - J >= bos
+    b_x = tl.load(p_x + (o_t - J) * s_xt, mask=m & inside, other=0.0).to(tl.float32)
+    if h is not None and J > 0:
+        p_h = h + i_n * s_hn + o_h * (W - 1) + (W - 1 - J) + (o_t - bos)
+        b_x += tl.load(p_h, mask=m & (o_t - J < bos), other=0.0).to(tl.float32)
+    return b_x
+
+
+@triton.jit
+def _weight(p_w, m_d, J: tl.constexpr, W: tl.constexpr):
+    """w_J in fp32, zeros beyond the width."""
+    if J < W:
+        return tl.load(p_w + (W - 1 - J), mask=m_d, other=0.0).to(tl.float32)
+    return tl.load(p_w, mask=m_d & False, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _dz(b_z, b_dy, SILU: tl.constexpr):
+    if SILU:
+        b_s = tl.sigmoid(b_z)
+        b_dy = b_dy * b_s * (1.0 + b_z * (1.0 - b_s))
+    return b_dy
+
+
+@triton.jit(do_not_specialize=["T", "N"])
+def _fwd_kernel(
+    # inputs of each tensor and its output y; h and cu_seqlens may be None
+    x0, x1, x2, w0, w1, w2, h, cu_seqlens, y0, y1, y2,
+    # sizes and strides
+    T, N, D0, D1, D2, s_x0b, s_x0t, s_x1b, s_x1t, s_x2b, s_x2t,
+    # constants
+    W: tl.constexpr, SILU: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    i_d = tl.program_id(0)
+    i_b = tl.program_id(2).to(tl.int64)
+    n0, n1 = tl.cdiv(D0, BD), tl.cdiv(D1, BD)
+    if i_d < n0:
+        p_x, p_w, p_y, D, o_first, s_xt = x0 + i_b * s_x0b, w0, y0, D0, 0, s_x0t
+    elif i_d < n0 + n1:
+        p_x, p_w, p_y, D, o_first, s_xt = x1 + i_b * s_x1b, w1, y1, D1, D0, s_x1t
+        i_d -= n0
+    else:
+        p_x, p_w, p_y, D, o_first, s_xt = x2 + i_b * s_x2b, w2, y2, D2, D0 + D1, s_x2t
+        i_d -= n0 + n1
+
+    o_d = i_d * BD + tl.arange(0, BD)
+    o_t = (tl.program_id(1) * BT + tl.arange(0, BT)).to(tl.int64)
+    m_d, m_t = o_d < D, o_t < T
+    if cu_seqlens is not None:
+        i_n = _find_sequence(cu_seqlens, o_t, N)
+        bos = tl.load(cu_seqlens + i_n).to(tl.int64)[:, None]
+        i_n = i_n[:, None]
+    else:
+        i_n = i_b
+        bos = i_b * 0
+    m = m_t[:, None] & m_d[None, :]
+    o_h = (o_first + o_d)[None, :]
+    s_hn = ((D0 + D1 + D2) * (W - 1)).to(tl.int64)
+    p_x += o_d[None, :]
+    b_z = tl.zeros([BT, BD], dtype=tl.float32)
+    for J in tl.static_range(W):
+        b_w = _weight(p_w + o_d * W, m_d, J, W)
+        b_z += b_w[None, :] * _tap(p_x, s_xt, h, s_hn, o_h, i_n, o_t[:, None], bos, m, J, W)
+    b_y = b_z * tl.sigmoid(b_z) if SILU else b_z
+    p_y += (i_b * T + o_t)[:, None] * D + o_d[None, :]
+    tl.store(p_y, b_y.to(p_y.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def _row(p, s_t, t, T, m_d):
+    """Row t of a [T, D] tensor as it was loaded, zeros outside it."""
+    return tl.load(p + t * s_t, mask=m_d & (t >= 0) & (t < T), other=0.0)
+
+
+@triton.jit
+def _own(b_x, h, s_hn, o_h, i_n, t, bos, m_d, J: tl.constexpr, W: tl.constexpr):
+    """Row t - J in fp32 if it belongs to the sequence of row t; else from its state, or zeros."""
+    b_x = tl.where(t - J >= bos, b_x.to(tl.float32), 0.0)
+    if h is not None and J > 0:
+        p_h = h + i_n * s_hn + o_h * (W - 1) + (W - 1 - J) + (t - bos)
+        b_x += tl.load(p_h, mask=m_d & (t - J < bos), other=0.0).to(tl.float32)
+    return b_x
+
+
+@triton.jit
+def _dz_at(p_x, s_xt, p_dy, s_dyt, h, s_hn, o_h, i_n, t, T, bos, m_d, b_w0, b_w1, b_w2, b_w3,
+           W: tl.constexpr, SILU: tl.constexpr):  # fmt: skip
+    """dz of row t, from memory alone."""
+    m = m_d & (t < T)
+    b_z = b_w0 * _tap(p_x, s_xt, h, s_hn, o_h, i_n, t, bos, m, 0, W)
+    b_z += b_w1 * _tap(p_x, s_xt, h, s_hn, o_h, i_n, t, bos, m, 1, W)
+    if W > 2:
+        b_z += b_w2 * _tap(p_x, s_xt, h, s_hn, o_h, i_n, t, bos, m, 2, W)
+    if W > 3:
+        b_z += b_w3 * _tap(p_x, s_xt, h, s_hn, o_h, i_n, t, bos, m, 3, W)
+    return _dz(b_z, _row(p_dy, s_dyt, t, T, m_d).to(tl.float32), SILU)
+
+
+@triton.jit
+def _bwd_row(
+    t, b_x0, b_x1, b_x2, b_x3, b_dy, b_d1, b_d2, b_d3, b_w0, b_w1, b_w2, b_w3, b_g0, b_g1, b_g2, b_g3, i_n, bos, eos,
+    p_dx, D, T, h, s_hn, o_h, cu_seqlens, m_d, W: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """One row of the walk: dx_t from dz_t and the three after it; dw (b_g) takes dz_t times its taps."""
+    if cu_seqlens is not None:
+        while bos > t:
+            i_n -= 1
+            eos = bos
+            bos = tl.load(cu_seqlens + i_n).to(tl.int64)
+    b_x0 = b_x0.to(tl.float32)
+    b_x1 = _own(b_x1, h, s_hn, o_h, i_n, t, bos, m_d, 1, W)
+    b_z = b_w0 * b_x0 + b_w1 * b_x1
+    if W > 2:
+        b_x2 = _own(b_x2, h, s_hn, o_h, i_n, t, bos, m_d, 2, W)
+        b_z += b_w2 * b_x2
+    if W > 3:
+        b_x3 = _own(b_x3, h, s_hn, o_h, i_n, t, bos, m_d, 3, W)
+        b_z += b_w3 * b_x3
+    b_d0 = _dz(b_z, b_dy.to(tl.float32), SILU)
+    b_dx = b_w0 * b_d0 + tl.where(t + 1 < eos, b_w1 * b_d1, 0.0)
+    b_g0 += b_d0 * b_x0
+    b_g1 += b_d0 * b_x1
+    if W > 2:
+        b_dx += tl.where(t + 2 < eos, b_w2 * b_d2, 0.0)
+        b_g2 += b_d0 * b_x2
+    if W > 3:
+        b_dx += tl.where(t + 3 < eos, b_w3 * b_d3, 0.0)
+        b_g3 += b_d0 * b_x3
+    tl.store(p_dx + t * D, b_dx.to(p_dx.dtype.element_ty), mask=m_d & (t < T))
+    return b_d0, b_g0, b_g1, b_g2, b_g3, i_n, bos, eos
+
+
+@triton.jit(do_not_specialize=["T", "N"])
+def _bwd_kernel(
+    # inputs of each tensor; h and cu_seqlens may be None
+    x0, x1, x2, w0, w1, w2, dy0, dy1, dy2, h, cu_seqlens,
+    # outputs; dw [B * segments, D0 + D1 + D2, W] in fp32, a part for each segment
+    dx0, dx1, dx2, dw,
+    # sizes and strides
+    T, N, D0, D1, D2, s_x0b, s_x0t, s_x1b, s_x1t, s_x2b, s_x2t, s_dy0b, s_dy0t, s_dy1b, s_dy1t, s_dy2b, s_dy2t,
+    # constants
+    W: tl.constexpr, SILU: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    i_d = tl.program_id(0)
+    i_b = tl.program_id(2).to(tl.int64)
+    n0, n1 = tl.cdiv(D0, BD), tl.cdiv(D1, BD)
+    if i_d < n0:
+        p_x, p_w, p_dy, p_dx = x0 + i_b * s_x0b, w0, dy0 + i_b * s_dy0b, dx0
+        D, o_first, s_xt, s_dyt = D0, 0, s_x0t, s_dy0t
+    elif i_d < n0 + n1:
+        p_x, p_w, p_dy, p_dx = x1 + i_b * s_x1b, w1, dy1 + i_b * s_dy1b, dx1
+        D, o_first, s_xt, s_dyt = D1, D0, s_x1t, s_dy1t
+        i_d -= n0
+    else:
+        p_x, p_w, p_dy, p_dx = x2 + i_b * s_x2b, w2, dy2 + i_b * s_dy2b, dx2
+        D, o_first, s_xt, s_dyt = D2, D0 + D1, s_x2t, s_dy2t
+        i_d -= n0 + n1
+
+    o_d = i_d * BD + tl.arange(0, BD)
+    m_d = o_d < D
+    o_h = o_first + o_d
+    s_hn = ((D0 + D1 + D2) * (W - 1)).to(tl.int64)
+    p_x += o_d
+    p_dy += o_d
+    p_dx += i_b * T * D + o_d
+    b_w0 = _weight(p_w + o_d * W, m_d, 0, W)
+    b_w1 = _weight(p_w + o_d * W, m_d, 1, W)
+    b_w2 = _weight(p_w + o_d * W, m_d, 2, W)
+    b_w3 = _weight(p_w + o_d * W, m_d, 3, W)
+
+    t = (tl.program_id(1) * BT + BT - 1).to(tl.int64)
+    if cu_seqlens is not None:
+        i_n = _find_sequence(cu_seqlens, t, N).to(tl.int64)
+        bos = tl.load(cu_seqlens + i_n).to(tl.int64)
+        eos = tl.load(cu_seqlens + i_n + 1).to(tl.int64)
+    else:
+        i_n = i_b
+        bos = i_b * 0
+        eos = bos + T
+    # The rows after the segment reach back into it.
+    b_d1 = _dz_at(p_x, s_xt, p_dy, s_dyt, h, s_hn, o_h, i_n, t + 1, T, bos, m_d, b_w0, b_w1, b_w2, b_w3, W, SILU)
+    b_d2, b_d3 = b_d1, b_d1
+    if W > 2:
+        b_d2 = _dz_at(p_x, s_xt, p_dy, s_dyt, h, s_hn, o_h, i_n, t + 2, T, bos, m_d, b_w0, b_w1, b_w2, b_w3, W, SILU)
+    if W > 3:
+        b_d3 = _dz_at(p_x, s_xt, p_dy, s_dyt, h, s_hn, o_h, i_n, t + 3, T, bos, m_d, b_w0, b_w1, b_w2, b_w3, W, SILU)
+    b_g0 = tl.zeros([BD], dtype=tl.float32)
+    b_g1, b_g2, b_g3 = b_g0, b_g0, b_g0
+    b_x0, b_x1 = _row(p_x, s_xt, t, T, m_d), _row(p_x, s_xt, t - 1, T, m_d)
+    b_x2 = _row(p_x, s_xt, t - 2, T, m_d)
+    for _ in range(0, BT, 4):
+        # Four rows at once: eight loads in flight before the first is needed.
+        b_x3, b_x4 = _row(p_x, s_xt, t - 3, T, m_d), _row(p_x, s_xt, t - 4, T, m_d)
+        b_x5, b_x6 = _row(p_x, s_xt, t - 5, T, m_d), _row(p_x, s_xt, t - 6, T, m_d)
+        b_dy0, b_dy1 = _row(p_dy, s_dyt, t, T, m_d), _row(p_dy, s_dyt, t - 1, T, m_d)
+        b_dy2, b_dy3 = _row(p_dy, s_dyt, t - 2, T, m_d), _row(p_dy, s_dyt, t - 3, T, m_d)
+        b_e3, b_g0, b_g1, b_g2, b_g3, i_n, bos, eos = _bwd_row(
+            t, b_x0, b_x1, b_x2, b_x3, b_dy0, b_d1, b_d2, b_d3, b_w0, b_w1, b_w2, b_w3,
+            b_g0, b_g1, b_g2, b_g3, i_n, bos, eos, p_dx, D, T, h, s_hn, o_h, cu_seqlens, m_d, W, SILU,
+        )  # fmt: skip
+        b_e2, b_g0, b_g1, b_g2, b_g3, i_n, bos, eos = _bwd_row(
+            t - 1, b_x1, b_x2, b_x3, b_x4, b_dy1, b_e3, b_d1, b_d2, b_w0, b_w1, b_w2, b_w3,
+            b_g0, b_g1, b_g2, b_g3, i_n, bos, eos, p_dx, D, T, h, s_hn, o_h, cu_seqlens, m_d, W, SILU,
+        )  # fmt: skip
+        b_e1, b_g0, b_g1, b_g2, b_g3, i_n, bos, eos = _bwd_row(
+            t - 2, b_x2, b_x3, b_x4, b_x5, b_dy2, b_e2, b_e3, b_d1, b_w0, b_w1, b_w2, b_w3,
+            b_g0, b_g1, b_g2, b_g3, i_n, bos, eos, p_dx, D, T, h, s_hn, o_h, cu_seqlens, m_d, W, SILU,
+        )  # fmt: skip
+        b_e0, b_g0, b_g1, b_g2, b_g3, i_n, bos, eos = _bwd_row(
+            t - 3, b_x3, b_x4, b_x5, b_x6, b_dy3, b_e1, b_e2, b_e3, b_w0, b_w1, b_w2, b_w3,
+            b_g0, b_g1, b_g2, b_g3, i_n, bos, eos, p_dx, D, T, h, s_hn, o_h, cu_seqlens, m_d, W, SILU,
+        )  # fmt: skip
+        b_d1, b_d2, b_d3 = b_e0, b_e1, b_e2
+        b_x0, b_x1, b_x2 = b_x4, b_x5, b_x6
+        t -= 4
+
+    i_part = i_b * tl.num_programs(1) + tl.program_id(1)
+    p_dw = dw + (i_part * (D0 + D1 + D2) + o_h) * W + (W - 1)
+    tl.store(p_dw, b_g0, mask=m_d)
+    tl.store(p_dw - 1, b_g1, mask=m_d)
+    if W > 2:
+        tl.store(p_dw - 2, b_g2, mask=m_d)
+    if W > 3:
+        tl.store(p_dw - 3, b_g3, mask=m_d)
+
+
+@triton.jit(do_not_specialize=["T", "N"])
+def _state_kernel(
+    # inputs of each tensor; h and cu_seqlens may be None. With BACKWARD dy too
+    x0, x1, x2, w0, w1, w2, dy0, dy1, dy2, h, cu_seqlens,
+    # output [N, D0 + D1 + D2, W - 1]: the state after the last token, or (BACKWARD) the gradient of h
+    out,
+    # sizes and strides
+    T, N, D0, D1, D2, s_x0b, s_x0t, s_x1b, s_x1t, s_x2b, s_x2t, s_dy0b, s_dy0t, s_dy1b, s_dy1t, s_dy2b, s_dy2t,
+    # constants
+    W: tl.constexpr, SILU: tl.constexpr, BACKWARD: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    i_d = tl.program_id(0)
+    i_n = tl.program_id(1).to(tl.int64)
+    if cu_seqlens is not None:
+        i_b = i_n * 0
+        bos = tl.load(cu_seqlens + i_n).to(tl.int64)
+        eos = tl.load(cu_seqlens + i_n + 1).to(tl.int64)
+    else:
+        i_b = i_n
+        bos = i_n * 0
+        eos = bos + T
+    n0, n1 = tl.cdiv(D0, BD), tl.cdiv(D1, BD)
+    if i_d < n0:
+        p_x, p_w, p_dy = x0 + i_b * s_x0b, w0, dy0 + i_b * s_dy0b
+        D, o_first, s_xt, s_dyt = D0, 0, s_x0t, s_dy0t
+    elif i_d < n0 + n1:
+        p_x, p_w, p_dy = x1 + i_b * s_x1b, w1, dy1 + i_b * s_dy1b
+        D, o_first, s_xt, s_dyt = D1, D0, s_x1t, s_dy1t
+        i_d -= n0
+    else:
+        p_x, p_w, p_dy = x2 + i_b * s_x2b, w2, dy2 + i_b * s_dy2b
+        D, o_first, s_xt, s_dyt = D2, D0 + D1, s_x2t, s_dy2t
+        i_d -= n0 + n1
+    o_d = i_d * BD + tl.arange(0, BD)
+    m_d = o_d < D
+    o_h = o_first + o_d
+    s_hn = ((D0 + D1 + D2) * (W - 1)).to(tl.int64)
+    p_x += o_d
+    p_dy += o_d
+    p_out = out + i_n * s_hn + o_h * (W - 1)
+    for j in tl.static_range(W - 1):
+        if BACKWARD:
+            # Column j stands J = W-1-j rows before the sequence: it meets w_{J+i} in row i, i < W - J.
+            b_out = tl.zeros([BD], dtype=tl.float32)
+            b_w0, b_w1 = _weight(p_w + o_d * W, m_d, 0, W), _weight(p_w + o_d * W, m_d, 1, W)
+            b_w2, b_w3 = _weight(p_w + o_d * W, m_d, 2, W), _weight(p_w + o_d * W, m_d, 3, W)
+            for i in tl.static_range(j + 1):
+                b_d = _dz_at(
+                    p_x, s_xt, p_dy, s_dyt, h, s_hn, o_h, i_n, bos + i, eos, bos, m_d, b_w0, b_w1, b_w2, b_w3, W, SILU
+                )
+                b_out += _weight(p_w + o_d * W, m_d, W - 1 - j + i, W) * b_d
+        else:
+            b_out = _tap(p_x, s_xt, h, s_hn, o_h, i_n, eos, bos, m_d, W - 1 - j, W)
+        tl.store(p_out + j, b_out.to(out.dtype.element_ty), mask=m_d)
+
+
+@triton.jit
+def _step_kernel(
+    # inputs of each tensor and its output y; h is also an output, updated in place
+    x0, x1, x2, w0, w1, w2, h, y0, y1, y2,
+    # sizes and strides
+    D0, D1, D2, s_x0b, s_x1b, s_x2b, s_hb,
+    # constants
+    W: tl.constexpr, SILU: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    i_d = tl.program_id(0)
+    i_b = tl.program_id(1).to(tl.int64)
+    n0, n1 = tl.cdiv(D0, BD), tl.cdiv(D1, BD)
+    if i_d < n0:
+        p_x, p_w, p_y, D, o_first = x0 + i_b * s_x0b, w0, y0, D0, 0
+    elif i_d < n0 + n1:
+        p_x, p_w, p_y, D, o_first = x1 + i_b * s_x1b, w1, y1, D1, D0
+        i_d -= n0
+    else:
+        p_x, p_w, p_y, D, o_first = x2 + i_b * s_x2b, w2, y2, D2, D0 + D1
+        i_d -= n0 + n1
+    o_d = i_d * BD + tl.arange(0, BD)
+    m_d = o_d < D
+    p_h = h + i_b * s_hb + (o_first + o_d) * (W - 1)
+    b_x = tl.load(p_x + o_d, mask=m_d, other=0.0)
+    b_z = _weight(p_w + o_d * W, m_d, 0, W) * b_x.to(tl.float32)
+    b_h1 = tl.load(p_h + (W - 2), mask=m_d, other=0.0)
+    b_z += _weight(p_w + o_d * W, m_d, 1, W) * b_h1.to(tl.float32)
+    if W > 2:
+        b_h2 = tl.load(p_h + (W - 3), mask=m_d, other=0.0)
+        b_z += _weight(p_w + o_d * W, m_d, 2, W) * b_h2.to(tl.float32)
+    if W > 3:
+        b_h3 = tl.load(p_h + (W - 4), mask=m_d, other=0.0)
+        b_z += _weight(p_w + o_d * W, m_d, 3, W) * b_h3.to(tl.float32)
+    # A column may be stored by another thread than the one that loaded it: all loads before any store.
+    tl.debug_barrier()
+    tl.store(p_h + (W - 2), b_x.to(h.dtype.element_ty), mask=m_d)
+    if W > 2:
+        tl.store(p_h + (W - 3), b_h1, mask=m_d)
+    if W > 3:
+        tl.store(p_h + (W - 4), b_h2, mask=m_d)
+    b_y = b_z * tl.sigmoid(b_z) if SILU else b_z
+    tl.store(p_y + i_b * D + o_d, b_y.to(p_y.dtype.element_ty), mask=m_d)
+
+
+# -------------------------------------------------------------------------------------------------------- launchers
+
+
+def _three(xs, missing=None):
+    """The kernels have three slots: an empty one repeats the first tensor, and has no channels."""
+    return (*xs, *[xs[0] if missing is None else missing] * (MAX_TENSORS - len(xs)))
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x itself when its last dimension is contiguous (any other stride will do), else a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _sizes(xs, cu_seqlens):
+    """B, T, N, the channels of the three slots, and the number of channel blocks of a given size."""
+    B, T = xs[0].shape[:2]
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return B, T, N, _three([x.shape[2] for x in xs], missing=0)
+
+
+def _block(sizes, largest):
+    """(channels a block, blocks over all tensors)."""
+    BD = min(largest, max(16, triton.next_power_of_2(max(sizes))))
+    return BD, sum(triton.cdiv(D, BD) for D in sizes)
+
+
+def _strides(xs):
+    return [s for x in _three(xs) for s in x.stride()[:2]]
+
+
+def _launch_forward(xs, weights, silu, initial_state, output_final_state, cu_seqlens):
+    """(list of y, final state or None)."""
+    B, T, N, Ds = _sizes(xs, cu_seqlens)
+    W = weights[0].shape[1]
+    xs, weights = [_rows(x) for x in xs], [w.contiguous() for w in weights]
+    h = None if initial_state is None else initial_state.contiguous()
+    ys = [torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in xs]
+    BD, blocks = _block(Ds, FORWARD_BLOCK_D)
+    final_state = None
+    with torch.cuda.device_of(xs[0]):
+        _fwd_kernel[(blocks, triton.cdiv(T, FORWARD_BLOCK_T), B)](
+            *_three(xs), *_three(weights), h, cu_seqlens, *_three(ys), T, N, *Ds, *_strides(xs),
+            W=W, SILU=silu, BT=FORWARD_BLOCK_T, BD=BD, num_warps=FORWARD_WARPS,
+        )  # fmt: skip
+        if output_final_state:
+            final_state = torch.empty(N, sum(Ds), W - 1, device=xs[0].device, dtype=xs[0].dtype)
+            _launch_state(xs, weights, xs, h, cu_seqlens, final_state, silu, backward=False)
+    return ys, final_state
+
+
+def _launch_state(xs, weights, dys, h, cu_seqlens, out, silu, backward):
+    _, T, N, Ds = _sizes(xs, cu_seqlens)
+    BD, blocks = _block(Ds, STEP_BLOCK_D)
+    _state_kernel[(blocks, N)](
+        *_three(xs), *_three(weights), *_three(dys), h, cu_seqlens, out, T, N, *Ds, *_strides(xs), *_strides(dys),
+        W=weights[0].shape[1], SILU=silu, BACKWARD=backward, BD=BD, num_warps=STEP_WARPS,
+    )  # fmt: skip
+
+
+def _launch_backward(xs, weights, dys, silu, initial_state, cu_seqlens, needs_state):
+    """(list of dx, list of dweight, gradient of the initial state or None)."""
+    B, T, N, Ds = _sizes(xs, cu_seqlens)
+    W = weights[0].shape[1]
+    xs, dys = [_rows(x) for x in xs], [_rows(dy) for dy in dys]
+    contiguous = [w.contiguous() for w in weights]
+    h = None if initial_state is None else initial_state.contiguous()
+    dxs = [torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in xs]
+    segments = triton.cdiv(T, BACKWARD_SEGMENT)
+    dw = torch.empty(B * segments, sum(Ds), W, device=xs[0].device, dtype=torch.float32)
+    BD, blocks = _block(Ds, BACKWARD_BLOCK_D)
+    dh = None
+    with torch.cuda.device_of(xs[0]):
+        _bwd_kernel[(blocks, segments, B)](
+            *_three(xs), *_three(contiguous), *_three(dys), h, cu_seqlens, *_three(dxs), dw,
+            T, N, *Ds, *_strides(xs), *_strides(dys),
+            W=W, SILU=silu, BT=BACKWARD_SEGMENT, BD=BD, num_warps=BACKWARD_WARPS,
+        )  # fmt: skip
+        if needs_state:
+            dh = torch.empty_like(h)
+            _launch_state(xs, contiguous, dys, h, cu_seqlens, dh, silu, backward=True)
+    dws = dw.sum(0).split([w.shape[0] for w in weights])
+    # clone: an operator's outputs may not share memory
+    return dxs, [d.to(w.dtype, copy=True) for d, w in zip(dws, weights, strict=True)], dh
+
+
+def _launch_step(xs, weights, state, silu):
+    """List of y; state is overwritten."""
+    B, _, _, Ds = _sizes(xs, None)
+    xs, weights = [_rows(x) for x in xs], [w.contiguous() for w in weights]
+    ys = [torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in xs]
+    BD, blocks = _block(Ds, STEP_BLOCK_D)
+    with torch.cuda.device_of(xs[0]):
+        _step_kernel[(blocks, B)](
+            *_three(xs), *_three(weights), state, *_three(ys), *Ds, *(x.stride(0) for x in _three(xs)),
+            state.stride(0), W=weights[0].shape[1], SILU=silu, BD=BD, num_warps=STEP_WARPS,
+        )  # fmt: skip
+    return ys
+
+
+# -------------------------------------------------------------------------------------- operators for torch.compile
+# Operators cannot return None: a state that is not wanted is an empty tensor. In eager mode the autograd function
+# below calls the launchers without passing through the dispatcher.
+
+
+@torch.library.custom_op("deltanet_kernels::short_conv_forward", mutates_args=())
+def _forward_op(
+    xs: list[torch.Tensor], weights: list[torch.Tensor], silu: bool, initial_state: torch.Tensor | None,
+    output_final_state: bool, cu_seqlens: torch.Tensor | None,
+) -> list[torch.Tensor]:  # fmt: skip
+    ys, final_state = _launch_forward(xs, weights, silu, initial_state, output_final_state, cu_seqlens)
+    return [*ys, xs[0].new_empty(0) if final_state is None else final_state]
+
+
+@_forward_op.register_fake
+def _(xs, weights, silu, initial_state, output_final_state, cu_seqlens):
+    B = xs[0].shape[0]
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shape = (N, sum(x.shape[2] for x in xs), weights[0].shape[1] - 1) if output_final_state else (0,)
+    return [*(x.new_empty(x.shape) for x in xs), xs[0].new_empty(shape)]
+
+
+@torch.library.custom_op("deltanet_kernels::short_conv_backward", mutates_args=())
+def _backward_op(
+    xs: list[torch.Tensor], weights: list[torch.Tensor], dys: list[torch.Tensor], silu: bool,
+    initial_state: torch.Tensor | None, cu_seqlens: torch.Tensor | None,
+) -> list[torch.Tensor]:  # fmt: skip
+    dxs, dws, dh = _launch_backward(xs, weights, dys, silu, initial_state, cu_seqlens, initial_state is not None)
+    return [*dxs, *dws, xs[0].new_empty(0) if dh is None else dh]
+
+
+@_backward_op.register_fake
+def _(xs, weights, dys, silu, initial_state, cu_seqlens):
+    dh = xs[0].new_empty(0) if initial_state is None else initial_state.new_empty(initial_state.shape)
+    return [*(x.new_empty(x.shape) for x in (*xs, *weights)), dh]
+
+
+def _setup_context(ctx, inputs, output):
+    xs, weights, ctx.silu, initial_state, _, cu_seqlens = inputs
+    ctx.n = len(xs)
+    ctx.save_for_backward(initial_state, cu_seqlens, *xs, *weights)
+
+
+def _backward_of_op(ctx, grads):
+    initial_state, cu_seqlens, *tensors = ctx.saved_tensors
+    xs, weights = tensors[: ctx.n], tensors[ctx.n :]
+    dys = [torch.zeros_like(x) if dy is None else dy for x, dy in zip(xs, grads[: ctx.n], strict=True)]
+    *gradients, dh = _backward_op(xs, weights, dys, ctx.silu, initial_state, cu_seqlens)
+    dh = None if initial_state is None else dh
+    return gradients[: ctx.n], gradients[ctx.n :], None, dh, None, None
+
+
+_forward_op.register_autograd(_backward_of_op, setup_context=_setup_context)
+
+
+# An operator that changes its input may return tensors but no list of them, so this one always returns three.
+@torch.library.custom_op("deltanet_kernels::short_conv_step", mutates_args={"state"})
+def _step_op(
+    xs: list[torch.Tensor], weights: list[torch.Tensor], state: torch.Tensor, silu: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ys = _launch_step(xs, weights, state, silu)
+    return tuple(ys + [state.new_empty(0) for _ in range(MAX_TENSORS - len(ys))])
+
+
+@_step_op.register_fake
+def _(xs, weights, state, silu):
+    ys = [x.new_empty(x.shape) for x in xs]
+    return tuple(ys + [state.new_empty(0) for _ in range(MAX_TENSORS - len(ys))])
+
+
+# --------------------------------------------------------------------------------------------------------- autograd
+
+
+class _ShortConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, n, silu, initial_state, output_final_state, cu_seqlens, *tensors):
+        ys, final_state = _launch_forward(
+            list(tensors[:n]), list(tensors[n:]), silu, initial_state, output_final_state, cu_seqlens
+        )
+        ctx.n, ctx.silu = n, silu
+        ctx.save_for_backward(initial_state, cu_seqlens, *tensors)
+        if final_state is not None:
+            ctx.mark_non_differentiable(final_state)
+        return final_state, *ys
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, _, *dys):
+        initial_state, cu_seqlens, *tensors = ctx.saved_tensors
+        xs, weights = tensors[: ctx.n], tensors[ctx.n :]
+        dxs, dws, dh = _launch_backward(
+            xs, weights, dys, ctx.silu, initial_state, cu_seqlens, needs_state=ctx.needs_input_grad[2]
+        )
+        return None, None, dh, None, None, *dxs, *dws
+
+
+# ------------------------------------------------------------------------------------------------- public functions
+
+
+def _check_inputs(xs, weights, activation):
+    """The same xs and weights as lists, and whether there is a SiLU."""
+    xs, weights = list(xs), list(weights)
+    if not 1 <= len(xs) <= MAX_TENSORS or len(weights) != len(xs):
+        raise ValueError(
+            f"xs and weights must hold 1 to {MAX_TENSORS} tensors, one weight each, got {len(xs)} and {len(weights)}"
+        )
+    if activation not in ("silu", None):
+        raise ValueError(f"activation must be 'silu' or None, got {activation!r}")
+    x0, w0 = xs[0], weights[0]
+    if x0.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"xs must be float32, bfloat16 or float16, got {x0.dtype}")
+    for i, (x, w) in enumerate(zip(xs, weights, strict=True)):
+        if x.dim() != 3 or x.shape[:2] != x0.shape[:2] or x.dtype != x0.dtype or x.device != x0.device:
+            raise ValueError(
+                f"xs must all be [B, T, D_i] of one dtype and device, got {x0.dtype} {list(x0.shape)} on {x0.device} "
+                f"and {x.dtype} {list(x.shape)} on {x.device}"
+            )
+        if w.dim() != 2 or w.shape[0] != x.shape[2] or w.shape[1] != w0.shape[-1]:
+            raise ValueError(
+                f"weights[{i}] must be [{x.shape[2]}, {w0.shape[-1]}] beside x {list(x.shape)}, got {list(w.shape)}"
+            )
+        if w.dtype != w0.dtype or not w.is_floating_point() or w.device != x0.device:
+            raise ValueError(
+                f"weights must all be of one floating dtype on {x0.device}, got {w0.dtype} and {w.dtype} on {w.device}"
+            )
+    if not MIN_WIDTH <= w0.shape[1] <= MAX_WIDTH:
+        raise ValueError(f"weights must be [D, W] with W in {MIN_WIDTH}..{MAX_WIDTH}, got {list(w0.shape)}")
+    return xs, weights, activation == "silu"
+
+
+def _check_state(name, state, N, xs, W):
+    shape = [N, sum(x.shape[2] for x in xs), W - 1]
+    x = xs[0]
+    if list(state.shape) != shape or state.dtype != x.dtype or state.device != x.device:
+        raise ValueError(
+            f"{name} must be {x.dtype} {shape} on {x.device}, got {state.dtype} {list(state.shape)} on {state.device}"
+        )
+
+
+def short_conv(
+    xs: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    activation: str | None = "silu",
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+    """Causal depthwise convolution of one to three tensors, with SiLU, in one launch.
+
+    y[b, t, d] = silu(sum_i weight[d, i] x[b, t - W + 1 + i, d]), as torch's conv1d with groups = D and W - 1 zeros
+    (or the state) on the left. Differentiable, once, in xs, weights and initial_state; deterministic. The final
+    state carries no gradient. Asking for it costs one more small launch.
+
+    Args:
+        xs: one to three [B, T, D_i], float32, bfloat16 or float16, such as the projections to q, k and v; views cut
+            from one projection are read in place (a last dimension that is not contiguous costs a copy).
+        weights: as many [D_i, W], W in 2..4, any one floating dtype; no bias.
+        activation: "silu" or None.
+        initial_state: [N, sum D_i, W - 1] in x's dtype, the last W - 1 inputs before each sequence, oldest first,
+            the tensors' channels one after another; zeros by default.
+        output_final_state: whether to return such a state after the last token.
+        cu_seqlens: [N + 1] int32 or int64, borders of N sequences packed into B = 1: 0, ..., T. Without it N = B.
+
+    Returns:
+        a tuple of y_i [B, T, D_i] in x's dtype, and the final state [N, sum D_i, W - 1] or None.
+
+    Raises:
+        ValueError: for shapes, dtypes, devices or an activation that do not fit, naming what came and what was
+            wanted.
+    """
+    xs, weights, silu = _check_inputs(xs, weights, activation)
+    N = xs[0].shape[0]
+    if cu_seqlens is not None:
+        if N != 1:
+            raise ValueError(f"cu_seqlens needs the sequences packed into B = 1, got B = {N}")
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"cu_seqlens must be int32 or int64 [N + 1], N >= 1, got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+            )
+        if cu_seqlens.device != xs[0].device:
+            raise ValueError(f"cu_seqlens must be on x's device {xs[0].device}, got {cu_seqlens.device}")
+        N = cu_seqlens.shape[0] - 1
+        cu_seqlens = cu_seqlens.contiguous()
+    if initial_state is not None:
+        _check_state("initial_state", initial_state, N, xs, weights[0].shape[1])
+    if torch.compiler.is_compiling():
+        *ys, final_state = _forward_op(xs, weights, silu, initial_state, output_final_state, cu_seqlens)
+        return tuple(ys), final_state.detach() if output_final_state else None
+    final_state, *ys = _ShortConv.apply(len(xs), silu, initial_state, output_final_state, cu_seqlens, *xs, *weights)
+    return tuple(ys), final_state
+
+
+def short_conv_step(
+    xs: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    state: torch.Tensor,
+    activation: str | None = "silu",
+) -> tuple[torch.Tensor, ...]:
+    """One token of `short_conv` for decoding: one launch, the state moves on in place. Not differentiable.
+
+    Args:
+        xs: one to three [B, 1, D_i], float32, bfloat16 or float16.
+        weights: as many [D_i, W], W in 2..4, any one floating dtype.
+        state: [B, sum D_i, W - 1] in x's dtype, the last inputs, oldest first; its last two dimensions contiguous.
+            Overwritten: the oldest input leaves, the new one enters.
+        activation: "silu" or None.
+
+    Returns:
+        a tuple of y_i [B, 1, D_i] in x's dtype.
+
+    Raises:
+        ValueError: for shapes, dtypes, devices or an activation that do not fit, for T != 1, for a state that cannot
+            be updated in place, and when a gradient is asked of it.
+    """
+    xs, weights, silu = _check_inputs(xs, weights, activation)
+    W = weights[0].shape[1]
+    if xs[0].shape[1] != 1:
+        raise ValueError(f"short_conv_step takes one token, T = 1, got T = {xs[0].shape[1]}")
+    _check_state("state", state, xs[0].shape[0], xs, W)
+    if state.stride()[1:] != (W - 1, 1):
+        raise ValueError(f"state must be contiguous in its last two dimensions, got strides {state.stride()}")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*xs, *weights, state)):
+        raise ValueError("short_conv_step has no backward: call it under torch.no_grad(), got requires_grad inputs")
+    if torch.compiler.is_compiling():
+        return _step_op(xs, weights, state, silu)[: len(xs)]
+    return tuple(_launch_step(xs, weights, state, silu))

@@ -1,0 +1,105 @@
+"""Compiles the token-by-token and convolution kernels for a GPU that is not there: `python offline.py 90 128`.
+
+A process of its own, because in the tests' process the kernels belong to the interpreter. Prints one JSON object:
+kernel -> [registers a thread, stack bytes, bytes of local memory, bytes of shared memory].
+"""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+
+# The package exports a function named short_conv, which hides the module from "from ... import".
+recurrent, short_conv = (importlib.import_module(f"deltanet_kernels.{name}") for name in ("recurrent", "short_conv"))
+
+NOT_DIVISIBLE = {"T", "N", "B", "s_bb", "s_bt", "s_bh"}
+
+
+def compile_kernel(kernel, pointers, constants, capability, num_warps):
+    """`pointers` maps a pattern to a pointer's type (None: passed as None); what is left is fp32 or an int32."""
+    signature, constexprs, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], constexprs[(i,)] = "constexpr", constants[name]
+            continue
+        matches = [t for pattern, t in pointers.items() if re.fullmatch(pattern, name)]
+        kind = matches[0] if matches else "fp32" if name == "scale" else "i32"
+        if kind is None:
+            signature[name], constexprs[(i,)] = "constexpr", None
+            continue
+        signature[name] = kind
+        if kind != "fp32" and name not in NOT_DIVISIBLE:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
+
+
+def resources(compiled):
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(compiled.asm["cubin"])
+        f.flush()
+        text = subprocess.run([cuobjdump, "-res-usage", f.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text.stdout + text.stderr)
+    return [int(x) for x in found.groups()] + [compiled.metadata.shared]
+
+
+def main(capability, d, dtype="bf16"):
+    x, f = f"*{dtype}", "*fp32"
+    pad = triton.next_power_of_2(d)
+    sizes = {"H": 16, "HV": 16, "K": d, "V": d, "NORM": True}
+    loop, eps = recurrent.LOOP_BLOCK, {"EPS": recurrent.NORM_EPS}
+    given = {"q|k|v|o|do|beta": x, "cu_seqlens": "*i64", "h0|ht|dh0|dht|h|e|r[qk]|d[qkv]|dbeta|dq_hv|dk_[sg]": f}
+    rows = {"q|k|dq|dk": x, "r[qk]|dq_hv|dk_[sg]": f}
+    channels = {"(x|w|y|dy|dx)\\d": x, "h|out": x, "dw": f, "cu_seqlens": "*i64"}
+    conv = {"W": 4, "SILU": True}
+    table = {
+        "recurrent forward": (recurrent._fwd_kernel, given, {**sizes, **eps, "BK": pad, "BV": loop}, 1),
+        "recurrent dv": (recurrent._bwd_dv_kernel, given, {**sizes, "BK": pad, "BV": loop}, 1),
+        "recurrent dqk": (recurrent._bwd_dqk_kernel, given, {**sizes, "BR": loop, "BV": pad}, 1),
+        "recurrent rows": (
+            recurrent._bwd_rows_kernel,
+            rows,
+            {"H": 16, "G": 1, "K": d, "BT": 16, "BK": pad, "NORM": True},
+            4,
+        ),
+        "conv forward": (
+            short_conv._fwd_kernel,
+            channels,
+            {**conv, "BT": short_conv.FORWARD_BLOCK_T, "BD": short_conv.FORWARD_BLOCK_D},
+            short_conv.FORWARD_WARPS,
+        ),
+        "conv backward": (
+            short_conv._bwd_kernel,
+            {**channels, "h": None},
+            {**conv, "BT": short_conv.BACKWARD_SEGMENT, "BD": short_conv.BACKWARD_BLOCK_D},
+            short_conv.BACKWARD_WARPS,
+        ),
+        "conv step": (
+            short_conv._step_kernel,
+            channels,
+            {**conv, "BD": short_conv.STEP_BLOCK_D},
+            short_conv.STEP_WARPS,
+        ),
+    }
+    for columns in (recurrent.STEP_BLOCK, recurrent.STEP_BLOCK_FEW):
+        warps = recurrent._step_warps(pad, columns)
+        constants = {**sizes, **eps, "BK": pad, "BV": columns}
+        table[f"step, {columns} columns"] = (recurrent._step_kernel, given, constants, warps)
+    print(json.dumps({name: resources(compile_kernel(*row[:3], capability, row[3])) for name, row in table.items()}))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

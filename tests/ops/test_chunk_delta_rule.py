@@ -1,0 +1,334 @@
+"""The chunked kernels against the fp64 token-by-token rule: output, final state and every gradient.
+
+Without a GPU they run in Triton's interpreter on small shapes, in fp32 (numpy has no bf16: the interpreter multiplies
+its bit patterns), which reaches every line except the cast to bf16. Tests marked `gpu` run the real thing.
+"""
+
+import pytest
+import torch
+
+from tests.ops._reference import delta_rule_fp64, error
+
+
+triton = pytest.importorskip("triton")
+from deltanet_kernels import chunk, chunk_delta_rule, configs, segments  # noqa: E402
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# ||x - ref|| / ||ref|| for o, final state and gradients. fp32: three tf32 products; fp16 goes through fp32 scratch
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 5e-3, torch.bfloat16: 1.2e-2}
+
+
+def make(B, T, H, K, V=None, HV=None, dtype=torch.float32, l2norm=True, n=None, state=True, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    V, HV = V or K, HV or H
+    q, k = (torch.randn(B, T, H, K, generator=g) for _ in "qk")
+    if not l2norm:
+        k = torch.nn.functional.normalize(k, dim=-1)
+    v = torch.randn(B, T, HV, V, generator=g)
+    beta = torch.rand(B, T, HV, generator=g) * 2
+    x = [t.to(DEVICE, dtype) for t in (q, k, v, beta)]
+    h0 = torch.randn(n or B, HV, K, V, generator=g).to(DEVICE) if state else None
+    return *x, h0
+
+
+def compare(q, k, v, beta, h0, l2norm=True, cu_seqlens=None, tolerance=None, scale=None, **options):
+    """Runs both; checks o, final state and the gradients of all inputs, with a gradient on the final state."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, beta, h0) if x is not None]
+    args = leaves if h0 is not None else [*leaves, None]
+    cu = None if cu_seqlens is None else torch.tensor(cu_seqlens, device=DEVICE)
+    ref = delta_rule_fp64(*args[:4], scale, args[4], l2norm, cu)
+    g = torch.Generator().manual_seed(1)
+    do, dht = (torch.randn(x.shape, generator=g).to(DEVICE) for x in ref)
+    do = do.to(v.dtype)
+    want = [*ref, *torch.autograd.grad(ref, leaves, [do.double(), dht.double()])]
+    out = chunk_delta_rule(
+        *args[:4], scale=scale, initial_state=args[4], output_final_state=True, use_qk_l2norm_in_kernel=l2norm,
+        cu_seqlens=cu, **options,
+    )  # fmt: skip
+    got = [*out, *torch.autograd.grad(out, leaves, [do, dht])]
+    assert out[0].dtype == v.dtype and out[1].dtype == torch.float32
+    errors = [error(x, y) for x, y in zip(got, want, strict=True)]
+    tolerance = TOLERANCE[q.dtype] if tolerance is None else tolerance
+    assert max(errors) < tolerance, dict(zip(("o", "ht", "dq", "dk", "dv", "dbeta", "dh0"), errors, strict=False))
+    return got
+
+
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 130])
+def test_any_length(T):
+    """A sequence need not fill its last chunk."""
+    compare(*make(1, T, 1, 32))
+
+
+@pytest.mark.parametrize("K, V", [(32, 64), (64, 32), (96, 16), (192, 32), (256, 32)])
+def test_head_sizes(K, V):
+    """Keys and values may differ in size; sizes that are no power of two, or beyond 128, are padded or halved."""
+    compare(*make(1, 70, 1, K, V))
+
+
+def test_grouped_value_heads():
+    """Two value heads share a key head: its gradients are the sum over both."""
+    compare(*make(2, 70, 2, 32, 32, HV=4))
+
+
+@pytest.mark.parametrize("state", [True, False])
+def test_without_norm(state):
+    """Keys normalised by the caller, with and without an initial state."""
+    compare(*make(1, 100, 2, 32, l2norm=False, state=state), l2norm=False)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_packed(recompute):
+    """Documents packed along T must not see each other, also where a border falls inside a chunk or one is empty."""
+    compare(*make(1, 200, 2, 32, n=5, HV=2), cu_seqlens=[0, 0, 5, 68, 133, 200], recompute=recompute)
+
+
+def test_recompute_gives_the_same_bits():
+    """`recompute` trades time for memory, never the result."""
+    x = make(1, 130, 4, 32, HV=8)
+    for a, b in zip(compare(*x), compare(*x, recompute=True), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_beta_zero_and_two():
+    """A masked token (beta 0) still gets its exact dbeta, though the kernels divide by beta; 2 reflects the state."""
+    q, k, v, beta, h0 = make(1, 70, 1, 32)
+    beta[:, ::3] = 0
+    beta[:, 1::3] = 2
+    compare(q, k, v, beta, h0)
+    beta = torch.zeros_like(beta)
+    beta[:, -1] = 1
+    compare(q, k, v, beta, h0)
+
+
+def test_one_key_for_a_whole_chunk():
+    """The triangular system is at its worst here: a Neumann series in its place would lose all digits."""
+    q, k, v, beta, h0 = make(1, 64, 1, 32)
+    compare(q, k[:, :1].expand_as(k).contiguous(), v, torch.full_like(beta, 2.0), h0, tolerance=1e-4)
+
+
+def test_strided_input_is_read_in_place():
+    """q, k and v cut from one projection: no copy, same result."""
+    B, T, H, K = 1, 70, 2, 32
+    x = torch.randn(B, T, 3 * H * K + 7, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    q, k, v = (x[..., i * H * K : (i + 1) * H * K].view(B, T, H, K) for i in range(3))
+    beta = torch.rand(B, T, 2 * H, device=DEVICE)[..., ::2]
+    o, _ = chunk_delta_rule(q, k, v, beta, use_qk_l2norm_in_kernel=True)
+    same, _ = chunk_delta_rule(*(t.contiguous() for t in (q, k, v, beta)), use_qk_l2norm_in_kernel=True)
+    assert torch.equal(o, same)
+    assert error(o, delta_rule_fp64(q, k, v, beta, l2norm=True)[0]) < TOLERANCE[q.dtype]
+
+
+def test_nan_beyond_the_borders_is_never_read():
+    """Memory before and after the tensors, and between documents, may hold anything."""
+    B, T, H, K = 1, 70, 1, 32
+    *x, h0 = make(B, T, H, K)
+
+    def poisoned(t):
+        big = torch.full((B, T + 128, *t.shape[2:]), float("nan"), device=DEVICE, dtype=t.dtype)
+        big[:, 64 : 64 + T] = t
+        return big[:, 64 : 64 + T]
+
+    compare(*(poisoned(t) for t in x), h0)
+    q, k, v, beta = x
+    for t in (q, k, v, beta):
+        t[:, 40:] = float("nan")
+    o, ht = chunk_delta_rule(
+        q, k, v, beta, use_qk_l2norm_in_kernel=True, cu_seqlens=torch.tensor([0, 40, T], device=DEVICE),
+        output_final_state=True,
+    )  # fmt: skip
+    assert o[:, :40].isfinite().all() and ht[0].isfinite().all()
+
+
+@pytest.mark.parametrize("B, T", [(2, 0), (1, 0)])
+def test_no_tokens(B, T):
+    """Nothing in: empty output, the state goes through, its gradient too."""
+    q, k, v, beta, h0 = make(B, T, 1, 32)
+    h0.requires_grad_()
+    o, ht = chunk_delta_rule(q, k, v, beta, initial_state=h0, output_final_state=True)
+    assert o.shape == v.shape and torch.equal(ht, h0)
+    (g,) = torch.autograd.grad(ht.sum(), h0)
+    assert torch.equal(g, torch.ones_like(h0))
+
+
+def test_scale_and_outputs():
+    """A scale of one's own; without `output_final_state` there is none."""
+    q, k, v, beta, h0 = make(1, 70, 1, 32)
+    compare(q, k, v, beta, h0, scale=0.5)
+    assert chunk_delta_rule(q, k, v, beta, use_qk_l2norm_in_kernel=True)[1] is None
+
+
+def test_split_in_two_calls():
+    """A token's result must not depend on whether its prefix came in the same call."""
+    q, k, v, beta, _ = make(1, 130, 1, 32)
+    whole, end = chunk_delta_rule(q, k, v, beta, output_final_state=True, use_qk_l2norm_in_kernel=True)
+    kw = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
+    first, state = chunk_delta_rule(*(x[:, :77] for x in (q, k, v, beta)), **kw)
+    second, state = chunk_delta_rule(*(x[:, 77:] for x in (q, k, v, beta)), initial_state=state, **kw)
+    assert error(torch.cat([first, second], 1), whole) < 1e-5 and error(state, end) < 1e-5
+
+
+@pytest.mark.parametrize("B, HV", [(1, 1), (2, 2)])
+def test_segments(monkeypatch, B, HV):
+    """A long sequence cut into segments gives what the plain scan gives; the switch point comes from the device."""
+    monkeypatch.setattr(segments, "MIN_CHUNKS", 1)
+    x = make(B, 256, 1, 32, HV=HV)
+    assert chunk._plan(x[0], x[2], None)[1] == 4
+    cut = compare(*x)
+    monkeypatch.setattr(chunk, "SEGMENTS", False)
+    assert chunk._plan(x[0], x[2], None)[1] == 1
+    for a, b in zip(cut, compare(*x), strict=True):
+        assert error(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_operators_trace(packed):
+    """torch.compile sees one operator each way: no graph break, shapes as the kernels make them."""
+    q, k, v, beta, h0 = make(1, 130, 1, 32, n=2 if packed else None)
+    cu = torch.tensor([0, 77, 130], device=DEVICE) if packed else None
+
+    def loss(q, k, v, beta, h0):
+        o, ht = chunk_delta_rule(
+            q, k, v, beta, initial_state=h0, output_final_state=True, use_qk_l2norm_in_kernel=True, cu_seqlens=cu
+        )
+        return o.square().sum() + ht.square().sum()
+
+    def run(f):
+        x = [t.detach().requires_grad_() for t in (q, k, v, beta, h0)]
+        return torch.autograd.grad(f(*x), x)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for a, b in zip(run(compiled), run(loss), strict=True):
+        assert error(a, b) < 1e-5
+
+
+def test_segment_count():
+    """Few programs: cut. Enough programs, short or odd lengths: leave alone."""
+    count = segments.count
+    assert count(1, 32768, 16, 128, 2, 132) == 8
+    assert count(1, 4096, 16, 128, 2, 132) == 1
+    assert count(8, 32768, 16, 128, 2, 132) == 1
+    assert count(1, 32768 + 1, 16, 128, 2, 132) == 1
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"k": torch.zeros(1, 4, 1, 16)}, "k must have the shape of q"),
+        ({"v": torch.zeros(1, 5, 1, 32)}, "v must be"),
+        ({"beta": torch.zeros(1, 4, 2)}, "beta must be"),
+        ({"v": torch.zeros(1, 4, 1, 32).half()}, "like q"),
+        ({"q": torch.zeros(1, 4, 1, 32).double()}, "bfloat16, float16 or float32"),
+        ({"initial_state": torch.zeros(1, 1, 32, 31)}, "initial_state must be"),
+        ({"initial_state": torch.zeros(1, 1, 32, 32).half()}, "float32"),
+        ({"cu_seqlens": torch.tensor([0.0, 4.0])}, "int32 or int64"),
+        ({"v": torch.zeros(1, 4, 32, 1).transpose(2, 3).expand(1, 4, 1, 32)[..., ::2]}, "v"),
+    ],
+)
+def test_errors_name_what_came(change, message):
+    """A wrong argument is refused before a kernel runs."""
+    x = torch.zeros(1, 4, 1, 32)
+    with pytest.raises(ValueError, match=message):
+        chunk_delta_rule(**{"q": x, "k": x, "v": x, "beta": torch.zeros(1, 4, 1), **change})
+
+
+def test_unknown_keyword():
+    x = torch.zeros(1, 4, 1, 32)
+    with pytest.raises(TypeError):
+        chunk_delta_rule(x, x, x, torch.zeros(1, 4, 1), head_first=True)
+
+
+# --------------------------------------------------------------------------------------------------------------- GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("K, V", [(32, 32), (64, 64), (96, 64), (128, 128), (128, 256), (192, 128), (256, 256)])
+def test_gpu_types_and_sizes(dtype, K, V):
+    compare(*make(1, 130, 2, K, V, dtype=dtype), tolerance=2e-5 if dtype == torch.float32 else None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 1000])
+def test_gpu_lengths(T):
+    compare(*make(2, T, 2, 128, HV=4, dtype=torch.bfloat16))
+
+
+@pytest.mark.gpu
+def test_gpu_packed_and_long():
+    compare(*make(1, 200, 2, 128, n=5, dtype=torch.bfloat16), cu_seqlens=[0, 0, 5, 68, 133, 200])
+    x = make(1, 16384, 1, 64, dtype=torch.bfloat16)
+    assert chunk._plan(x[0], x[2], None)[1] > 1
+    compare(*x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_gpu_is_deterministic(d):
+    """Two runs give the same bits: no atomics anywhere."""
+    q, k, v, beta, _ = make(2, 1000, 4, d, dtype=torch.bfloat16, state=False)
+
+    def run():
+        x = [t.detach().requires_grad_() for t in (q, k, v, beta)]
+        o, _ = chunk_delta_rule(*x, use_qk_l2norm_in_kernel=True)
+        return [o, *torch.autograd.grad(o.float().square().sum(), x)]
+
+    first = run()
+    for _ in range(3):
+        for a, b in zip(first, run(), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+def test_gpu_compile_fullgraph(packed):
+    """torch.compile goes through forward and backward without a graph break."""
+    q, k, v, beta, h0 = make(1, 200, 2, 64, dtype=torch.bfloat16, n=2 if packed else None)
+    cu = torch.tensor([0, 77, 200], device=DEVICE) if packed else None
+
+    def loss(q, k, v, beta, h0):
+        o, ht = chunk_delta_rule(
+            q, k, v, beta, initial_state=h0, output_final_state=True, use_qk_l2norm_in_kernel=True, cu_seqlens=cu
+        )
+        return o.float().square().sum() + ht.square().sum()
+
+    def run(f):
+        x = [t.detach().requires_grad_() for t in (q, k, v, beta, h0)]
+        return torch.autograd.grad(f(*x), x)
+
+    for a, b in zip(run(torch.compile(loss, fullgraph=True)), run(loss), strict=True):
+        assert error(a, b) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+def test_gpu_graph_capture(packed):
+    """Nothing synchronises with the host, lengths of packed sequences included."""
+    q, k, v, beta, _ = make(1, 256, 2, 128, dtype=torch.bfloat16, state=False)
+    cu = torch.tensor([0, 77, 256], device=DEVICE) if packed else None
+    x = [t.requires_grad_() for t in (q, k, v, beta)]
+    do = torch.randn_like(v)
+
+    def run():
+        o, _ = chunk_delta_rule(*x, use_qk_l2norm_in_kernel=True, cu_seqlens=cu)
+        return [o, *torch.autograd.grad(o, x, do)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        eager = run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    graph.replay()
+    torch.cuda.synchronize()
+    for a, b in zip(eager, captured, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_table_has_every_architecture():
+    for arch in (80, 86, 89, 90, 100, 120):
+        for K in (32, 64, 96, 128, 192, 256):
+            for wide in (False, True):
+                assert configs.plan(arch, K, K, wide, False).scan.block_v >= 16

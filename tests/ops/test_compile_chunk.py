@@ -1,0 +1,42 @@
+"""Every line of the launch table compiles for its architecture, fits its shared memory and does not spill unnoticed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+pytest.importorskip("triton")
+from deltanet_kernels import configs  # noqa: E402
+
+
+# Bytes of spilled registers a thread that are known and accepted (kernels/README.md, "Spills"). Hopper's wide keys
+# hold 128 registers of state; `few` reads three stages ahead. Everything else: at most a few words.
+ACCEPTED = {
+    (90, 64): {"grads": 160},
+    (90, 128): {"scan, few": 192, "reverse, few": 96},
+    (90, 256): {"scan, many": 704, "scan, few": 704, "reverse, many": 480, "reverse, few": 480},
+    (100, 64): {"grads": 96, "reverse, many": 160, "reverse, few": 128},
+    (100, 128): {"scan, few": 96, "reverse, many": 480, "reverse, few": 320},
+    (100, 256): {"scan, many": 128, "scan, few": 128},
+}
+SMALL = 48
+
+
+@pytest.mark.parametrize("arch, d", [(90, 64), (90, 128), (90, 256), (80, 128), (86, 256), (89, 96), (100, 128)])
+def test_launch_table(arch, d, tmp_path):
+    """A user of this chip and head size gets kernels that start, and as fast as they were measured."""
+    here = Path(__file__).parent
+    paths = [str(here.parent.parent / "kernels/torch-ext"), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(paths)}
+    env.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(here / "offline_chunk.py"), str(arch), str(d)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name, (registers, spilled, shared) in json.loads(done.stdout.splitlines()[-1]).items():
+        assert shared <= configs.shared_memory_limit(arch), (name, shared)
+        assert registers <= 255
+        assert spilled <= ACCEPTED.get((arch, d), {}).get(name, SMALL), (name, spilled)
