@@ -122,7 +122,8 @@ def save_cache(cache: Cache, file: str | os.PathLike, config) -> None:
     written under another name first: one that stands there already is replaced whole or not at all.
 
     Raises:
-        ValueError: a static cache, one that has read nothing yet, or one of another architecture.
+        ValueError: a static cache, one that has read nothing yet, one process's part of a tensor-parallel model's, or one
+            of another architecture.
     """
     cache = prepare_cache(cache, config)
     if isinstance(cache, StaticCache):
@@ -130,6 +131,17 @@ def save_cache(cache: Cache, file: str | os.PathLike, config) -> None:
     tensors = {f"{i}.{name}": x for i, layer in enumerate(cache.layers) for name, x in _tensors_of(layer).items()}
     if not tensors:
         raise ValueError("the cache is empty: there is nothing to save before the model has read something")
+    for i, layer_type in enumerate(config.layer_types):
+        name, heads = (
+            (f"{i}.recurrent_state", config.linear_num_value_heads)
+            if layer_type == "linear_attention"
+            else (f"{i}.keys", config.num_key_value_heads)
+        )
+        if tensors[name].shape[1] != heads:
+            raise ValueError(
+                f"layer {i} holds {tensors[name].shape[1]} of {heads} heads: a tensor-parallel model's cache, of which "
+                "each process has a part, cannot be saved"
+            )
     # Sliding layers keep a window of what they have read: how much that was is needed for positions and masks.
     metadata = {"format": CACHE_FORMAT, "config": _fingerprint(config), "tokens": str(int(cache.get_seq_length()))}
     file = Path(file)

@@ -22,7 +22,7 @@ PRESETS = {
 # of generation. Everything else is a spelling mistake or belongs to another model, and is refused.
 TRANSFORMERS_KEYS = {
     "attn_implementation", "auto_map", "base_model_ep_plan", "base_model_fsdp_plan", "base_model_pp_plan",
-    "base_model_tp_plan", "custom_pipelines", "experts_implementation", "loss_type", "model_type", "name_or_path",
+    "custom_pipelines", "experts_implementation", "loss_type", "model_type", "name_or_path",
     "num_labels", "output_attentions", "partial_rotary_factor", "per_layer_config", "quantization_config",
     "rope_scaling", "rope_theta", "tie_last_hidden_states", "torch_dtype", "transformers_weights",
 }  # fmt: skip
@@ -289,6 +289,26 @@ class DeltaNetConfig(PreTrainedConfig):
         """Part of `@strict` validation: Transformers' own checks, which an odd head without rotation need not pass."""
         if self.uses_rope:
             super().validate_rope()
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """Tensor parallelism: every mixer by its heads, the MLP by its width. Names what this configuration has and
+        no more, because Transformers warns of a rule that matches nothing."""
+        plan = {"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}
+        if "linear_attention" in self.layer_types:
+            columns = ["q_proj", "k_proj", "v_proj"]
+            columns += ["b_proj"] * self.linear_use_beta + ["g_proj"] * self.linear_use_output_gate
+            plan |= {f"linear_attn.{name}": "colwise" for name in columns}
+            if self.linear_conv_kernel_dim is not None:
+                # The style that splits the first dimension of any weight; colwise splits a convolution's second.
+                plan |= {f"linear_attn.{name}_conv1d": "embedding_rowwise" for name in "qkv"}
+            plan |= {"linear_attn.o_norm": "replicated_with_grad_allreduce", "linear_attn.o_proj": "rowwise"}
+        if set(self.layer_types) != {"linear_attention"}:
+            plan |= {f"self_attn.{name}_proj": "colwise" for name in "qkv"}
+            if self.use_qk_norm:
+                plan |= {f"self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
+            plan |= {"self_attn.o_proj": "rowwise"}
+        return {f"layers.*.{name}": style for name, style in plan.items()}
 
     @property
     def uses_rope(self) -> bool:

@@ -186,7 +186,7 @@ class DeltaNetLinearAttention(nn.Module):
     @force_accelerate_hooks(["q_conv1d", "k_conv1d", "v_conv1d"])
     def _convolve(self, xs, activation, attention_mask, past_key_values, cu_seqlens):
         """The short convolution over q, k and v, from the cache's inputs on."""
-        weights = tuple(conv.weight.squeeze(1) for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d))
+        weights = tuple(_local(conv.weight).squeeze(1) for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d))
         history = None if past_key_values is None else past_key_values.get_conv_state(self.layer_idx)
         if _is_decoding(history, xs[0].shape[1], attention_mask):
             return short_conv_step(xs, weights, history, activation)
@@ -207,6 +207,12 @@ class DeltaNetLinearAttention(nn.Module):
             # In fp32, and safe where a ReLU leaves nothing.
             x = (x.float() / (x.float().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
         return x
+
+
+def _local(weight: torch.Tensor) -> torch.Tensor:
+    """The part of a weight that this process holds: under tensor parallelism it is a DTensor, which only a module's own
+    forward would unwrap."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
 def _is_decoding(state, new_tokens, attention_mask) -> bool:
@@ -390,6 +396,14 @@ class DeltaNetPreTrainedModel(PreTrainedModel):
         "attentions": DeltaNetAttention,
     }
 
+    def _resolve_parallel_plans(self, distributed_config):
+        # Transformers splits a projection at any column, also within a head.
+        for layers, name in (("linear_attn", "linear_num_key_heads"), ("self_attn", "num_key_value_heads")):
+            heads, processes = getattr(self.config, name), distributed_config.tp_size
+            if f"layers.*.{layers}.o_proj" in self.config.base_model_tp_plan and heads % processes:
+                raise ValueError(f"{name} ({heads}) must be a multiple of the tensor-parallel size ({processes})")
+        return super()._resolve_parallel_plans(distributed_config)
+
 
 @auto_docstring
 class DeltaNetModel(DeltaNetPreTrainedModel):
@@ -443,10 +457,11 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
             masks = create_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
 
         hidden_states = inputs_embeds
-        for layer in self.layers:
+        # Not layer.layer_type: in a pipeline, other stages' layers are replaced by identities.
+        for layer, layer_type in zip(self.layers, self.config.layer_types):
             hidden_states = layer(
                 hidden_states,
-                attention_mask=masks[layer.layer_type],
+                attention_mask=masks[layer_type],
                 past_key_values=past_key_values,
                 position_embeddings=position_embeddings,
                 cu_seqlens=cu_seqlens,

@@ -87,5 +87,8 @@ def test_what_cannot_be_saved_leaves_the_old_file_alone(tmp_path):
         save_cache(DynamicCache(config=model.config), file, model.config)
     with pytest.raises(ValueError, match="StaticCache"):
         save_cache(StaticCache(config=model.config, max_cache_len=8), file, model.config)
+    half = read(tiny_model(linear_num_key_heads=1), torch.randint(1, VOCAB, (1, 4))).past_key_values
+    with pytest.raises(ValueError, match="holds 1 of 2 heads"):
+        save_cache(half, file, model.config)
     assert file.read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["cache.safetensors"]

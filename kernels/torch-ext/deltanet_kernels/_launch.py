@@ -14,9 +14,13 @@ _LIMIT = 4096  # shapes remembered; beyond, start again
 
 def launch(kernel, grid: tuple[int, ...], args: tuple, constants: dict, options: dict) -> None:
     """`kernel[grid](*args, **constants, **options)`; the kernel's parameters are args, then constants, in order."""
+    device = args[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):  # Triton launches on the current device
+            return launch(kernel, grid, args, constants, options)
     tensor = torch.Tensor
     key = (
-        kernel, args[0].device, *constants.values(), *options.values(),
+        kernel, device, *constants.values(), *options.values(),
         *[(x.dtype, x.data_ptr() % 16) if isinstance(x, tensor) else x for x in args],
     )  # fmt: skip
     compiled = _compiled.get(key)
@@ -26,6 +30,7 @@ def launch(kernel, grid: tuple[int, ...], args: tuple, constants: dict, options:
             _compiled.clear()
         if hasattr(compiled, "function"):  # the interpreter returns nothing
             _compiled[key] = compiled
-        return
+        return None
     names = kernel.arg_names[len(args) :]
     compiled[(*grid, 1, 1)[:3]](*args, *[constants[n] for n in names])
+    return None
