@@ -20,9 +20,10 @@ import torch.nn.functional as F
 
 logger = logging.getLogger(__name__)
 
-# Tokens per chunk. 64 is what the paper and the GPU kernels use; on two CPU cores 32 and 128 were slower.
+# Tokens per chunk, as in the paper and in the GPU kernels. Forward + backward on two CPU cores, (B, T, H, D) = (1, 2048, 8,
+# 64): 39 ms in chunks of 32, which keep twice as many states; 47 ms in 64; 60 ms in 128.
 CHUNK_SIZE = 64
-# Below this many tokens the recurrence is cheaper on a CPU than one padded chunk.
+# Below this many tokens the recurrence is faster on a CPU: 0.07 ms against 0.13 at T = 1, even at T = 3 (8 heads of 64).
 SHORT_SEQUENCE = 4
 L2_NORM_EPS = 1e-6
 
@@ -145,8 +146,8 @@ def torch_chunk_delta_rule(
 class _ChunkDeltaRule(torch.autograd.Function):
     """The rule on tensors cut into chunks: q, k `[n * X, C, K]`, v `[n * X, C, V]`, beta `[n * X, C, 1]`, X = B * G.
 
-    Gradients are written out, not recorded: twice as fast on a CPU, and S and U are all the memory it adds. In the
-    formulas lower() keeps the diagonal and strict() does not; a product is one batched call over all chunks.
+    Gradients are written out, not recorded, which is twice as fast on a CPU and keeps only S, U, W and two [C, C]
+    matrices a chunk. In the formulas lower() keeps the diagonal and strict() does not; a product is one batched call over all chunks.
     """
 
     @staticmethod
@@ -162,7 +163,7 @@ class _ChunkDeltaRule(torch.autograd.Function):
         # 3. From chunk to chunk: the pseudo values U = A (V - K S) = A V - W S, and the state S <- S + K^T U.
         U = A @ v
         S = v.new_empty(len(k), k.shape[-1], v.shape[-1])
-        final_state = initial_state.clone()
+        final_state = initial_state.clone(memory_format=torch.contiguous_format)  # the loop works on views of it
         for n, state in _chunks(final_state, chunk_borders):
             S[n] = state
             U[n].baddbmm_(W[n], state, alpha=-1)
@@ -184,7 +185,7 @@ class _ChunkDeltaRule(torch.autograd.Function):
         P = (q @ k.mT).tril_()
         dU = P.mT @ do
         dS = q.mT @ do
-        d_state = dht.clone()
+        d_state = dht.clone(memory_format=torch.contiguous_format)
         for n, state in _chunks(d_state, ctx.chunk_borders, reverse=True):
             dU[n].baddbmm_(k[n], state)
             entering = (state + dS[n]).baddbmm_(W[n].mT, dU[n], alpha=-1)

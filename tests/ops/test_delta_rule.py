@@ -176,6 +176,21 @@ def test_strided_inputs_from_one_projection():
     assert torch.equal(got, torch_chunk_delta_rule(q.contiguous(), k.contiguous(), v.contiguous(), beta)[0])
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_strided_state_and_gradient(rule):
+    """A state cut out of a larger tensor, and a gradient that comes back in other strides, are read as what they are."""
+    q, k, v, beta, state = make_inputs(2, 100, 3, 8, 3, 8)
+    strided = state.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    state.requires_grad_()
+    weight = torch.randn(3, 2, 8, 8, dtype=torch.float64)
+    results = []
+    for h0 in (state, strided):
+        _, final = rule(q, k, v, beta, initial_state=h0, output_final_state=True, use_qk_l2norm_in_kernel=True)
+        results.append((final, torch.autograd.grad((final.transpose(0, 1) * weight).sum(), h0)[0]))
+    for got, wanted in zip(results[1], results[0]):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+
+
 def test_the_switch_takes_the_torch_rule_on_a_cpu():
     """On a laptop the model must run without the kernels; a short step takes the recurrence, the rest the chunks."""
     for T in (1, 100):
