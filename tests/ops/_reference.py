@@ -14,7 +14,7 @@ def delta_rule_fp64(q, k, v, beta, scale=None, initial_state=None, l2norm=False,
     if cu_seqlens is None:
         pieces = [(slice(b, b + 1), slice(0, q.shape[1])) for b in range(q.shape[0])]
     else:
-        c = cu_seqlens.tolist()
+        c = [int(border) for border in cu_seqlens]
         pieces = [(slice(0, 1), slice(s, e)) for s, e in zip(c, c[1:], strict=False)]
     outputs, states = [], []
     for n, (b, t) in enumerate(pieces):

@@ -1,7 +1,7 @@
 """Compiles the token-by-token and convolution kernels for a GPU that is not there: `python offline.py 90 128`.
 
 A process of its own, because in the tests' process the kernels belong to the interpreter. Prints one JSON object:
-kernel -> [registers a thread, stack bytes, bytes of local memory, bytes of shared memory].
+kernel -> what `resources` says of it.
 """
 
 import importlib
@@ -27,7 +27,7 @@ recurrent, short_conv = (importlib.import_module(f"deltanet_kernels.{name}") for
 NOT_DIVISIBLE = {"T", "N", "B", "s_bb", "s_bt", "s_bh"}
 
 
-def compile_kernel(kernel, pointers, constants, capability, num_warps):
+def compile_kernel(kernel, pointers, constants, capability, options, not_divisible=NOT_DIVISIBLE):
     """`pointers` maps a pattern to a pointer's type (None: passed as None); what is left is fp32 or an int32."""
     signature, constexprs, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
@@ -40,13 +40,14 @@ def compile_kernel(kernel, pointers, constants, capability, num_warps):
             signature[name], constexprs[(i,)] = "constexpr", None
             continue
         signature[name] = kind
-        if kind != "fp32" and name not in NOT_DIVISIBLE:
+        if kind != "fp32" and name not in not_divisible:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def resources(compiled):
+    """[registers a thread, stack bytes, bytes of local memory, bytes of shared memory]"""
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(compiled.asm["cubin"])
@@ -98,7 +99,8 @@ def main(capability, d, dtype="bf16"):
         warps = recurrent._step_warps(pad, columns)
         constants = {**sizes, **eps, "BK": pad, "BV": columns}
         table[f"step, {columns} columns"] = (recurrent._step_kernel, given, constants, warps)
-    print(json.dumps({name: resources(compile_kernel(*row[:3], capability, row[3])) for name, row in table.items()}))
+    compiled = {name: compile_kernel(*row, capability, {"num_warps": warps}) for name, (*row, warps) in table.items()}
+    print(json.dumps({name: resources(kernel) for name, kernel in compiled.items()}))
 
 
 if __name__ == "__main__":

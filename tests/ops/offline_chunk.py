@@ -6,11 +6,7 @@ kernel -> [registers a thread, bytes of spilled registers, bytes of shared memor
 
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -19,8 +15,7 @@ import triton  # noqa: E402
 from deltanet_kernels import chunk_backward as backward  # noqa: E402
 from deltanet_kernels import chunk_forward as forward  # noqa: E402
 from deltanet_kernels import configs  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from offline import compile_kernel, resources  # noqa: E402
 
 
 INPUTS, SCRATCH = ("q", "k", "v", "do", "o", "dq", "dk", "beta", "dbeta"), ("a", "p", "u", "s", "ds", "dv")
@@ -29,34 +24,15 @@ TABLES = {"cu_seqlens": "*i64", "chunk_offsets": "*i32", "group_offsets": "*i32"
 NOT_DIVISIBLE = {"T", "NT", "NG", "H", "HV", "HV_ALL", "H_ALL"}
 
 
-def compile_kernel(kernel, constants, launch, arch, dtype):
+def compile_and_read(kernel, constants, launch, arch, dtype):
     scratch = "bf16" if dtype == "bf16" else "fp32"
-    types = dict.fromkeys(INPUTS, f"*{dtype}") | dict.fromkeys(SCRATCH, f"*{scratch}")
-    types |= dict.fromkeys(STATES, "*fp32") | TABLES | {"scale": "fp32"}
-    signature, constexprs, attributes = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name], constexprs[(i,)] = "constexpr", constants[name]
-        else:
-            signature[name] = types.get(name, "i32")
-            if name != "scale" and name not in NOT_DIVISIBLE:
-                attributes[(i,)] = [["tt.divisibility", 16]]
+    pointers = dict.fromkeys(INPUTS, f"*{dtype}") | dict.fromkeys(SCRATCH, f"*{scratch}")
+    pointers |= dict.fromkeys(STATES, "*fp32") | TABLES
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     if launch.maxnreg:
         options["maxnreg"] = launch.maxnreg
-    source = ASTSource(kernel, signature, constexprs, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return resources(compiled)
-
-
-def resources(compiled):
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(compiled.asm["cubin"])
-        f.flush()
-        text = subprocess.run([cuobjdump, "-res-usage", f.name], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text.stdout + text.stderr)
-    return [int(found.group(1)), int(found.group(2)), compiled.metadata.shared]
+    registers, stack, _, shared = resources(compile_kernel(kernel, pointers, constants, arch, options, NOT_DIVISIBLE))
+    return [registers, stack, shared]
 
 
 def main(arch: int, d: int, dtype: str = "bf16") -> dict:
@@ -70,13 +46,13 @@ def main(arch: int, d: int, dtype: str = "bf16") -> dict:
         scan = {**common, "V": d, "BK": min(128, pad), "BV": min(plan.scan.block_v, pad), "GROUP": 1}
         name = "few" if few else "many"
         state = {"HAS_H0": False, "HAS_HT": False, "PHI": False, "OUTPUT": True, "SAVE": True, "DEEP": plan.scan.deep}
-        found[f"scan, {name}"] = compile_kernel(forward.scan_kernel, scan | state, plan.scan, arch, dtype)
+        found[f"scan, {name}"] = compile_and_read(forward.scan_kernel, scan | state, plan.scan, arch, dtype)
         state = {"HAS_DHT": False, "HAS_DH0": False, "SAVE": True, "DEEP": plan.reverse.deep}
-        found[f"reverse, {name}"] = compile_kernel(backward.reverse_kernel, scan | state, plan.reverse, arch, dtype)
+        found[f"reverse, {name}"] = compile_and_read(backward.reverse_kernel, scan | state, plan.reverse, arch, dtype)
     prepare = common | {"BK": min(plan.prepare.block_v, pad), "FP16": not wide, "EPS": 1e-6, "BETA_MIN": 2.0**-30}
-    found["prepare"] = compile_kernel(forward.prepare_kernel, prepare, plan.prepare, arch, dtype)
+    found["prepare"] = compile_and_read(forward.prepare_kernel, prepare, plan.prepare, arch, dtype)
     grads = common | {"V": d, "BK": pad, "BV": min(plan.scan.block_v, pad), "G": 1, "BETA_MIN": 2.0**-30}
-    found["grads"] = compile_kernel(backward.grads_kernel, grads, plan.grads, arch, dtype)
+    found["grads"] = compile_and_read(backward.grads_kernel, grads, plan.grads, arch, dtype)
     return found
 
 

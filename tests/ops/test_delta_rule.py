@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from _reference import delta_rule_fp64
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,33 +16,9 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 NAMES = ("q", "k", "v", "beta", "initial_state")
 
 
-def reference(q, k, v, beta, scale=None, initial_state=None, use_qk_l2norm_in_kernel=False, cu_seqlens=None):
-    """The rule as it is defined, a token and a head at a time, without a line of the code under test."""
-    B, T, H, K = q.shape
-    G, V = v.shape[2:]
-    if use_qk_l2norm_in_kernel:
-        q, k = (x / (x.pow(2).sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
-    scale = K**-0.5 if scale is None else scale
-    sequences = [(b, 0, T) for b in range(B)]
-    if cu_seqlens is not None:
-        sequences = [(0, a, b) for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist())]
-    rows = [[None] * T for _ in range(B)]
-    finals = []
-    for n, (b, first, last) in enumerate(sequences):
-        heads = []
-        for g in range(G):
-            S = torch.zeros(K, V, dtype=q.dtype) if initial_state is None else initial_state[n, g]
-            outputs, h = [], g // (G // H)
-            for t in range(first, last):
-                retrieved = k[b, t, h] @ S
-                S = S + torch.outer(k[b, t, h], beta[b, t, g] * (v[b, t, g] - retrieved))
-                outputs.append(scale * (q[b, t, h] @ S))
-            heads.append((outputs, S))
-        for t in range(first, last):
-            rows[b][t] = torch.stack([outputs[t - first] for outputs, _ in heads])
-        finals.append(torch.stack([S for _, S in heads]))
-    o = torch.stack([torch.stack(row) for row in rows]) if T else v * 0
-    return o, torch.stack(finals)
+def reference(*inputs, use_qk_l2norm_in_kernel=False, **kwargs):
+    """The rule as it is defined, a token at a time, without a line of the code under test."""
+    return delta_rule_fp64(*inputs, l2norm=use_qk_l2norm_in_kernel, **kwargs)
 
 
 def make_inputs(B, T, H, K, G, V, N=None, seed=0, keys="random", beta_max=1.0):

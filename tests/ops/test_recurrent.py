@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _reference import delta_rule_fp64
 
 
 triton = pytest.importorskip("triton")
@@ -26,33 +27,6 @@ BACKEND = "inductor" if CUDA else "aot_eager"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 NAMES = ("o", "final_state", "dq", "dk", "dv", "dbeta", "dinitial_state")
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]
-
-
-def reference(q, k, v, beta, scale, initial_state, norm, cu_seqlens):
-    """The rule as it is defined, one token at a time, in fp64."""
-    B, T, H, K = q.shape
-    HV, V = v.shape[2:]
-    q, k, v, beta = (x.double() for x in (q, k, v, beta))
-    if norm:
-        q, k = (x * (x.pow(2).sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
-    q, k = (x.repeat_interleave(HV // H, 2) for x in (q, k))
-    scale = K**-0.5 if scale is None else scale
-    if cu_seqlens is None:
-        sequences = [(slice(None), t0, t1) for t0, t1 in [(0, T)]]
-    else:
-        sequences = [(slice(0, 1), t0, t1) for t0, t1 in zip(cu_seqlens[:-1], cu_seqlens[1:])]
-    outputs, states = [], []
-    for n, (rows, first, last) in enumerate(sequences):
-        S = torch.zeros(B, HV, K, V, dtype=torch.float64, device=q.device)
-        if initial_state is not None:
-            S = initial_state.double()[rows if cu_seqlens is None else slice(n, n + 1)]
-        for t in range(first, last):
-            e = v[:, t] - torch.einsum("bhkv,bhk->bhv", S, k[:, t])
-            S = S + torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t, :, None] * e)
-            outputs.append(scale * torch.einsum("bhkv,bhk->bhv", S, q[:, t]))
-        states.append(S)
-    o = torch.stack(outputs, 1) if outputs else v * 0
-    return o, torch.cat(states)
 
 
 def make(B, T, H, HV, K, V, dtype=torch.float32, N=None, state=True, seed=0):
@@ -94,7 +68,7 @@ def check(inputs, tolerance, scale=None, norm=False, cu_seqlens=None, with_state
         return fused_recurrent_delta_rule(q, k, v, beta, scale, h0, True, norm, cu)
 
     def wanted(q, k, v, beta, h0):
-        return reference(q, k, v, beta, scale, h0, norm, cu_seqlens)
+        return delta_rule_fp64(q, k, v, beta, scale, h0, norm, cu_seqlens)
 
     assert_close(
         outputs_and_gradients(ours, inputs, with_state), outputs_and_gradients(wanted, inputs, with_state), tolerance
@@ -154,7 +128,7 @@ def test_gradient_from_output_or_state_alone():
     grads = []
     for function in (
         lambda q, k, v, b, h: fused_recurrent_delta_rule(q, k, v, b, None, h, True),
-        lambda q, k, v, b, h: reference(q, k, v, b, None, h, False, None),
+        lambda q, k, v, b, h: delta_rule_fp64(q, k, v, b, None, h, False, None),
     ):
         _, final_state = function(*inputs)
         grads.append(torch.autograd.grad(final_state.square().sum(), inputs, allow_unused=True))
@@ -186,7 +160,7 @@ def test_strided_and_poisoned():
 def test_step(norm):
     """Decoding token by token gives what the whole sequence gives, and leaves the same state behind."""
     q, k, v, beta, h0 = (x.detach() for x in make(2, 4, 1, 2, 24, 40))
-    expected, final_state = reference(q, k, v, beta, None, h0, norm, None)
+    expected, final_state = delta_rule_fp64(q, k, v, beta, None, h0, norm, None)
     pool = torch.full((3, 2, 24, 48), torch.nan, device=DEVICE)
     state = pool[:2, :, :, :40].copy_(h0)
     outputs = []
@@ -200,7 +174,7 @@ def test_step(norm):
 def test_step_half_precision():
     """The state stays in fp32 whatever the inputs are."""
     q, k, v, beta, h0 = (x.detach() for x in make(1, 1, 1, 1, 32, 32, torch.bfloat16))
-    expected = reference(q, k, v, beta, None, h0, True, None)
+    expected = delta_rule_fp64(q, k, v, beta, None, h0, True, None)
     o = delta_rule_step(q, k, v, beta, h0, use_qk_l2norm_in_kernel=True)
     assert o.dtype == torch.bfloat16
     assert_close((o,), expected[:1], TOLERANCE[torch.bfloat16])
@@ -301,7 +275,7 @@ class TestOnGpu:
     @pytest.mark.parametrize("B, K", [(1, 128), (64, 128), (3, 256), (5, 32), (2, 192)])
     def test_step_sizes(self, B, K):
         q, k, v, beta, h0 = (x.detach() for x in make(B, 1, 8, 16, K, K, torch.bfloat16))
-        expected = reference(q, k, v, beta, None, h0, True, None)
+        expected = delta_rule_fp64(q, k, v, beta, None, h0, True, None)
         o = delta_rule_step(q, k, v, beta, h0, use_qk_l2norm_in_kernel=True)
         assert_close((o,), expected[:1], 1e-2)
         assert_close((None, h0), (None, expected[1]), 1e-5)
