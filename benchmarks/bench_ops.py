@@ -97,6 +97,32 @@ def measure(f, shape: tuple[int, ...], rep: int) -> dict:
     return {"fwd_ms": round(times[0], 4), "fwdbwd_ms": round(times[1], 4), "peak_extra_MB": round(peak / 1e6, 1)}
 
 
+def errors(functions: dict, shape: tuple[int, ...]) -> dict:
+    """name -> ||x - ref|| / ||ref|| of the output and each gradient, on one input; ref is the rule token by token in fp64."""
+    from modeling_deltanet.delta_rule import torch_recurrent_delta_rule
+
+    def both(f, inputs):
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        out = f(*inputs)
+        return [out, *torch.autograd.grad(out, inputs, do.to(out.dtype))]
+
+    torch.manual_seed(1)
+    B, T, H, d = shape
+    q, k, v, do = (torch.randn(B, T, H, d, device="cuda", dtype=torch.bfloat16) for _ in "qkvo")
+    inputs = [q, k, v, torch.rand(B, T, H, device="cuda").bfloat16()]
+    reference = both(
+        lambda *x: torch_recurrent_delta_rule(*x, use_qk_l2norm_in_kernel=True)[0], [x.double() for x in inputs]
+    )
+    found = {}
+    for name in ("ours", "fla"):
+        if name in functions:
+            pairs = zip(("o", "dq", "dk", "dv", "dbeta"), both(functions[name], inputs), reference, strict=True)
+            found[name] = {key: float(f"{((x - y).norm() / y.norm()).item():.3e}") for key, x, y in pairs}
+    if len(found) == 2:
+        found["ratio"] = {key: round(x / found["fla"][key], 2) for key, x in found["ours"].items()}
+    return found
+
+
 def cold(module: str) -> float | None:
     """Seconds of the first forward + backward in a fresh process with an empty Triton cache."""
     with tempfile.TemporaryDirectory() as cache:
@@ -135,6 +161,9 @@ def main() -> None:
     )
     parser.add_argument("--rep", type=int, default=60, help="milliseconds of repetition a figure")
     parser.add_argument("--cold", action="store_true", help="also time the first call in a fresh process")
+    parser.add_argument(
+        "--errors", action="store_true", help="also the errors against fp64, 1 x 512 tokens of each size"
+    )
     parser.add_argument("--out", default=None, help="JSON file; default: results/<gpu>_ops.json")
     parser.add_argument("--plot", default=None, help="PNG or SVG against sequence length")
     args = parser.parse_args()
@@ -146,7 +175,27 @@ def main() -> None:
     shapes = [tuple(map(int, s.split(","))) for s in args.shapes] if args.shapes else SHAPES
     if args.lengths:
         shapes = [(1, 1024 * 4**i, 16, 128) for i in range(4)] + [(1, 131072, 16, 128)]
+    gpu = torch.cuda.get_device_name()
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
+    if "fla" in functions:
+        import fla
+
+        versions["fla"] = fla.__version__
     rows = []
+    record = {
+        "gpu": gpu,
+        "versions": versions,
+        "date": str(date.today()),
+        "command": " ".join(["python", "benchmarks/bench_ops.py", *sys.argv[1:]]),
+        "timer": "triton.testing.do_bench median, bf16, use_qk_l2norm_in_kernel=True",
+        "rows": rows,
+    }
+    out = Path(args.out or Path(__file__).parent / "results" / f"{gpu.lower().replace(' ', '_')}_ops.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+    def save() -> None:  # after every figure: a run that is cut off keeps what it has
+        out.write_text(json.dumps(record, indent=1) + "\n")
+
     for shape in shapes:
         results = {}
         for name, f in functions.items():
@@ -158,28 +207,19 @@ def main() -> None:
         ours, fla = results.get("ours"), results.get("fla")
         if ours and fla:
             rows[-1]["ratio"] = {k: round(fla[k] / ours[k], 2) for k in ours}
+        save()
         print(shape, json.dumps(rows[-1]["results"]), json.dumps(rows[-1].get("ratio")), flush=True)
-    gpu = torch.cuda.get_device_name()
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
-    if "fla" in functions:
-        import fla
-
-        versions["fla"] = fla.__version__
-    record = {
-        "gpu": gpu,
-        "versions": versions,
-        "date": str(date.today()),
-        "command": " ".join(["python", "benchmarks/bench_ops.py", *sys.argv[1:]]),
-        "timer": "triton.testing.do_bench median, bf16, use_qk_l2norm_in_kernel=True",
-        "rows": rows,
-    }
+    if args.errors:
+        record["errors"] = []
+        for H, d in sorted({shape[2:] for shape in shapes}):
+            record["errors"].append({"shape": (1, 512, H, d), **errors(functions, (1, 512, H, d))})
+            save()
+            print("errors", json.dumps(record["errors"][-1]), flush=True)
     if args.cold:
         start = time.time()
         record["first_call_s"] = {"ours": cold("deltanet_kernels")}
+        save()
         print("first call", record["first_call_s"], f"({time.time() - start:.0f} s with imports)")
-    out = args.out or str(Path(__file__).parent / "results" / f"{gpu.lower().replace(' ', '_')}_ops.json")
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    Path(out).write_text(json.dumps(record, indent=1) + "\n")
     if args.plot:
         plot(rows, args.plot)
 

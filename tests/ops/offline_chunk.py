@@ -45,13 +45,30 @@ def main(arch: int, d: int, dtype: str = "bf16") -> dict:
         common = {"K": d, "C": configs.CHUNK, "L2NORM": True, "PACKED": False, "WIDE": wide, **precision}
         scan = {**common, "V": d, "BK": min(128, pad), "BV": min(plan.scan.block_v, pad), "GROUP": 1}
         name = "few" if few else "many"
-        state = {"HAS_H0": False, "HAS_HT": False, "PHI": False, "OUTPUT": True, "SAVE": True, "DEEP": plan.scan.deep}
+        state = {
+            "HAS_H0": False,
+            "HAS_HT": False,
+            "PHI": False,
+            "OUTPUT": True,
+            "SAVE": True,
+            "EPS": 1e-6,
+            "STORED": plan.stored,
+            "DEEP": plan.scan.deep,
+        }
         found[f"scan, {name}"] = compile_and_read(forward.scan_kernel, scan | state, plan.scan, arch, dtype)
-        state = {"HAS_DHT": False, "HAS_DH0": False, "SAVE": True, "DEEP": plan.reverse.deep}
+        state = {
+            "HAS_DHT": False,
+            "HAS_DH0": False,
+            "SAVE": True,
+            "EPS": 1e-6,
+            "STORED": plan.stored,
+            "DEEP": plan.reverse.deep,
+        }
         found[f"reverse, {name}"] = compile_and_read(backward.reverse_kernel, scan | state, plan.reverse, arch, dtype)
     prepare = common | {"BK": min(plan.prepare.block_v, pad), "FP16": not wide, "EPS": 1e-6, "BETA_MIN": 2.0**-30}
     found["prepare"] = compile_and_read(forward.prepare_kernel, prepare, plan.prepare, arch, dtype)
-    grads = common | {"V": d, "BK": pad, "BV": min(plan.scan.block_v, pad), "G": 1, "BETA_MIN": 2.0**-30}
+    block_v, _, block_k, nk = forward.blocks(d, d, plan)
+    grads = common | {"V": d, "BK": block_k, "NK": nk, "BV": block_v, "G": 1, "EPS": 1e-6, "BETA_MIN": 2.0**-30}
     found["grads"] = compile_and_read(backward.grads_kernel, grads, plan.grads, arch, dtype)
     return found
 

@@ -108,7 +108,7 @@ def _gradients(ins, saved, dht, out, dh0, scale, t, cu_seqlens, plan) -> None:
     *prepared, u, states = saved
     dq, dk, dv, dbeta = out
     ds = chunk_backward.reverse(q, k, do, prepared, dht, dv, dh0, scale, t, cu_seqlens, plan)
-    chunk_backward.grads(q, k, beta, do, u, dv, states, ds, *prepared[2:], dq, dk, dbeta, scale, t, cu_seqlens, plan)
+    chunk_backward.grads(q, k, beta, do, u, dv, states, ds, prepared[3], dq, dk, dbeta, scale, t, cu_seqlens, plan)
 
 
 class _ChunkDeltaRule(torch.autograd.Function):
@@ -165,8 +165,11 @@ def _(q, k, v, beta, h0, cu_seqlens, scale, l2norm, final, save):
         ht,
         [
             k.new_empty(chunks, HV, configs.CHUNK, configs.CHUNK, dtype=scratch),
-            k.new_empty(chunks, H, configs.CHUNK, configs.CHUNK, dtype=scratch),
-            k.new_empty(norms, dtype=torch.float32),
+            k.new_empty(
+                (chunks, H, configs.CHUNK, configs.CHUNK) if plan.stored else (0,),
+                dtype=scratch if plan.stored else torch.float32,
+            ),
+            k.new_empty(norms if plan.stored else (0,), dtype=torch.float32),
             k.new_empty(norms, dtype=torch.float32),
             k.new_empty(chunk_forward.u_shape(k, v, chunks, plan), dtype=scratch),
             k.new_empty(chunk_forward.s_shape(k, v, groups, plan), dtype=scratch),
@@ -239,8 +242,8 @@ def chunk_delta_rule(
         use_qk_l2norm_in_kernel: q and k are divided by `sqrt(sum(x^2) + 1e-6)`, without a copy of either.
         cu_seqlens: `[N + 1]` int32 or int64 on the device of q: borders of sequences packed along T, with B = 1.
             Empty sequences are allowed.
-        recompute: keep only the inputs for backward and compute the rest again, a slice of heads at a time: about
-            half the extra memory for about a quarter more time (`kernels/README.md`).
+        recompute: keep only the inputs for backward and compute the rest again, a slice of heads at a time: 0.6 of the
+            extra memory for 1.7 times the time; on one long sequence, which is then not cut into segments, 5 times.
 
     Returns:
         `(o, final_state)`: o `[B, T, HV, V]` in v's dtype; final_state is None unless asked for. All gradients are

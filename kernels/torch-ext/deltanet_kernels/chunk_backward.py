@@ -2,7 +2,7 @@
 
 Letters as in `chunk_forward.py`; a d before a name is a gradient. U is saved times rk, as the forward scan used it.
 
-    dU = P^T dO + K dS    dV = A^T dU    dS <- dS + Q^T dO' - K^T (rk dV)    dO' = scale rq dO      reverse
+    dU = P^T dO + K dS    dV = A^T dU    dS <- dS + Q^T (scale rq dO) - K^T (rk dV)                 reverse
     R = lower(dO U^T)    dq^ = scale (dO S^T + R K)                                                             grads
     E = -strictly_lower(rk dV U^T)
     rk dk^ = -rk (dV S^T) + U dS^T + (scale rq R)^T Q + (E + E^T) K
@@ -20,10 +20,12 @@ import triton.language as tl
 from ._launch import launch
 from .chunk_forward import (
     BETA_MIN,
+    EPS,
     Tables,
-    _load_fragments,
     _load_tile,
     _load_tile_t,
+    _load_tiles,
+    _squares,
     _store_fragments,
     blocks,
     precision,
@@ -38,7 +40,7 @@ from .configs import CHUNK, Plan
 
 @triton.jit
 def reverse_kernel(
-    # inputs; a, p, rq and rk as the prepare kernel wrote them
+    # inputs; a, p, rq and rk as the prepare kernel wrote them; p and rq only with STORED
     q, k, do, a, p, rq, rk, dht,
     # outputs; ds, in tiles like s: gradient of the state leaving a group
     dv, ds, dh0,
@@ -50,9 +52,10 @@ def reverse_kernel(
     # constants
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
     L2NORM: tl.constexpr, PACKED: tl.constexpr, HAS_DHT: tl.constexpr, HAS_DH0: tl.constexpr,
-    SAVE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DEEP: tl.constexpr,
+    SAVE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, EPS: tl.constexpr,
+    STORED: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
-    """Runs one sequence, value head and block of BV value columns from the last chunk to the first. DEEP as forward.
+    """Runs one sequence, value head and block of BV value columns from the last chunk to the first.
 
     Without SAVE only dh0 is written (first pass of a segmented scan).
     """
@@ -121,10 +124,29 @@ def reverse_kernel(
         else:
             b_do = _load_tile_t(do, o_c, d_st, o_v, m_t, m_v)
         b_a = tl.load(a + o_c[:, None] * C + o_c[None, :])
-        b_p = tl.load(p + o_c[:, None] * C + o_c[None, :])
+        if STORED:
+            b_p = tl.load(p + o_c[:, None] * C + o_c[None, :])
+        else:
+            # P = lower(Q K^T), and the norms of q
+            b_p = tl.dot(b_q1, tl.trans(b_k1), input_precision=PRECISION)
+            b_rq = tl.full([C], scale, tl.float32)
+            if L2NORM:
+                b_rq = _squares(b_q1)
+            if K > BK:
+                b_p = tl.dot(b_q2, tl.trans(b_k2), b_p, input_precision=PRECISION)
+                if L2NORM:
+                    b_rq += _squares(b_q2)
+            if L2NORM:
+                b_rq = tl.rsqrt(b_rq + EPS) * scale
+            b_p = tl.where(o_c[:, None] >= o_c[None, :], b_p, 0.0).to(CT)
+        # dO' = scale rq dO; a stored P holds the factor, so there dO itself meets P
         b_do = tl.dot(b_do, b_i, input_precision="ieee") if DEEP else b_do.to(tl.float32)
-        b_dq = (b_do * (tl.load(rq + o_c) * scale)[None, :]).to(CT) if L2NORM else (b_do * scale).to(CT)
-        b_do = b_do.to(CT)
+        if STORED:
+            b_dq = (b_do * (tl.load(rq + o_c) * scale)[None, :]).to(CT) if L2NORM else (b_do * scale).to(CT)
+            b_do = b_do.to(CT)
+        else:
+            b_dq = (b_do * b_rq[None, :]).to(CT)
+            b_do = b_dq
         b_c1 = b_s1.to(CT)
         if SAVE and ((i_r == 0) | (i_c % GROUP == GROUP - 1)):
             p_s = ds + (i_c // GROUP) * state_size
@@ -167,17 +189,6 @@ def reverse_kernel(
 
 
 @triton.jit
-def _load_state(p, BV: tl.constexpr, BK: tl.constexpr):
-    """[BV, BK]; the scans save wide keys as two halves of 128."""
-    if BK > 128:
-        b = tl.join(_load_fragments(p, BV, 128), _load_fragments(p + BV * 128, BV, 128))
-        b = tl.reshape(tl.permute(b, [0, 2, 1]), [BV, BK])
-    else:
-        b = _load_fragments(p, BV, BK)
-    return b
-
-
-@triton.jit
 def _norm_backward(b_d, b_x, b_r, L2NORM: tl.constexpr):
     """b_d is r times the gradient of x^ = r x; returns that of x."""
     if L2NORM:
@@ -189,7 +200,7 @@ def _norm_backward(b_d, b_x, b_r, L2NORM: tl.constexpr):
 @triton.jit
 def grads_kernel(
     # inputs; dv as the reverse scan wrote it, in the scratch type
-    q, k, beta, do, u, dv, s, ds, rq, rk,
+    q, k, beta, do, u, dv, s, ds, rk,
     # outputs
     dq, dk, dbeta,
     # packed sequences
@@ -198,9 +209,9 @@ def grads_kernel(
     scale, T, NT, NG, H, H_ALL, HV_ALL,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, b_sb, b_st, b_sh, d_sb, d_st, d_sh,
     # constants; G the value heads of a key head
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, NK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     G: tl.constexpr, L2NORM: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    BETA_MIN: tl.constexpr,
+    EPS: tl.constexpr, BETA_MIN: tl.constexpr,
 ):  # fmt: skip
     """One group of tokens and key head. Even programs compute dq, odd ones dk and dbeta.
 
@@ -231,7 +242,7 @@ def grads_kernel(
     bos += t_0
     chunk += i_g
     o_c = tl.arange(0, C)
-    o_k = tl.arange(0, BK)
+    o_k = tl.arange(0, NK * BK)
     m_t = t_0 + o_c < T
     m_k = o_k < K
     q += i_b * q_sb + bos * q_st + i_h * q_sh
@@ -240,23 +251,22 @@ def grads_kernel(
     do += i_b * d_sb + bos * d_st + i_h * G * d_sh
     NV: tl.constexpr = (V + BV - 1) // BV
     u += ((chunk * HV + i_h * G) * NV) * BV * C
-    s += ((i_t.to(tl.int64) * HV + i_h * G) * NV) * BV * BK
+    s += ((i_t.to(tl.int64) * HV + i_h * G) * NV) * NK * BV * BK
     b_rq = tl.full([C], 1.0, tl.float32)
     if L2NORM:
-        p_r = (chunk * H + i_h) * C + o_c
-        b_rq = tl.load(rq + p_r, mask=m_t, other=1.0)
+        b_rq = tl.rsqrt(_squares(_load_tile(q, o_c, q_st, o_k, m_t, m_k)) + EPS)
     b_sq = b_rq * scale
     m_o = m_t[:, None] & m_k[None, :]
 
     if role == 0:
-        b_dq = tl.zeros([C, BK], tl.float32)
+        b_dq = tl.zeros([C, NK * BK], tl.float32)
         for i_g in range(G):
             b_r = tl.zeros([C, C], tl.float32)
             for i_v in range(0, V, BV):
                 o_v = i_v + tl.arange(0, BV)
                 b_do = _load_tile(do + i_g * d_sh, o_c, d_st, o_v, m_t, o_v < V).to(CT)
-                b_u = _load_fragments(u + (i_g * NV + i_v // BV) * BV * C, BV, C)
-                b_s = _load_state(s + (i_g * NV + i_v // BV) * BV * BK, BV, BK)
+                b_u = _load_tiles(u + (i_g * NV + i_v // BV) * BV * C, 1, BV, C)
+                b_s = _load_tiles(s + (i_g * NV + i_v // BV) * NK * BV * BK, NK, BV, BK)
                 b_r = tl.dot(b_do, b_u, b_r, input_precision=PRECISION)
                 b_dq = tl.dot(b_do, b_s, b_dq, input_precision=PRECISION)
             b_k = _load_tile(k, o_c, k_st, o_k, m_t, m_k).to(CT)
@@ -267,11 +277,11 @@ def grads_kernel(
         tl.store(dq + ((row + o_c) * H_ALL + i_h)[:, None] * K + o_k[None, :], b_dq.to(dq.dtype.element_ty), mask=m_o)
     else:
         dv += (row * HV_ALL + i_h * G) * V
-        ds += ((i_t.to(tl.int64) * HV + i_h * G) * NV) * BV * BK
+        ds += ((i_t.to(tl.int64) * HV + i_h * G) * NV) * NK * BV * BK
         b_rk = tl.full([C], 1.0, tl.float32)
         if L2NORM:
-            b_rk = tl.load(rk + p_r, mask=m_t, other=1.0)
-        b_dk = tl.zeros([C, BK], tl.float32)
+            b_rk = tl.load(rk + (chunk * H + i_h) * C + o_c, mask=m_t, other=1.0)
+        b_dk = tl.zeros([C, NK * BK], tl.float32)
         for i_g in range(G):
             # of the four terms only dV S^T carries rk, so what stands in the accumulator is divided by it meanwhile
             b_dk *= (-1.0 / b_rk)[:, None]
@@ -279,8 +289,8 @@ def grads_kernel(
             for i_v in range(0, V, BV):
                 o_v = i_v + tl.arange(0, BV)
                 b_v = _load_tile(dv + i_g * V, o_c, HV_ALL * V, o_v, m_t, o_v < V)
-                b_u = _load_fragments(u + (i_g * NV + i_v // BV) * BV * C, BV, C)
-                b_s = _load_state(s + (i_g * NV + i_v // BV) * BV * BK, BV, BK)
+                b_u = _load_tiles(u + (i_g * NV + i_v // BV) * BV * C, 1, BV, C)
+                b_s = _load_tiles(s + (i_g * NV + i_v // BV) * NK * BV * BK, NK, BV, BK)
                 b_e = tl.dot(b_v, b_u, b_e, input_precision=PRECISION)
                 b_dk = tl.dot(b_v, b_s, b_dk, input_precision=PRECISION)
             b_dk *= (-b_rk)[:, None]
@@ -298,8 +308,8 @@ def grads_kernel(
             for i_v in range(0, V, BV):
                 o_v = i_v + tl.arange(0, BV)
                 b_do = _load_tile(do + i_g * d_sh, o_c, d_st, o_v, m_t, o_v < V).to(CT)
-                b_u = _load_fragments(u + (i_g * NV + i_v // BV) * BV * C, BV, C)
-                b_s = _load_state(ds + (i_g * NV + i_v // BV) * BV * BK, BV, BK)
+                b_u = _load_tiles(u + (i_g * NV + i_v // BV) * BV * C, 1, BV, C)
+                b_s = _load_tiles(ds + (i_g * NV + i_v // BV) * NK * BV * BK, NK, BV, BK)
                 b_u = tl.trans(b_u)
                 b_r = tl.dot(b_u, tl.trans(b_do), b_r, input_precision=PRECISION)
                 b_dk = tl.dot(b_u, b_s, b_dk, input_precision=PRECISION)
@@ -323,12 +333,12 @@ def reverse(q, k, do, prepared, dht, dv, dh0, scale, t: Tables, cu_seqlens, plan
     HV, V = do.shape[2:]
     ds = k.new_empty(s_shape(k, do, t.n_groups, plan), dtype=scratch_type(k.dtype)) if save else a
     choice = plan.reverse
-    block_v, block_k = blocks(K, V, plan)
+    block_v, nv, block_k, _ = blocks(K, V, plan)
     if t.n > 0:
         launch(
-            reverse_kernel, (triton.cdiv(V, block_v), HV, t.n),
+            reverse_kernel, (nv, HV, t.n),
             (
-                q, k, do, a, p, a if rq is None else rq, a if rk is None else rk, a if dht is None else dht,
+                q, k, do, a, a if p is None else p, a if rq is None else rq, a if rk is None else rk, a if dht is None else dht,
                 dv, ds, a if dh0 is None else dh0,
                 cu_seqlens, t.chunk_offsets, t.group_offsets,
                 scale, T, t.nt, t.ng, H, HV, dv.stride(1) // V if save else HV,
@@ -338,32 +348,33 @@ def reverse(q, k, do, prepared, dht, dv, dh0, scale, t: Tables, cu_seqlens, plan
             {
                 "K": K, "V": V, "BK": block_k, "BV": block_v, "C": CHUNK, "GROUP": plan.group // CHUNK,
                 "L2NORM": rk is not None, "PACKED": cu_seqlens is not None, "HAS_DHT": dht is not None, "HAS_DH0": dh0 is not None,
-                "SAVE": save, "WIDE": k.dtype != torch.bfloat16, "PRECISION": precision(k.dtype), "DEEP": choice.deep,
+                "SAVE": save, "STORED": plan.stored, "DEEP": choice.deep, "WIDE": k.dtype != torch.bfloat16, "PRECISION": precision(k.dtype), "EPS": EPS,
             },
             {"num_warps": choice.num_warps, "num_stages": choice.num_stages},
         )  # fmt: skip
     return ds
 
 
-def grads(q, k, beta, do, u, dv, s, ds, rq, rk, dq, dk, dbeta, scale, t: Tables, cu_seqlens, plan: Plan):
+def grads(q, k, beta, do, u, dv, s, ds, rk, dq, dk, dbeta, scale, t: Tables, cu_seqlens, plan: Plan):
     """Writes dq, dk and dbeta, whose heads may be a slice of more."""
     B, T, H, K = k.shape
     HV, V = do.shape[2:]
     choice = plan.grads
+    block_v, _, block_k, nk = blocks(K, V, plan)
     if t.n_groups > 0 and T > 0:
         launch(
             grads_kernel, (2 * H, t.n_groups),
             (
-                q, k, beta, do, u, dv, s, ds, u if rq is None else rq, u if rk is None else rk, dq, dk, dbeta,
+                q, k, beta, do, u, dv, s, ds, u if rk is None else rk, dq, dk, dbeta,
                 cu_seqlens, t.chunk_offsets, t.groups,
                 scale, T, t.nt, t.ng, H, dk.stride(1) // K, dv.stride(1) // V,
                 q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
                 beta.stride(0), beta.stride(1), beta.stride(2), do.stride(0), do.stride(1), do.stride(2),
             ),
             {
-                "K": K, "V": V, "BK": max(32, triton.next_power_of_2(K)), "BV": blocks(K, V, plan)[0], "C": CHUNK, "G": HV // H,
+                "K": K, "V": V, "BK": block_k, "NK": nk, "BV": block_v, "C": CHUNK, "G": HV // H,
                 "L2NORM": rk is not None, "PACKED": cu_seqlens is not None, "WIDE": k.dtype != torch.bfloat16,
-                "PRECISION": precision(k.dtype), "BETA_MIN": BETA_MIN,
+                "PRECISION": precision(k.dtype), "EPS": EPS, "BETA_MIN": BETA_MIN,
             },
             {"num_warps": choice.num_warps, "num_stages": choice.num_stages, "maxnreg": choice.maxnreg},
         )  # fmt: skip

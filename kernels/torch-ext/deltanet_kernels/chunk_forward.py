@@ -5,7 +5,7 @@ i_ index, o_ offset, p_ pointer, m_ mask, b_ block held by a program. rk, rq: re
 the L2 norm), folded in as row scalars so that normalised copies are never stored.
 
     M = strictly_lower(beta rk rk' K K^T)    A = rk (I + M)^-1 diag(beta)          prepare, one program a chunk
-    P = scale rq lower(Q K^T)
+    P = scale rq lower(Q K^T)                                                        prepare, or scan (Plan.stored)
     X = V - rk (K S)    U = A X    O = scale rq (Q S) + P U    S' = S + K^T U                                  scan
 
 The scan keeps the state transposed, S^T [V, K], as an accumulator: each product of the chain S -> X -> U -> S then
@@ -13,6 +13,7 @@ takes its left operand from registers and its right one from shared memory, and 
 round trip through shared memory (`kernels/README.md`, "Transposed scan").
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -74,6 +75,20 @@ def _load_tile(p, o_r, stride, o_c, m_r, m_c):
 
 
 @triton.jit
+def _bits(p):
+    """The same memory as integers. What is loaded through it and cast back stays where it is written.
+
+    Triton puts a matrix operand's store to shared memory right behind its load, so that each load is waited for before
+    the next goes out. A cast in between keeps them apart.
+    """
+    if p.dtype.element_ty.primitive_bitwidth == 16:
+        p = p.to(tl.pointer_type(tl.int16), bitcast=True)
+    else:
+        p = p.to(tl.pointer_type(tl.int32), bitcast=True)
+    return p
+
+
+@triton.jit
 def _load_tile_t(p, o_r, stride, o_c, m_r, m_c):
     """The same tile read transposed: [columns, rows]."""
     return tl.load(p + o_r[None, :] * stride + o_c[:, None], mask=m_r[None, :] & m_c[:, None], other=0.0)
@@ -93,11 +108,11 @@ def _store_fragments(p, b, R: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def _load_fragments(p, R: tl.constexpr, N: tl.constexpr):
-    """Reads what `_store_fragments` wrote."""
-    o = tl.arange(0, R * N // 256)[:, None] * 256 + tl.arange(0, 256)[None, :]
-    b = tl.reshape(tl.load(p + o), [N // 32, 2, R // 16, 8, 4, 4, 2])
-    return tl.reshape(tl.permute(b, [2, 1, 3, 0, 5, 4, 6]), [R, N])
+def _load_tiles(p, NC: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
+    """Reads NC neighbouring tiles that `_store_fragments` wrote, as [R, NC * N]."""
+    o = tl.arange(0, NC * R * N // 256)[:, None] * 256 + tl.arange(0, 256)[None, :]
+    b = tl.reshape(tl.load(p + o), [NC, N // 32, 2, R // 16, 8, 4, 4, 2])
+    return tl.reshape(tl.permute(b, [3, 2, 4, 0, 1, 6, 5, 7]), [R, NC * N])
 
 
 @triton.jit
@@ -127,10 +142,9 @@ def _inverse_16(b_m, FP16: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _load_rows(p, i_b: tl.constexpr, o_t, t_0, stride, o_k, T, K):
-    o = i_b * 16 + o_t
-    m = (t_0 + o < T)[:, None] & (o_k < K)[None, :]
-    return tl.load(p + o[:, None] * stride + o_k[None, :], mask=m, other=0.0)
+def _squares(b):
+    b = b.to(tl.float32)
+    return tl.sum(b * b, 1)
 
 
 @triton.jit
@@ -157,6 +171,12 @@ def _strict(b_m):
 
 
 @triton.jit
+def _lower(b_m):
+    o = tl.arange(0, 16)
+    return tl.where(o[:, None] >= o[None, :], b_m, 0.0)
+
+
+@triton.jit
 def _store_block(p, i_r: tl.constexpr, i_c: tl.constexpr, b, C: tl.constexpr):
     o = tl.arange(0, 16)
     tl.store(p + (i_r * 16 + o)[:, None] * C + (i_c * 16 + o)[None, :], b.to(p.dtype.element_ty))
@@ -164,20 +184,18 @@ def _store_block(p, i_r: tl.constexpr, i_c: tl.constexpr, b, C: tl.constexpr):
 
 @triton.jit
 def _store_lower(p, b, C: tl.constexpr):
-    """Ten blocks and the zeros above them, diagonal blocks cut to their lower half."""
-    o = tl.arange(0, 16)
-    lower = o[:, None] >= o[None, :]
+    """Ten blocks and the zeros above them."""
     zero = tl.zeros([16, 16], tl.float32)
-    _store_block(p, 0, 0, tl.where(lower, b[0], 0.0), C)
+    _store_block(p, 0, 0, b[0], C)
     _store_block(p, 1, 0, b[1], C)
-    _store_block(p, 1, 1, tl.where(lower, b[2], 0.0), C)
+    _store_block(p, 1, 1, b[2], C)
     _store_block(p, 2, 0, b[3], C)
     _store_block(p, 2, 1, b[4], C)
-    _store_block(p, 2, 2, tl.where(lower, b[5], 0.0), C)
+    _store_block(p, 2, 2, b[5], C)
     _store_block(p, 3, 0, b[6], C)
     _store_block(p, 3, 1, b[7], C)
     _store_block(p, 3, 2, b[8], C)
-    _store_block(p, 3, 3, tl.where(lower, b[9], 0.0), C)
+    _store_block(p, 3, 3, b[9], C)
     _store_block(p, 0, 1, zero, C)
     _store_block(p, 0, 2, zero, C)
     _store_block(p, 0, 3, zero, C)
@@ -187,11 +205,33 @@ def _store_lower(p, b, C: tl.constexpr):
 
 
 @triton.jit
-def _lower_products(
-    p_x, x_st, p_y, y_st, t_0, T, K: tl.constexpr, BK: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr
-):
-    """X Y^T of one chunk: the ten 16x16 blocks on and below the diagonal, row by row."""
+def _load_blocks(p, t_0, st, o_k, T, K, CT: tl.constexpr):
+    """A chunk's rows in four blocks of 16: all loads before the first use, so that memory is waited for once."""
     o_t = tl.arange(0, 16)
+    x0 = _load_tile(_bits(p), o_t, st, o_k, t_0 + o_t < T, o_k < K)
+    x1 = _load_tile(_bits(p), o_t + 16, st, o_k, t_0 + 16 + o_t < T, o_k < K)
+    x2 = _load_tile(_bits(p), o_t + 32, st, o_k, t_0 + 32 + o_t < T, o_k < K)
+    x3 = _load_tile(_bits(p), o_t + 48, st, o_k, t_0 + 48 + o_t < T, o_k < K)
+    x0 = x0.to(p.dtype.element_ty, bitcast=True).to(CT)
+    x1 = x1.to(p.dtype.element_ty, bitcast=True).to(CT)
+    x2 = x2.to(p.dtype.element_ty, bitcast=True).to(CT)
+    x3 = x3.to(p.dtype.element_ty, bitcast=True).to(CT)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def _lower_products(
+    p_x, x_st, p_y, y_st, t_0, T, K: tl.constexpr, BK: tl.constexpr, SAME: tl.constexpr, CT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """X Y^T of one chunk, the ten 16x16 blocks on and below the diagonal, row by row; and the squared norms of X's rows.
+
+    SAME: Y is X, and the norms are not needed.
+    """
+    r0 = tl.zeros([16], tl.float32)
+    r1 = tl.zeros([16], tl.float32)
+    r2 = tl.zeros([16], tl.float32)
+    r3 = tl.zeros([16], tl.float32)
     b00 = tl.zeros([16, 16], tl.float32)
     b10 = tl.zeros([16, 16], tl.float32)
     b11 = tl.zeros([16, 16], tl.float32)
@@ -204,14 +244,19 @@ def _lower_products(
     b33 = tl.zeros([16, 16], tl.float32)
     for i_k in range((K + BK - 1) // BK):
         o_k = i_k * BK + tl.arange(0, BK)
-        x0 = _load_rows(p_x, 0, o_t, t_0, x_st, o_k, T, K).to(CT)
-        x1 = _load_rows(p_x, 1, o_t, t_0, x_st, o_k, T, K).to(CT)
-        x2 = _load_rows(p_x, 2, o_t, t_0, x_st, o_k, T, K).to(CT)
-        x3 = _load_rows(p_x, 3, o_t, t_0, x_st, o_k, T, K).to(CT)
-        y0 = tl.trans(_load_rows(p_y, 0, o_t, t_0, y_st, o_k, T, K).to(CT))
-        y1 = tl.trans(_load_rows(p_y, 1, o_t, t_0, y_st, o_k, T, K).to(CT))
-        y2 = tl.trans(_load_rows(p_y, 2, o_t, t_0, y_st, o_k, T, K).to(CT))
-        y3 = tl.trans(_load_rows(p_y, 3, o_t, t_0, y_st, o_k, T, K).to(CT))
+        x0, x1, x2, x3 = _load_blocks(p_x, t_0, x_st, o_k, T, K, CT)
+        if SAME:
+            y0, y1, y2, y3 = x0, x1, x2, x3
+        else:
+            y0, y1, y2, y3 = _load_blocks(p_y, t_0, y_st, o_k, T, K, CT)
+            r0 += _squares(x0)
+            r1 += _squares(x1)
+            r2 += _squares(x2)
+            r3 += _squares(x3)
+        y0 = tl.trans(y0)
+        y1 = tl.trans(y1)
+        y2 = tl.trans(y2)
+        y3 = tl.trans(y3)
         b00 = tl.dot(x0, y0, b00, input_precision=PRECISION)
         b10 = tl.dot(x1, y0, b10, input_precision=PRECISION)
         b11 = tl.dot(x1, y1, b11, input_precision=PRECISION)
@@ -222,16 +267,7 @@ def _lower_products(
         b31 = tl.dot(x3, y1, b31, input_precision=PRECISION)
         b32 = tl.dot(x3, y2, b32, input_precision=PRECISION)
         b33 = tl.dot(x3, y3, b33, input_precision=PRECISION)
-    return b00, b10, b11, b20, b21, b22, b30, b31, b32, b33
-
-
-@triton.jit
-def _row_norms(p, i_b: tl.constexpr, t_0, stride, T, K: tl.constexpr, BK: tl.constexpr, EPS: tl.constexpr):
-    b_r = tl.zeros([16], tl.float32)
-    for i_k in range((K + BK - 1) // BK):
-        b_x = _load_rows(p, i_b, tl.arange(0, 16), t_0, stride, i_k * BK + tl.arange(0, BK), T, K).to(tl.float32)
-        b_r += tl.sum(b_x * b_x, 1)
-    return tl.rsqrt(b_r + EPS)
+    return (b00, b10, b11, b20, b21, b22, b30, b31, b32, b33), (r0, r1, r2, r3)
 
 
 @triton.jit
@@ -250,8 +286,9 @@ def prepare_kernel(
 ):  # fmt: skip
     """A = rk (I + strictly_lower(beta rk rk' K K^T))^-1 diag(beta) of one chunk and value head, on 16x16 blocks.
 
-    The H programs after the HV of a chunk compute P = scale rq lower(Q K^T) and the norms of q. One warp each: the blocks are
-    too small for more, and with one there are no barriers. The ten blocks on and below the diagonal are named by row and column: m21 is block row 2, block column 1.
+    Programs beyond the HV of a chunk, launched where P is stored, compute P = scale rq lower(Q K^T) and the norms of q.
+    One warp each: the blocks are too small for more, and with one there are no barriers. The ten blocks on and below
+    the diagonal are named by row and column: m21 is block row 2, block column 1.
     """
     i_hv = tl.program_id(0)
     i_t = tl.program_id(1)
@@ -278,18 +315,13 @@ def prepare_kernel(
 
     if i_hv >= HV:
         p_q = q + i_b * q_sb + (bos + t_0) * q_st + i_h * q_sh
-        m00, m10, m11, m20, m21, m22, m30, m31, m32, m33 = _lower_products(
-            p_q, q_st, p_k, k_st, t_0, T, K, BK, CT, PRECISION
-        )
-        r0 = tl.full([16], scale, tl.float32)
-        r1 = r0
-        r2 = r0
-        r3 = r0
+        m, r = _lower_products(p_q, q_st, p_k, k_st, t_0, T, K, min(BK, 32), False, CT, PRECISION)
+        m00, m10, m11, m20, m21, m22, m30, m31, m32, m33 = m
         if L2NORM:
-            r0 = _row_norms(p_q, 0, t_0, q_st, T, K, BK, EPS)
-            r1 = _row_norms(p_q, 1, t_0, q_st, T, K, BK, EPS)
-            r2 = _row_norms(p_q, 2, t_0, q_st, T, K, BK, EPS)
-            r3 = _row_norms(p_q, 3, t_0, q_st, T, K, BK, EPS)
+            r0 = tl.rsqrt(r[0] + EPS)
+            r1 = tl.rsqrt(r[1] + EPS)
+            r2 = tl.rsqrt(r[2] + EPS)
+            r3 = tl.rsqrt(r[3] + EPS)
             tl.store(rq + p_r + o_t, r0)
             tl.store(rq + p_r + 16 + o_t, r1)
             tl.store(rq + p_r + 32 + o_t, r2)
@@ -298,26 +330,30 @@ def prepare_kernel(
             r1 *= scale
             r2 *= scale
             r3 *= scale
-        m00 *= r0[:, None]
+        else:
+            r0 = tl.full([16], scale, tl.float32)
+            r1 = r0
+            r2 = r0
+            r3 = r0
+        m00 = _lower(m00 * r0[:, None])
         m10 *= r1[:, None]
-        m11 *= r1[:, None]
+        m11 = _lower(m11 * r1[:, None])
         m20 *= r2[:, None]
         m21 *= r2[:, None]
-        m22 *= r2[:, None]
+        m22 = _lower(m22 * r2[:, None])
         m30 *= r3[:, None]
         m31 *= r3[:, None]
         m32 *= r3[:, None]
-        m33 *= r3[:, None]
+        m33 = _lower(m33 * r3[:, None])
         _store_lower(p + p_r * C, (m00, m10, m11, m20, m21, m22, m30, m31, m32, m33), C)
         return
 
-    m00, m10, m11, m20, m21, m22, m30, m31, m32, m33 = _lower_products(
-        p_k, k_st, p_k, k_st, t_0, T, K, BK, CT, PRECISION
-    )
     b_b0 = _load_beta(p_b, 0, o_t, t_0, b_st, T, BETA_MIN)
     b_b1 = _load_beta(p_b, 1, o_t, t_0, b_st, T, BETA_MIN)
     b_b2 = _load_beta(p_b, 2, o_t, t_0, b_st, T, BETA_MIN)
     b_b3 = _load_beta(p_b, 3, o_t, t_0, b_st, T, BETA_MIN)
+    m, _ = _lower_products(p_k, k_st, p_k, k_st, t_0, T, K, BK, True, CT, PRECISION)
+    m00, m10, m11, m20, m21, m22, m30, m31, m32, m33 = m
     if L2NORM:
         r0 = _norm_of(m00, EPS)
         r1 = _norm_of(m11, EPS)
@@ -401,7 +437,7 @@ def prepare_kernel(
 
 @triton.jit
 def scan_kernel(
-    # inputs; a, p, rq and rk as the prepare kernel wrote them
+    # inputs; a, p, rq and rk as the prepare kernel wrote them; p and rq only with STORED
     q, k, v, a, p, rq, rk, h0,
     # outputs; u and s, in tiles (`_store_fragments`), only with SAVE
     o, u, s, ht,
@@ -413,14 +449,13 @@ def scan_kernel(
     # constants
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
     L2NORM: tl.constexpr, PACKED: tl.constexpr, HAS_H0: tl.constexpr, HAS_HT: tl.constexpr, OUTPUT: tl.constexpr,
-    SAVE: tl.constexpr, PHI: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DEEP: tl.constexpr,
+    SAVE: tl.constexpr, PHI: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, EPS: tl.constexpr,
+    STORED: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
     """Runs one sequence, value head and block of BV value columns from the first chunk to the last.
 
     HV_ALL is the number of heads in h0 and ht, of which a call may hold a slice (`recompute`).
     PHI (segments): blocks of columns beyond V start from the identity with v = 0; their final state goes to o.
-    DEEP, for few programs, each alone on a multiprocessor: V is transposed by the tensor cores, exactly. Through
-    registers and shared memory it costs eight barriers a chunk, but leaves room for two programs side by side.
     Keys wider than BK = 128 are held as two halves, 1 and 2, so that only one bf16 copy of the state lives at a time.
     """
     i_v = tl.program_id(0)
@@ -502,6 +537,19 @@ def scan_kernel(
             b_q1 = _load_tile(q, o_c, q_st, o_k1, m_t, m_k1).to(CT)
             if K > BK:
                 b_q2 = _load_tile(q, o_c, q_st, o_k2, m_t, m_k2).to(CT)
+            if not STORED:
+                # P^T = upper(K Q^T), and the norms of q
+                b_p = tl.dot(b_k1, tl.trans(b_q1), input_precision=PRECISION)
+                b_rq = tl.full([C], scale, tl.float32)
+                if L2NORM:
+                    b_rq = _squares(b_q1)
+                if K > BK:
+                    b_p = tl.dot(b_k2, tl.trans(b_q2), b_p, input_precision=PRECISION)
+                    if L2NORM:
+                        b_rq += _squares(b_q2)
+                if L2NORM:
+                    b_rq = tl.rsqrt(b_rq + EPS) * scale
+                b_p = tl.where(o_c[:, None] <= o_c[None, :], b_p, 0.0).to(CT)
         b_c1 = b_s1.to(CT)
         if SAVE and i_c % GROUP == 0:
             p_s = s + (i_c // GROUP) * state_size
@@ -529,14 +577,17 @@ def scan_kernel(
         if SAVE:
             _store_fragments(u, b_u, BV, C)
 
-        # O^T = scale rq (S^T Q^T) + U^T P^T
+        # O^T = scale rq (S^T Q^T) + U^T P^T; a P of this kernel lacks the factor
         if OUTPUT:
-            if L2NORM:
-                b_o *= (tl.load(rq + o_c) * scale)[None, :]
+            if STORED:
+                if L2NORM:
+                    b_o *= (tl.load(rq + o_c) * scale)[None, :]
+                else:
+                    b_o *= scale
+                b_p = tl.load(p + o_c[:, None] * C + o_c[None, :])
+                b_o = tl.dot(b_u, tl.trans(b_p), b_o, input_precision=PRECISION)
             else:
-                b_o *= scale
-            b_p = tl.load(p + o_c[:, None] * C + o_c[None, :])
-            b_o = tl.dot(b_u, tl.trans(b_p), b_o, input_precision=PRECISION)
+                b_o = tl.dot(b_u, b_p, b_o, input_precision=PRECISION) * b_rq[None, :]
             p_o = o + o_c[None, :] * (HV * V) + o_v[:, None]
             tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_t[None, :] & m_v[:, None])
 
@@ -577,7 +628,7 @@ class Tables(NamedTuple):
 
 def tables(B: int, T: int, group: int, cu_seqlens: torch.Tensor | None) -> Tables:
     if cu_seqlens is None:
-        nt, ng = triton.cdiv(T, CHUNK), triton.cdiv(T, group)
+        nt, ng = -(-T // CHUNK), -(-T // group)
         return Tables(B, B * nt, B * ng, nt, ng)
     n = cu_seqlens.numel() - 1
     n_chunks, n_groups = T // CHUNK + n, T // group + n
@@ -597,42 +648,52 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float16 else "tf32x3"
 
 
-def blocks(K: int, V: int, plan: Plan) -> tuple[int, int]:
-    """Value columns of a scan program and key columns of a half; the tiles of u, s and ds."""
-    return min(plan.scan.block_v, max(16, triton.next_power_of_2(V))), max(32, min(128, triton.next_power_of_2(K)))
+@functools.cache
+def blocks(K: int, V: int, plan: Plan) -> tuple[int, int, int, int]:
+    """The tiles of u, s and ds: value columns of a scan program, their number, key columns of a half, their number.
+
+    Cached, because Triton's own cdiv and next_power_of_2 took a quarter of the host's time in a forward + backward.
+    """
+    block_v = min(plan.scan.block_v, max(16, triton.next_power_of_2(V)))
+    block_k = max(32, min(128, triton.next_power_of_2(K)))
+    return block_v, -(-V // block_v), block_k, -(-K // block_k)
 
 
 def u_shape(k, v, n_chunks: int, plan: Plan) -> tuple[int, ...]:
     HV, V = v.shape[2:]
-    block_v, _ = blocks(k.shape[3], V, plan)
-    return n_chunks, HV, triton.cdiv(V, block_v), block_v * CHUNK
+    block_v, nv, _, _ = blocks(k.shape[3], V, plan)
+    return n_chunks, HV, nv, block_v * CHUNK
 
 
 def s_shape(k, v, n_groups: int, plan: Plan) -> tuple[int, ...]:
     K, (HV, V) = k.shape[3], v.shape[2:]
-    block_v, block_k = blocks(K, V, plan)
-    return n_groups, HV, triton.cdiv(V, block_v), triton.cdiv(K, block_k), block_v * block_k
+    block_v, nv, block_k, nk = blocks(K, V, plan)
+    return n_groups, HV, nv, nk, block_v * block_k
 
 
 def prepare(q, k, beta, scale: float, l2norm: bool, t: Tables, cu_seqlens, plan: Plan):
-    """A [chunks, HV, C, C], P [chunks, H, C, C], and the reciprocal norms of q and k [chunks, H, C] (or None)."""
+    """A [chunks, HV, C, C], P [chunks, H, C, C], and the reciprocal norms of q and k [chunks, H, C] (or None).
+
+    P and the norms of q only where the plan stores them.
+    """
     B, T, H, K = k.shape
     HV = beta.shape[2]
     wide = k.dtype != torch.bfloat16
     a = k.new_empty(t.n_chunks, HV, CHUNK, CHUNK, dtype=scratch_type(k.dtype))
-    p = k.new_empty(t.n_chunks, H, CHUNK, CHUNK, dtype=scratch_type(k.dtype))
+    p = k.new_empty(t.n_chunks, H, CHUNK, CHUNK, dtype=scratch_type(k.dtype)) if plan.stored else None
     # two tensors, not two halves of one: an operator's outputs may not share memory
-    rq, rk = (k.new_empty(t.n_chunks, H, CHUNK, dtype=torch.float32) if l2norm else None for _ in range(2))
+    rk = k.new_empty(t.n_chunks, H, CHUNK, dtype=torch.float32) if l2norm else None
+    rq = k.new_empty(t.n_chunks, H, CHUNK, dtype=torch.float32) if l2norm and plan.stored else None
     if t.n_chunks > 0 and T > 0:
         launch(
-            prepare_kernel, (HV + H, t.n_chunks),
+            prepare_kernel, (HV + H if plan.stored else HV, t.n_chunks),
             (
-                q, k, beta, a, p, a if rq is None else rq, a if rk is None else rk, cu_seqlens, t.chunks,
+                q, k, beta, a, a if p is None else p, a if rq is None else rq, a if rk is None else rk, cu_seqlens, t.chunks,
                 scale, T, t.nt, H, HV, q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
                 beta.stride(0), beta.stride(1), beta.stride(2),
             ),
             {
-                "K": K, "BK": max(16, min(plan.prepare.block_v, triton.next_power_of_2(K))), "C": CHUNK, "L2NORM": l2norm,
+                "K": K, "BK": min(plan.prepare.block_v, blocks(K, K, plan)[2]), "C": CHUNK, "L2NORM": l2norm,
                 "PACKED": cu_seqlens is not None, "WIDE": wide, "FP16": l2norm and not wide,
                 "PRECISION": "tf32x3" if wide else "tf32", "EPS": EPS, "BETA_MIN": BETA_MIN,
             },
@@ -653,13 +714,13 @@ def scan(q, k, v, prepared, h0, scale, t: Tables, cu_seqlens, plan: Plan, *, out
     s = new(s_shape(k, v, t.n_groups, plan), dtype=scratch) if save else None
     ht = new(t.n, HV, K, V, dtype=torch.float32) if final else None
     choice = plan.scan
-    block_v, block_k = blocks(K, V, plan)
+    block_v, nv, block_k, _ = blocks(K, V, plan)
     if t.n > 0:
-        columns = triton.cdiv(V, block_v) + (0 if phi is None else triton.cdiv(K, block_v))
+        columns = nv if phi is None else nv - (-K // block_v)
         launch(
             scan_kernel, (columns, HV, t.n),
             (
-                q, k, v, a, p, a if rq is None else rq, a if rk is None else rk, a if h0 is None else h0,
+                q, k, v, a, a if p is None else p, a if rq is None else rq, a if rk is None else rk, a if h0 is None else h0,
                 (a if phi is None else phi) if o is None else o, a if u is None else u, a if s is None else s, a if ht is None else ht,
                 cu_seqlens, t.chunk_offsets, t.group_offsets,
                 scale, T, t.nt, t.ng, H, HV, HV,
@@ -669,8 +730,8 @@ def scan(q, k, v, prepared, h0, scale, t: Tables, cu_seqlens, plan: Plan, *, out
             {
                 "K": K, "V": V, "BK": block_k, "BV": block_v, "C": CHUNK,
                 "GROUP": plan.group // CHUNK, "L2NORM": rk is not None, "PACKED": cu_seqlens is not None, "HAS_H0": h0 is not None,
-                "HAS_HT": final, "OUTPUT": output, "SAVE": save, "PHI": phi is not None, "WIDE": k.dtype != torch.bfloat16, "PRECISION": precision(k.dtype),
-                "DEEP": choice.deep,
+                "HAS_HT": final, "OUTPUT": output, "SAVE": save, "PHI": phi is not None, "WIDE": k.dtype != torch.bfloat16,
+                "PRECISION": precision(k.dtype), "EPS": EPS, "STORED": plan.stored, "DEEP": choice.deep,
             },
             {"num_warps": choice.num_warps, "num_stages": choice.num_stages},
         )  # fmt: skip

@@ -20,7 +20,7 @@ class Launch(NamedTuple):
     block_v: int
     num_warps: int
     num_stages: int
-    deep: bool = False  # scans: V transposed by the tensor cores, see `scan_kernel`
+    deep: bool = False  # scans: the tensor cores transpose V and dO, exactly
     maxnreg: int | None = None  # registers a thread, where more programs beat fewer spills
 
 
@@ -32,6 +32,7 @@ class Plan(NamedTuple):
     reverse: Launch  # reverse scan
     grads: Launch  # chunk-parallel gradients
     group: int  # tokens between two saved states
+    stored: bool = True  # P by the prepare kernel; else by each scan, which saves 24 KB a chunk
 
 
 @functools.cache
@@ -62,19 +63,23 @@ def plan(arch: int, K: int, V: int, wide: bool, few: bool) -> Plan:
         return Plan(Launch(32, 1, 1), Launch(16, 4, 1), Launch(16, 4, 1), Launch(16, 4, 1), CHUNK)
     # one warp: 16x16 blocks offer no more work, and there is no barrier to wait at (four warps on 64x64: 0.26 ms, not
     # 0.21, at 8 x 4096 x 16 x 128)
-    prepare = Launch(64, 1, 1)
+    prepare = Launch(128 if K <= 128 else 64, 1, 1)
     if arch in (90, 100, 103):
         if K > 128:
             # two halves of the state are 128 registers: no room to load ahead; 8 warps hold dq and dk without spilling
             return Plan(prepare, Launch(64, 4, 1), Launch(64, 4, 1), Launch(64, 8, 1), CHUNK)
-        # d = 64: four programs a multiprocessor beat the spills (0.47 ms, not 0.63). d = 128: all registers
-        grads = Launch(64, 4, 1, maxnreg=128) if d <= 64 else Launch(64, 4, 1)
+        # d = 64: three programs a multiprocessor, without spills. d = 128: all registers
+        grads = Launch(64, 4, 1, maxnreg=168) if d <= 64 else Launch(64, 4, 1)
         if few:
-            # alone on its multiprocessor a program must hide the loads itself: three stages (2.0 us a chunk, not 2.5)
+            # alone on its multiprocessor a program must hide the loads itself: three stages (2.0 us a chunk, not 2.5);
+            # the chain from state to state is all that counts, so P is computed elsewhere (0.12 ms, not 0.27, at
+            # 1 x 4096 x 16 x 128)
             scan = Launch(64, 4, 3, deep=True)
             return Plan(prepare, scan, scan, grads, CHUNK)
-        # forward: two stages, so that two programs share a multiprocessor; reverse: 0.25 ms with three, 0.27 with two
-        return Plan(prepare, Launch(64, 4, 2), Launch(64, 4, 3 if arch == 90 else 2), grads, CHUNK)
+        if arch != 90:  # compiled, not measured: the form that spills least
+            return Plan(prepare, Launch(64, 4, 2), Launch(64, 4, 2), grads, CHUNK)
+        # two stages, so that two programs share a multiprocessor and memory's bandwidth is what counts
+        return Plan(prepare, Launch(64, 4, 2), Launch(64, 4, 2, deep=True), grads, CHUNK, stored=False)
     # compiled, not measured: blocks that fit 99 KB; at d = 256 and 32 columns the reverse scan took 112 KB
     block_v = 16 if d > 128 else 32
     return Plan(prepare, Launch(block_v, 4, 1), Launch(block_v, 4, 1), Launch(block_v, 8 if d > 128 else 4, 1), CHUNK)
