@@ -31,7 +31,7 @@ if kind == "model":
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
             problems.append(("*.safetensors", None, f"{what.replace('_', ' ')}: {sorted(map(str, info[what]))[:5]}"))
-    transformers.AutoTokenizer.from_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 else:
     from peft import AutoPeftModelForCausalLM
 

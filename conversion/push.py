@@ -270,6 +270,7 @@ def _load(folder: Path, sources: dict[str, Path | bytes], is_adapter: bool) -> d
             # -P: this folder must not be searched for modules, one of which has the name of a standard one.
             [sys.executable, "-P", str(script), "adapter" if is_adapter else "model", staged, local_base],
             env={**os.environ, "HF_MODULES_CACHE": str(Path(staged, ".modules")), "TOKENIZERS_PARALLELISM": "false"},
+            stdin=subprocess.DEVNULL,  # Transformers asks there whether to run code
             capture_output=True,
             text=True,
         )
@@ -457,7 +458,7 @@ def _explain(error: BaseException) -> str:
     answered = next((e for e in chain if isinstance(e, HfHubHTTPError) and e.response is not None), None)
     if answered is None:
         return "; ".join(dict.fromkeys(f"{e}".strip().rstrip(".") or type(e).__name__ for e in chain))
-    status = answered.response.status_code
+    status, request = answered.response.status_code, answered.response.request
     meaning = {
         401: "the token is missing, wrong or expired (`hf auth login`, or HF_TOKEN)",
         403: "the token may not write there",
@@ -467,4 +468,4 @@ def _explain(error: BaseException) -> str:
         429: "too many requests",
     }
     what = meaning.get(status, "the server failed" if status >= 500 else str(answered).strip().splitlines()[-1])
-    return f"the Hub answered {status} to {answered.request.method} {answered.request.url.path}: {what}"
+    return f"the Hub answered {status} to {request.method} {request.url.path}: {what}"

@@ -32,6 +32,7 @@ class Fault:
     body: dict = field(default_factory=dict)
     drop_after: int | None = None  # read this many bytes of the request, then close the connection
     handle_first: bool = False  # do what was asked, and only then answer with `status`: a lost response
+    flip: bool = False  # answer what was asked for, but for the last byte
     times: int = 1
 
 
@@ -141,12 +142,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         self.content = self.read_body()
-        if fault is None or fault.handle_first:
+        if fault is None or fault.handle_first or fault.flip:
             try:
                 answer = self.route(url.path)
             except _Answer as refusal:
                 answer = refusal
-        if fault is not None:
+        if fault is not None and fault.flip:
+            answer.content = answer.content[:-1] + bytes([answer.content[-1] ^ 1])
+        elif fault is not None:
             answer = _Answer(fault.status, fault.body)
         self.send_response(answer.status)
         headers = {"Content-Type": "application/json", "Content-Length": str(len(answer.content)), **answer.headers}
