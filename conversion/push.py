@@ -200,7 +200,10 @@ def _collect(folder: Path) -> tuple[dict[str, Path | bytes], dict[str, str], lis
 
 
 def _missing_code(folder: Path) -> dict[str, bytes]:
-    """The code files and the config.json that names them, for a folder that was saved without them."""
+    """The code files and the config.json that names them, for a folder that was saved without them.
+
+    As `register_remote_code` does, this marks the classes for the life of the process.
+    """
     config_file = folder / "config.json"
     stored = read_json(config_file)
     if stored.get("model_type") != "deltanet":

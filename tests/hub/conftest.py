@@ -8,18 +8,31 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 from loopback import TOKEN, loopback_hub
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
 from tiny import VOCAB, tiny_model  # noqa: E402
 
+import modeling_deltanet  # noqa: E402
 from deltanet_conversion.card import make_card, write_card  # noqa: E402
 from deltanet_conversion.push import prepare  # noqa: E402
+from modeling_deltanet import DeltaNetConfig  # noqa: E402
 
 
 REPO = "me/tiny"
+MODELS = [name for name in modeling_deltanet.__all__ if name.endswith(("Model", "LM", "Classification"))]
+
+
+@pytest.fixture(autouse=True)
+def unmarked():
+    """Publishing marks the classes for remote code, for the life of the process: other suites must not see it."""
+    classes = [DeltaNetConfig, *(getattr(modeling_deltanet, name) for name in MODELS)]
+    before = [cls._auto_class for cls in classes]
+    yield
+    for cls, auto_class in zip(classes, before):
+        cls._auto_class = auto_class
 
 
 @pytest.fixture
@@ -54,6 +67,7 @@ def write_checkpoint(folder: Path, **overrides) -> Path:
     tiny_model(**overrides).save_pretrained(folder)
     vocabulary = {f"w{i}": i for i in range(VOCAB)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w1"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", unk_token="w1").save_pretrained(folder)
     return folder
 

@@ -7,12 +7,27 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from conftest import REPO, add_card, client, write_checkpoint
+from huggingface_hub import HfApi
 from loopback import TOKEN
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
-from deltanet_conversion.push import HubFailure, PushRefused, VerificationFailed, prepare, preview, publish, push
+from deltanet_conversion.cli_publish import register
+from deltanet_conversion.push import (
+    HubFailure,
+    PushRefused,
+    VerificationFailed,
+    _collect,
+    _content,
+    prepare,
+    preview,
+    publish,
+    push,
+)
+from modeling_deltanet import DeltaNetForCausalLM, register_remote_code
 
 
 CODE = {"modeling_deltanet.py", "configuration_deltanet.py", "delta_rule.py", "cache_deltanet.py", "short_conv.py"}
@@ -35,8 +50,6 @@ def sent_to(hub) -> list[str]:
 
 def changed(plan, **contents: bytes):
     """`plan` with other contents of some files (`_` for a dot in their names)."""
-    from deltanet_conversion.push import _content
-
     new = {name.replace("_", "."): _content(content) for name, content in contents.items()}
     return dataclasses.replace(plan, files=plan.files | new)
 
@@ -55,8 +68,6 @@ def test_a_pushed_model_is_the_model(hub, checkpoint, tmp_path):
     assert result["verified"] == len(hub.files(REPO))
     assert sum("/commit/" in path for path in sent_to(hub)) == 1
     assert "auto_map" not in json.loads((checkpoint / "config.json").read_text())  # the folder is as it was
-
-    from modeling_deltanet import DeltaNetForCausalLM, register_remote_code
 
     register_remote_code()
     DeltaNetForCausalLM.from_pretrained(checkpoint).save_pretrained(tmp_path / "here")
@@ -118,8 +129,6 @@ def test_private_is_never_public(hub, plan):
 
 def test_an_adapter_goes_as_an_adapter_with_its_base_named(hub, checkpoint, tmp_path):
     """An adapter would be published with a folder of this machine as its base, which nobody else can load."""
-    from modeling_deltanet import DeltaNetForCausalLM
-
     adapter = get_peft_model(DeltaNetForCausalLM.from_pretrained(checkpoint), LoraConfig(r=2, task_type="CAUSAL_LM"))
     adapter.save_pretrained(tmp_path / "adapter")
     folder = add_card(tmp_path / "adapter", "me/tiny-lora", base_model=REPO)
@@ -223,8 +232,6 @@ def test_a_wrong_token_creates_nothing(hub, plan):
 
 def test_a_repository_that_appears_meanwhile_is_used(hub, plan, monkeypatch):
     """Two jobs that create one repository at once: the second would stop at the Hub's 409."""
-    from huggingface_hub import HfApi
-
     create = HfApi.create_repo
 
     def create_after_somebody_else(*args, **kwargs):
@@ -246,8 +253,6 @@ def test_a_name_that_is_taken_is_an_error(hub, plan):
 
 def test_somebody_elses_commit_is_not_mixed_with_ours(hub, plan, published, monkeypatch):
     """Two pushes at once would leave one's weights beside the other's config."""
-    from huggingface_hub import HfApi
-
     create_commit = HfApi.create_commit
 
     def commit_after_somebody_else(*args, **kwargs):
@@ -333,25 +338,20 @@ def test_a_card_of_another_repository_is_refused(folder):
     assert 'from_pretrained("me/renamed"' in problem
 
 
-def test_a_model_that_does_not_load_is_refused(folder):
+def test_weights_that_are_not_whole_are_refused(folder):
     """Weights that lack a tensor, or hold NaN, would load as a random model on the other side."""
     weights = load_file(folder / "model.safetensors")
-    name = "model.layers.0.linear_attn.q_proj.weight"
-    save_file(
-        weights | {name: torch.full_like(weights[name], float("nan"))}, folder / "model.safetensors", {"format": "pt"}
-    )
-    assert problems_of(folder) == [f"*.safetensors: {name} holds values that are not finite"]
-    missing = {k: v for k, v in weights.items() if k != name}
-    save_file(missing, folder / "model.safetensors", {"format": "pt"})
-    [problem] = problems_of(folder)
-    assert "missing keys" in problem
-    assert name in problem
+    del weights["model.layers.0.linear_attn.q_proj.weight"]
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert problems_of(folder) == [
+        "*.safetensors: missing keys: ['model.layers.0.linear_attn.q_proj.weight']",
+        "*.safetensors: model.norm.weight holds values that are not finite",
+    ]
 
 
 def test_code_that_is_broken_is_refused(folder):
     """This package's own code would load the folder here, and nobody could load it there."""
-    from modeling_deltanet import DeltaNetForCausalLM, register_remote_code
-
     register_remote_code()
     DeltaNetForCausalLM.from_pretrained(folder).save_pretrained(folder)
     code = folder / "delta_rule.py"
@@ -365,7 +365,8 @@ def test_pickles_and_leftovers_of_training_do_not_travel(folder):
     for name in ("training_args.bin", "optimizer.pt", "rng_state_0.pth", ".DS_Store"):
         (folder / name).write_bytes(b"x")
     write_checkpoint(folder / "merged")
-    left_out = prepare(folder, REPO).left_out
+    _, left_out, problems = _collect(folder)
+    assert not problems
     assert set(left_out) == {"training_args.bin", "optimizer.pt", "rng_state_0.pth", ".DS_Store", "merged/"}
     (folder / "pytorch_model.bin").write_bytes(b"x")
     assert problems_of(folder) == [
@@ -384,20 +385,34 @@ def test_what_is_no_deltanet_is_refused(tmp_path):
         prepare(tmp_path, "tiny")
 
 
-def test_the_command_line_answers_by_exit_code(hub, checkpoint, tmp_path):
+def test_the_command_line_answers_by_exit_code(hub, plan, folder, monkeypatch):
     """A script that publishes could not tell a refusal from a failure of the Hub, or from success."""
-    dry = client(CLI, hub, tmp_path, "push", str(checkpoint), REPO, "--dry-run", "--json")
-    assert dry.returncode == 0, dry.stderr
-    assert set(json.loads(dry.stdout)["changes"]["new"]) == {path.name for path in checkpoint.iterdir()} | CODE
+    app = typer.Typer()
+    register(app)
+
+    def run(*arguments):
+        return CliRunner().invoke(app, ["push", str(folder), *arguments])
+
+    (folder / "README.md").unlink()
+    refused = run(REPO, "--json")
+    assert refused.exit_code == 1
+    assert json.loads(refused.stdout)["problems"] == [
+        {"file": "README.md", "line": None, "what": "missing: make one with `deltanet card`"}
+    ]
+
+    monkeypatch.setattr("deltanet_conversion.push.prepare", lambda *args, **kwargs: plan)
+    dry = run(REPO, "--dry-run", "--json")
+    assert dry.exit_code == 0
+    assert json.loads(dry.stdout)["changes"]["new"] == list(plan.files)
+    assert "model.safetensors" in run(REPO, "--dry-run").stderr
     assert hub.repositories == {}
 
-    refused = client(CLI, hub, tmp_path, "push", str(checkpoint), "me/renamed", "--json")
-    assert refused.returncode == 1
-    assert json.loads(refused.stdout)["problems"][0]["file"] == "README.md"
-
-    hub.token = "another"
-    failed = client(CLI, hub, tmp_path, "push", str(checkpoint), REPO)
-    assert failed.returncode == 3
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    failed = run(REPO)
+    assert failed.exit_code == 3
     assert "401" in failed.stderr
-    assert TOKEN not in failed.stderr
-    assert "Traceback" not in failed.stderr
+    assert "hf_wrong" not in failed.stderr
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.fail("GET", "/resolve/.*/config.json", flip=True)
+    assert run(REPO).exit_code == 4
+    assert run(REPO, "--unknown").exit_code == 2
