@@ -80,7 +80,6 @@ def make_card(
     evaluations: list[str | os.PathLike] | None = None,
     trainer_state: str | os.PathLike | None = None,
     conversion: str | os.PathLike | None = None,
-    figure: tuple[str, str] | None = None,
     template: str | os.PathLike | None = None,
 ) -> ModelCard:
     """The card of a DeltaNet checkpoint or adapter in a local folder; writes nothing.
@@ -95,7 +94,6 @@ def make_card(
         evaluations: evaluation files; every `evaluation*.json` in the folder by default.
         trainer_state: a Trainer's `trainer_state.json`; the folder's own by default.
         conversion: `conversion.json`, an object with `teacher` and whatever else is to be told; the folder's own by default.
-        figure: `(file in the folder, what it shows)`.
         template: another Jinja template.
 
     Raises:
@@ -145,7 +143,7 @@ def make_card(
         layers=layers,
         training=_training(training, _own(folder, trainer_state, "trainer_state.json")),
         conversion=converted,
-        figure={"file": figure[0], "alt": figure[1]} if figure else None,
+        has_curve=(folder / "loss.png").exists(),
         evaluation=_table(figures, commands),
         speed=[
             {"what": s.what, "value": s.value, "commands": commands.index((s.command, s.hardware)) + 1} for s in speeds
