@@ -271,8 +271,9 @@ def _adapter(folder: Path, base_model: str | None) -> tuple[dict, list[tuple[str
         )
     count, dtypes = _parameters(folder)
     targets = config.get("target_modules") or []
+    settings = [f"{name} {config[key]}" for key, name in (("r", "rank"), ("lora_alpha", "alpha")) if key in config]
     rows = [
-        ("adapter", f"{config.get('peft_type')}, rank {config.get('r')}, alpha {config.get('lora_alpha')}"),
+        ("adapter", ", ".join([str(config.get("peft_type")), *settings])),
         (
             "adapted modules",
             targets if isinstance(targets, str) else ", ".join(f"`{name}`" for name in sorted(targets)),

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from deltanet_conversion.card import card_problems, make_card
 from deltanet_conversion.cli_publish import register
+from modeling_deltanet import DeltaNetForCausalLM
 
 
 EVALUATION = {
@@ -26,7 +27,9 @@ EVALUATION = {
     "speed": [{"what": "one decode step after 32K tokens", "value": 2.2, "unit": "ms"}],
 }
 HARNESS = {
-    "results": {"lambada_openai": {"alias": "lambada", "acc,none": 0.41, "acc_stderr,none": 0.01, "perplexity,none": 12.5}},
+    "results": {
+        "lambada_openai": {"alias": "lambada", "acc,none": 0.41, "acc_stderr,none": 0.01, "perplexity,none": 12.5}
+    },
     "config": {"model": "hf", "model_args": "pretrained=/somewhere/on/this/machine"},
     "n-shot": {"lambada_openai": 0},
 }
@@ -78,12 +81,12 @@ def test_what_was_not_measured_is_said_to_be_so(folder):
 def test_the_architecture_is_the_checkpoints(folder):
     """The page would describe another model: its size, its layers, its options."""
     content = make_card(folder, REPO).content
-    from modeling_deltanet import DeltaNetForCausalLM
-
     model = DeltaNetForCausalLM.from_pretrained(folder)
     assert f"| parameters | {model.num_parameters():,}, stored in F32 |" in content
     assert "| layers | 2 x `linear_attention`, 1 x `sliding_attention`, 1 x `full_attention` |" in content
-    assert "Layers, in order: `linear_attention`, `sliding_attention`, `linear_attention`, `full_attention`." in content
+    assert (
+        "Layers, in order: `linear_attention`, `sliding_attention`, `linear_attention`, `full_attention`." in content
+    )
     assert "2 key heads of 16, 2 value heads of 16; silu and l2 norm on q and k; convolution of 4 |" in content
     assert "4 heads of 8, 2 for keys and values; rotary embedding, theta 10000; window of 5 tokens |" in content
 
@@ -103,10 +106,18 @@ def test_layers_are_told_by_their_period(tmp_path):
 def test_what_the_trainer_recorded_is_told(folder):
     """How a checkpoint came to be would be lost with the folder that it was trained in."""
     history = [{"loss": 5.0, "step": 10}, {"loss": 4.25, "step": 900}, {"eval_loss": 4.5, "step": 800}]
-    state = {"global_step": 900, "train_batch_size": 8, "epoch": 1.5, "num_input_tokens_seen": 1843200, "log_history": history}
+    state = {
+        "global_step": 900,
+        "train_batch_size": 8,
+        "epoch": 1.5,
+        "num_input_tokens_seen": 1843200,
+        "log_history": history,
+    }
     write(folder, "trainer_state.json", state)
     content = make_card(folder, REPO, training="On help topics.").content
-    facts = "900 steps, 8 sequences a step and device, 1.50 epochs, 1,843,200 tokens, training loss 4.250 at step 900, "
+    facts = (
+        "900 steps, 8 sequences a step and device, 1.50 epochs, 1,843,200 tokens, training loss 4.250 at step 900, "
+    )
     assert f"On help topics.\n\nFrom `trainer_state.json`: {facts}held-out loss 4.500 at step 800." in content
 
 
@@ -138,7 +149,9 @@ def test_the_evaluation_harness_is_read(folder):
     content = make_card(folder, REPO, evaluations=[write(folder, "harness.json", HARNESS)]).content
     assert "| lambada_openai | acc | 0.41 | 1 |" in content
     assert "| lambada_openai | perplexity | 12.5 | 1 |" in content
-    assert f"`lm_eval --model hf --model_args pretrained={REPO},trust_remote_code=True --tasks lambada_openai`" in content
+    assert (
+        f"`lm_eval --model hf --model_args pretrained={REPO},trust_remote_code=True --tasks lambada_openai`" in content
+    )
     assert "stderr" not in content
     assert "/somewhere" not in content
 
@@ -147,11 +160,17 @@ def test_the_evaluation_harness_is_read(folder):
     ("change", "message"),
     [
         ({"command": None}, 'no "command"'),
-        ({"results": [{"dataset": "x", "metric": "y", "value": "5"}]}, r"results\[0\]: a figure must be a finite number, got '5'"),
+        (
+            {"results": [{"dataset": "x", "metric": "y", "value": "5"}]},
+            r"results\[0\]: a figure must be a finite number, got '5'",
+        ),
         ({"results": [{"dataset": "x", "metric": "y", "value": math.nan}]}, "finite number, got nan"),
         ({"results": [{"dataset": "x", "metric": "y"}]}, r"results\[0\] lacks value"),
         ({"results": [{"dataset": "x", "metric": "y", "value": 1, "off": "z"}]}, r"results\[0\] has no key off"),
-        ({"results": [{"dataset": "x", "metric": "y", "value": v} for v in (1, 2)]}, r"two figures for y on x .*\[1, 2\]"),
+        (
+            {"results": [{"dataset": "x", "metric": "y", "value": v} for v in (1, 2)]},
+            r"two figures for y on x .*\[1, 2\]",
+        ),
         ({"results": [], "speed": []}, "neither"),
         ({"resluts": []}, "no key resluts"),
     ],
@@ -171,7 +190,7 @@ def test_a_damaged_checkpoint_is_named(folder):
         make_card(folder, REPO)
     config = json.loads((folder / "config.json").read_text())
     write(folder, "config.json", config | {"num_hidden_layers": 3})
-    with pytest.raises(ValueError, match="config.json.*layer_types names 4 layers"):
+    with pytest.raises(ValueError, match="(?s)config.json.*layer_types names 4 layers"):
         make_card(folder, REPO)
     write(folder, "config.json", {"model_type": "llama"})
     with pytest.raises(ValueError, match="'llama', not 'deltanet'"):
@@ -182,7 +201,6 @@ def test_the_command_line_keeps_a_card_that_was_edited(folder):
     """People's edits would be lost by running the command again."""
     app = typer.Typer()
     register(app)
-    app.command("other")(lambda: None)
     arguments = ["card", str(folder), "--repo-id", REPO, "--license", "mit"]
     written = CliRunner().invoke(app, [*arguments, "--json"])
     assert written.exit_code == 0
@@ -200,11 +218,15 @@ def test_the_command_line_keeps_a_card_that_was_edited(folder):
 
 def test_an_adapters_card_names_its_base(folder):
     """Nobody could tell which model an adapter belongs to; a folder of this machine is no answer."""
-    write(folder, "adapter_config.json", {"peft_type": "LORA", "r": 8, "base_model_name_or_path": str(folder), "target_modules": ["q_proj"]})
+    write(
+        folder,
+        "adapter_config.json",
+        {"peft_type": "LORA", "r": 8, "base_model_name_or_path": str(folder), "target_modules": ["q_proj"]},
+    )
     with pytest.raises(ValueError, match="no repository of the Hub"):
         make_card(folder, REPO)
     add_card(folder, base_model="me/base")
     card = ModelCard.load(folder / "README.md")
     assert (card.data.base_model, card.data.library_name) == ("me/base", "peft")
     assert f'AutoPeftModelForCausalLM.from_pretrained("{REPO}")' in card.content
-    assert "| adapter | LORA, rank 8, alpha None |" in card.content
+    assert "| adapter | LORA, rank 8 |" in card.content
