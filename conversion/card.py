@@ -267,7 +267,7 @@ def _adapter(folder: Path, base_model: str | None) -> tuple[dict, list[tuple[str
     if not base or Path(base).is_absolute() or Path(base).exists() or base.count("/") != 1:
         raise ValueError(
             f"{folder / 'adapter_config.json'}: base_model_name_or_path is {base!r}, which is no repository of the Hub "
-            "(owner/name); name the base with base_model"
+            "(owner/name); name the base with base_model (--base-model)"
         )
     count, dtypes = _parameters(folder)
     targets = config.get("target_modules") or []
@@ -454,10 +454,11 @@ def card_problems(
         "recall" in line.lower() for line in _until_heading(lines[headings.get("Evaluation", 0) + 1 :])
     ):
         problems.append((headings["Conversion"] + 1, "a conversion without a recall figure in its evaluation"))
+    for mark in (MISSING, "{{", "TODO"):
+        if places := [i for i, line in enumerate(lines, start=1) if mark in line]:
+            more = f", here and in {len(places) - 1} more lines" if len(places) > 1 else ""
+            problems.append((places[0], f"{mark} is still to be filled in{more}"))
     for i, line in enumerate(lines, start=1):
-        for mark in (MISSING, "{{", "TODO"):
-            if mark in line:
-                problems.append((i, f"{mark} is still to be filled in"))
         for picture in re.findall(r"!\[[^\]]*\]\((?!https?:)([^)\s]+)", line):
             if picture not in files:
                 problems.append((i, f"the picture {picture} is not among the files"))

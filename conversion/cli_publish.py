@@ -16,7 +16,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 
-console = Console(stderr=True)
+console = Console(stderr=True, emoji=False)  # README.md:100: is a place, not an emoji
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
@@ -227,7 +227,7 @@ def _refusals(as_json: bool):
             problems = [dataclasses.asdict(problem) for problem in getattr(error, "problems", [])]
             _print_json({"error": str(error), "problems": problems, "exit_code": code})
         else:
-            console.print(str(error), style="red", highlight=False, markup=False)
+            console.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(code) from error
 
 

@@ -246,7 +246,7 @@ def _with_base(folder: Path, sources: dict, base_model: str | None) -> tuple[dic
 def _adapter_problems(base: str, sources: dict) -> list[Problem]:
     problems = []
     if base.count("/") != 1 or base.startswith(("/", ".", "~")) or Path(base).exists():
-        what = f"its base is {base!r}, which is no repository of the Hub (owner/name): give base_model"
+        what = f"its base is {base!r}, which is no repository of the Hub (owner/name): give base_model (--base-model)"
         problems.append(Problem("adapter_config.json", None, what))
     if "config.json" in sources:
         problems.append(Problem("config.json", None, "a whole model beside an adapter: publish them separately"))

@@ -49,6 +49,52 @@ for name in ("chunk_forward", "recurrent_forward", "short_conv_forward"):
     assert hasattr(torch.ops.deltanet_kernels, name)
 """
 
+# Transformers 5.23 takes `kernels` from 0.18.2 on, which PyPI does not have (November 2026): its check is set to 0.17 here.
+# Its KernelConfig knows no CPU, so the mapping is given to `kernels` itself.
+USE_KERNELS = """
+import os, sys
+os.environ["TRITON_INTERPRET"] = "1"
+import transformers.utils.import_utils as import_utils
+
+import_utils.is_kernels_available.__wrapped__.__defaults__ = ("0.17.0", "0.19")
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+
+import torch
+from kernels import LocalLayerRepository, use_kernel_mapping
+from tiny import tiny_model, tokens
+
+model, x = tiny_model(), tokens(2, 40)
+with torch.no_grad():
+    logits, text = model(x).logits, model.generate(x, max_new_tokens=4, do_sample=False)
+model(x, labels=x).loss.backward()
+gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+model.zero_grad()
+
+layers = ("DeltaRule", "DeltaRuleStep", "ShortConv", "ShortConvStep")
+variant = Path(sys.argv[1])
+with use_kernel_mapping(
+    {name: {"cpu": LocalLayerRepository(repo_path=variant, layer_name=name)} for name in layers}, inherit_mapping=False
+):
+    model.set_use_kernels(True)
+    functions = next(m for name, m in sys.modules.items() if name.startswith("_deltanet_kernels") and name.endswith(".layers"))
+    called = set()
+
+    def counted(name, function):
+        return lambda *args: (called.add(name), function(*args))[1]
+
+    for name in ("chunk_delta_rule", "delta_rule_step", "short_conv", "short_conv_step"):
+        setattr(functions, name, counted(name, getattr(functions, name)))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x).logits, logits, atol=2e-3, rtol=1e-3)
+        assert torch.equal(model.generate(x, max_new_tokens=4, do_sample=False), text)
+    assert len(called) == 4, called
+    model.train()(x, labels=x).loss.backward()
+    for name, parameter in model.named_parameters():
+        error = (parameter.grad - gradients[name]).norm() / gradients[name].norm()
+        assert error < 5e-3, (name, error)
+"""
+
 
 def test_the_build_loads_as_a_kernel_of_the_hub(tmp_path):
     """`get_kernel` would not find the kernels, or take the place of the installed package's operators."""
@@ -56,6 +102,14 @@ def test_the_build_loads_as_a_kernel_of_the_hub(tmp_path):
     done = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path), str(PROJECT)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert variant == tmp_path / "build" / "torch-cuda"
+
+
+def test_use_kernels_brings_them_into_the_model(tmp_path):
+    """Where only the model's code was downloaded, `use_kernels=True` would leave it on torch, or compute something else."""
+    [variant] = build(PROJECT, tmp_path)
+    models = str(Path(__file__).parent.parent / "models")
+    done = subprocess.run([sys.executable, "-c", USE_KERNELS, str(variant), models], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_the_build_is_the_project(tmp_path):
