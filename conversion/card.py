@@ -105,7 +105,7 @@ def make_card(
         evaluations = sorted(folder.glob("evaluation*.json"))
     figures, speeds = read_evaluations(evaluations, repo_id)
     converted = _conversion(_own(folder, conversion, "conversion.json"), figures)
-    if converted and base_model is None:
+    if converted and base_model is None and converted["on_hub"]:
         base_model = converted["teacher"]
 
     adapter = None
@@ -340,9 +340,20 @@ def _conversion(file: Path | None, figures: list[Figure]) -> dict | None:
     content = read_json(file)
     if not isinstance(content.get("teacher"), str):
         raise ValueError(f'{file}: no "teacher": a conversion names the model it came from')
-    facts = [(k, v if isinstance(v, str) else json.dumps(v)) for k, v in content.items() if k != "teacher"]
-    has_recall = any("recall" in f"{f.dataset} {f.metric}".lower() for f in figures)
-    return {"teacher": content["teacher"], "facts": facts, "has_recall": has_recall}
+    teacher = content["teacher"]
+    return {
+        "teacher": teacher,
+        "on_hub": teacher.count("/") == 1 and not Path(teacher).exists(),
+        "facts": [(name.replace("_", " "), _fact(value)) for name, value in content.items() if name != "teacher"],
+        "has_recall": any("recall" in f"{f.dataset} {f.metric}".lower() for f in figures),
+    }
+
+
+def _fact(value) -> str:
+    """A value of `conversion.json` in words; a stage of the conversion is an object of its own facts."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name.replace('_', ' ')} {_fact(x)}" for name, x in value.items())
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _table(figures: list[Figure], commands: list[tuple[str, str]]) -> dict | None:

@@ -208,7 +208,7 @@ def _missing_code(folder: Path) -> dict[str, bytes]:
     stored = read_json(config_file)
     if stored.get("model_type") != "deltanet":
         raise ValueError(f"{config_file} is of model_type {stored.get('model_type')!r}, not 'deltanet'")
-    references = [str(reference) for reference in stored.get("auto_map", {}).values()]
+    references = [str(reference) for reference in (stored.get("auto_map") or {}).values()]
     if references and all((folder / f"{reference.split('.')[0]}.py").exists() for reference in references):
         return {}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from conftest import REPO, add_card, write_checkpoint
+from folders import REPO, add_card, write_checkpoint
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
@@ -123,13 +123,17 @@ def test_what_the_trainer_recorded_is_told(folder):
 
 def test_a_conversion_tells_its_teacher_and_wants_recall(folder):
     """Perplexity alone hides that a converted model has lost its recall."""
-    write(folder, "conversion.json", {"teacher": "them/teacher", "kept_layers": [1, 3], "tokens": {"align": 1000}})
+    write(
+        folder,
+        "conversion.json",
+        {"teacher": "them/teacher", "kept_layers": [1, 3], "alignment": {"tokens": 1000, "seed": 0}},
+    )
     texts = {"license": "mit", "summary": "Converted.", "limits": "Many."}
     card = make_card(folder, REPO, **texts)
     assert card.data.base_model == "them/teacher"
     assert "Converted from [them/teacher]" in card.content
-    assert "| kept_layers | [1, 3] |" in card.content
-    assert '| tokens | {"align": 1000} |' in card.content
+    assert "| kept layers | [1, 3] |" in card.content
+    assert "| alignment | tokens 1000, seed 0 |" in card.content
     assert "Recall was not measured." in card.content
     [(line, problem)] = card_problems(card.content, REPO, set())
     assert card.content.splitlines()[line - 1] == "## Conversion"
@@ -139,6 +143,10 @@ def test_a_conversion_tells_its_teacher_and_wants_recall(folder):
     card = make_card(folder, REPO, **texts)
     assert "Recall was not measured." not in card.content
     assert card_problems(card.content, REPO, set()) == []
+    write(folder, "conversion.json", {"teacher": "a-teacher-of-ours"})
+    card = make_card(folder, REPO, **texts)
+    assert "Converted from a-teacher-of-ours.\n" in card.content  # no link, no base_model: the Hub has no such model
+    assert card.data.base_model is None
     write(folder, "conversion.json", {"kept_layers": [1, 3]})
     with pytest.raises(ValueError, match='conversion.json: no "teacher"'):
         make_card(folder, REPO)

@@ -64,9 +64,9 @@ import torch
 from kernels import LocalLayerRepository, use_kernel_mapping
 from tiny import tiny_model, tokens
 
-model, x = tiny_model(), tokens(2, 40)
+model, x = tiny_model(layer_types=["linear_attention", "full_attention"]), tokens(1, 12)
 with torch.no_grad():
-    logits, text = model(x).logits, model.generate(x, max_new_tokens=4, do_sample=False)
+    logits, text = model(x).logits, model.generate(x, max_new_tokens=3, do_sample=False)
 model(x, labels=x).loss.backward()
 gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
 model.zero_grad()
@@ -87,7 +87,7 @@ with use_kernel_mapping(
         setattr(functions, name, counted(name, getattr(functions, name)))
     with torch.no_grad():
         torch.testing.assert_close(model(x).logits, logits, atol=2e-3, rtol=1e-3)
-        assert torch.equal(model.generate(x, max_new_tokens=4, do_sample=False), text)
+        assert torch.equal(model.generate(x, max_new_tokens=3, do_sample=False), text)
     assert len(called) == 4, called
     model.train()(x, labels=x).loss.backward()
     for name, parameter in model.named_parameters():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from conftest import REPO, add_card, client, write_checkpoint
+from folders import REPO, add_card, client, write_checkpoint
 from huggingface_hub import HfApi
 from loopback import TOKEN
 from peft import LoraConfig, get_peft_model
