@@ -134,18 +134,18 @@ def push(
     from huggingface_hub import constants
     from huggingface_hub.utils import disable_progress_bars
 
-    from . import push as publishing
+    from .push import prepare, preview, publish
 
     if as_json:
         disable_progress_bars()
     with _refusals(as_json):
         with console.status("Loading it and generating a token ..."):
-            plan = publishing.prepare(folder, repo_id, base_model=base_model)
+            plan = prepare(folder, repo_id, base_model=base_model)
         if dry_run:
-            changes = None if constants.HF_HUB_OFFLINE else publishing.preview(plan, revision=revision)
+            changes = None if constants.HF_HUB_OFFLINE else preview(plan, revision=revision)
             _show_plan(plan, changes, as_json)
             return
-        done = publishing.publish(plan, private=private, revision=revision, create_pr=create_pr, message=message)
+        done = publish(plan, private=private, revision=revision, create_pr=create_pr, message=message)
     if as_json:
         _print_json(dataclasses.asdict(done))
     elif not done.sent:

@@ -1,6 +1,7 @@
 """`deltanet push` against a Hub on loopback: what arrives, what is refused, and what is left when something fails."""
 
 import dataclasses
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -400,7 +401,8 @@ def test_the_command_line_answers_by_exit_code(hub, plan, folder, monkeypatch):
         {"file": "README.md", "line": None, "what": "missing: make one with `deltanet card`"}
     ]
 
-    monkeypatch.setattr("deltanet_conversion.push.prepare", lambda *args, **kwargs: plan)
+    module = importlib.import_module("deltanet_conversion.push")
+    monkeypatch.setattr(module, "prepare", lambda *args, **kwargs: plan)
     dry = run(REPO, "--dry-run", "--json")
     assert dry.exit_code == 0
     assert json.loads(dry.stdout)["changes"]["new"] == list(plan.files)
