@@ -211,6 +211,24 @@ def test_a_connection_that_keeps_dropping_changes_nothing(hub, plan, published, 
     published()
 
 
+def test_ctrl_c_changes_nothing(hub, plan, published, monkeypatch):
+    """Whoever stops a long push would leave a repository that is neither the old version nor the new one."""
+    upload = HfApi.preupload_lfs_files
+
+    def upload_then_stop(*args, **kwargs):
+        upload(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(HfApi, "preupload_lfs_files", upload_then_stop)
+        with pytest.raises(KeyboardInterrupt):
+            publish(plan)
+    published()
+    hub.requests.clear()
+    assert publish(plan).sent
+    assert not any(path.startswith("/lfs/") for path in sent_to(hub))
+
+
 @pytest.mark.parametrize(
     "call", ["GET /api/models/me/tiny", "POST /preupload/", "POST /lfs/objects/batch", "POST /commit/"]
 )
