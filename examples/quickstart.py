@@ -34,7 +34,6 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
-from huggingface_hub import ModelCard, ModelCardData  # noqa: E402
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -50,10 +49,10 @@ from transformers import (  # noqa: E402
 )
 from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 
+from deltanet_conversion.card import make_card, write_card  # noqa: E402
 from modeling_deltanet import DeltaNetConfig, DeltaNetForCausalLM, register_remote_code  # noqa: E402
 
 
-CARD_TEMPLATE = Path(__file__).parent.parent / "model_cards" / "TEMPLATE.md"
 console = Console()
 
 
@@ -155,7 +154,9 @@ def train(
         console.print(f"\nStopped at step {trainer.state.global_step}; the checkpoint is in {folder}. Go on with:")
         console.print(f"  python {' '.join(sys.argv)}", highlight=False)
         sys.exit(130)
-    return before, math.exp(trainer.evaluate()["eval_loss"]), trainer.state.log_history
+    after = math.exp(trainer.evaluate()["eval_loss"])
+    trainer.save_state()
+    return before, after, trainer.state.log_history
 
 
 def plot_losses(histories: dict[str, list], file: Path) -> None:
@@ -173,39 +174,16 @@ def plot_losses(histories: dict[str, list], file: Path) -> None:
     plt.close(figure)
 
 
-def write_card(folder: Path, model, evaluation: list[dict], seconds: float, args, changed: dict) -> None:
-    """The model card, from the template that every card of this project uses."""
+def write_evaluation(file: Path, results: list[dict], changed: dict) -> None:
+    """The figures with the command that made them: what `deltanet card` fills cards from."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    layer_types = model.config.layer_types
-    card = ModelCard.from_template(
-        ModelCardData(
-            language="en",
-            license="apache-2.0",
-            library_name="transformers",
-            pipeline_tag="text-generation",
-            tags=["deltanet", "linear-attention"],
-        ),
-        template_path=str(CARD_TEMPLATE),
-        title="DeltaNet quickstart",
-        summary="A very small hybrid DeltaNet that `examples/quickstart.py` trained from nothing. It shows the way; it "
-        "knows little more than the style of CPython's documentation.",
-        layer_pattern=", ".join(f"{layer_types.count(t)} x `{t}`" for t in dict.fromkeys(layer_types)),
-        parameters=f"{model.num_parameters():,}",
-        hidden_size=model.config.hidden_size,
-        vocab_size=model.config.vocab_size,
-        context=args.length,
-        repo_id=folder.name,
-        training=f"{args.steps} steps of {args.batch_size} x {args.length} tokens of CPython's documentation topics, "
-        f"AdamW, then {args.lora_steps} steps of LoRA on Python source (the adapter is in `lora/`, the merged model in "
-        f"`merged/`). Seed {args.seed}; {seconds:.0f} s in all.",
-        evaluation=evaluation,
-        command=" ".join(
-            ["python examples/quickstart.py", *(f"--{k.replace('_', '-')} {v}" for k, v in changed.items())]
-        ),
-        hardware=f"{device}, Python {platform.python_version()}, torch {torch.__version__}",
-        limits="Far too small and trained on far too little for any use but learning how the parts fit.",
-    )
-    card.save(folder / "README.md")
+    options = (f"--{name.replace('_', '-')} {value}" for name, value in changed.items())
+    evaluation = {
+        "command": " ".join(["python examples/quickstart.py", *options]),
+        "hardware": f"{device}, Python {platform.python_version()}, torch {torch.__version__}",
+        "results": [{"metric": "perplexity", **result} for result in results],
+    }
+    file.write_text(json.dumps(evaluation, indent=2) + "\n")
 
 
 def main():
@@ -292,17 +270,35 @@ def main():
     console.print(tokenizer.decode(sample[0]), style="italic", markup=False, highlight=False)
 
     seconds = time.perf_counter() - start
+    text, code = "documentation, held out", "Python source, held out"
     evaluation = [
-        {"data": "documentation, held out", "metric": "perplexity", "before": f"{before:.1f}", "after": f"{after:.1f}"},
-        {"data": "Python source, held out (LoRA)", "metric": "perplexity", "before": f"{lora_before:.1f}", "after": f"{lora_after:.1f}"},
-    ]  # fmt: skip
+        {"dataset": text, "of": "before training", "value": before},
+        {"dataset": text, "value": after},
+        {"dataset": code, "value": lora_before},
+        {"dataset": code, "of": "with the adapter in `lora/`", "value": lora_after},
+    ]
     plot_losses({"documentation": history, "LoRA on Python source": lora_history}, model_dir / "loss.png")
     changed = {k: v for k, v in settings.items() if v != parser.get_default(k)}
-    write_card(model_dir, merged, evaluation, seconds, args, changed)
+    write_evaluation(model_dir / "evaluation.json", evaluation, changed)
+    card = make_card(
+        model_dir,
+        repo_id=model_dir.name,
+        title="DeltaNet quickstart",
+        summary="A very small hybrid DeltaNet that `examples/quickstart.py` trained from nothing. It shows the way; it "
+        "knows little more than the style of CPython's documentation.",
+        license="apache-2.0",
+        language="en",
+        training=f"{args.steps} steps of {args.batch_size} x {args.length} tokens of CPython's documentation topics, "
+        f"AdamW, then {args.lora_steps} steps of LoRA on Python source (the adapter is in `lora/`, the merged model in "
+        f"`merged/`). Seed {args.seed}; {seconds:.0f} s in all.",
+        trainer_state=out / "training" / "trainer_state.json",
+        limits="Far too small and trained on far too little for any use but learning how the parts fit.",
+    )
+    write_card(card, model_dir / "README.md")
 
-    summary = Table("", "before", "after", title=f"quickstart: {seconds:.0f} s")
-    for row in evaluation:
-        summary.add_row(f"{row['data']}: {row['metric']}", row["before"], row["after"])
+    summary = Table("perplexity", "before", "after", title=f"quickstart: {seconds:.0f} s")
+    summary.add_row(text, f"{before:.1f}", f"{after:.1f}")
+    summary.add_row(f"{code} (LoRA)", f"{lora_before:.1f}", f"{lora_after:.1f}")
     summary.add_row("merged against adapter: largest logit difference", "", f"{difference:.1e}")
     console.print(summary)
     console.print(f"Ready for the Hub: {model_dir} ({', '.join(sorted(p.name for p in model_dir.iterdir()))})")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.integrations import use_kernel_forward_from_hub
+from transformers.integrations import use_kernel_forward_from_hub, use_kernelized_func
 from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.masking_utils import (
     create_causal_mask,
@@ -38,6 +38,14 @@ from .cache_deltanet import prepare_cache
 from .configuration_deltanet import DeltaNetConfig
 from .delta_rule import delta_rule, delta_rule_step
 from .short_conv import short_conv, short_conv_step
+
+
+# For `use_kernels=True` with a `kernel_config` that maps these names to a kernel of the Hub (kernels/CARD.md): where this
+# package is not installed, its Triton kernels come that way. Transformers does nothing here without `kernels` >= 0.18.2.
+delta_rule = use_kernel_forward_from_hub("DeltaRule")(delta_rule)
+delta_rule_step = use_kernel_forward_from_hub("DeltaRuleStep")(delta_rule_step)
+short_conv = use_kernel_forward_from_hub("ShortConv")(short_conv)
+short_conv_step = use_kernel_forward_from_hub("ShortConvStep")(short_conv_step)
 
 
 @use_kernel_forward_from_hub("RMSNorm")
@@ -96,6 +104,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * cos.unsqueeze(1) + torch.cat((-x2, x1), dim=-1) * sin.unsqueeze(1)
 
 
+@use_kernelized_func([delta_rule, delta_rule_step, short_conv, short_conv_step])
 class DeltaNetLinearAttention(nn.Module):
     """The delta-rule mixer: project, convolve, feature map and norm on q and k, delta rule, norm (and gate), project."""
 

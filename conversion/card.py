@@ -1,0 +1,482 @@
+"""Model cards: facts of a checkpoint and figures with their source, filled into `model_cards/TEMPLATE.md`.
+
+What stands in a card is read from files: the configuration, the weights' headers, `trainer_state.json`,
+`conversion.json`, and evaluation files. A figure without the command that made it is refused, and a section for which
+there is no figure says so. An evaluation file is JSON, either what lm-evaluation-harness writes, or:
+
+    {
+      "command": "python examples/quickstart.py",
+      "hardware": "2 CPU cores, torch 2.13.0",
+      "results": [
+        {"dataset": "documentation, held out", "metric": "perplexity", "value": 57.1},
+        {"dataset": "documentation, held out", "metric": "perplexity", "value": 2100.3, "of": "before training"}
+      ],
+      "speed": [{"what": "one decode step after 32K tokens", "value": 2.2, "unit": "ms"}]
+    }
+
+`of` names another model that was measured beside this checkpoint (a teacher, a stage of the conversion): it gets a
+column of its own and stays out of the metadata's `model-index`.
+"""
+
+import itertools
+import json
+import math
+import os
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+
+from modeling_deltanet import DeltaNetConfig
+
+
+MISSING = "[More Information Needed]"  # the Hub's own mark; `deltanet push` refuses a card that holds one
+SECTIONS = ("How to use", "Architecture", "Training", "Evaluation", "Speed", "Limits")
+EVALUATION_KEYS = {"command", "hardware", "results", "speed"}
+RESULT_KEYS = {"dataset", "dataset_id", "metric", "value", "of", "split"}
+SPEED_KEYS = {"what", "value", "unit"}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured value: of which model (`""` is this checkpoint), on what, and the command that made it."""
+
+    dataset: str
+    metric: str
+    value: float
+    command: str
+    hardware: str = ""
+    of: str = ""
+    split: str | None = None
+    dataset_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One measured time or rate, as text with its unit."""
+
+    what: str
+    value: str
+    command: str
+    hardware: str = ""
+
+
+def make_card(
+    checkpoint: str | os.PathLike,
+    repo_id: str,
+    *,
+    title: str | None = None,
+    summary: str | None = None,
+    license: str | None = None,
+    language: str | list[str] | None = None,
+    datasets: list[str] | None = None,
+    base_model: str | None = None,
+    training: str | None = None,
+    limits: str | None = None,
+    evaluations: list[str | os.PathLike] | None = None,
+    trainer_state: str | os.PathLike | None = None,
+    conversion: str | os.PathLike | None = None,
+    template: str | os.PathLike | None = None,
+) -> ModelCard:
+    """The card of a DeltaNet checkpoint or adapter in a local folder; writes nothing.
+
+    Args:
+        checkpoint: folder with `config.json` and safetensors, or with `adapter_config.json`.
+        repo_id: where it will be published, `owner/name`; the usage example loads from there.
+        title, summary, limits: text; the repository's name, and a mark that `deltanet push` refuses, by default.
+        license, language, datasets: the metadata's fields.
+        base_model: Hub id of the model that an adapter belongs to, or that this one was made from.
+        training: text about the training, put before what `trainer_state.json` says.
+        evaluations: evaluation files; every `evaluation*.json` in the folder by default.
+        trainer_state: a Trainer's `trainer_state.json`; the folder's own by default.
+        conversion: `conversion.json`, an object with `teacher` and whatever else is to be told; the folder's own by default.
+        template: another Jinja template.
+
+    Raises:
+        ValueError: a folder that is neither a DeltaNet nor an adapter, an adapter without a base that the Hub could know,
+            a damaged file, or a figure without a number or a source. The file and the place in it are named.
+    """
+    folder = Path(checkpoint)
+    if evaluations is None:
+        evaluations = sorted(folder.glob("evaluation*.json"))
+    figures, speeds = read_evaluations(evaluations, repo_id)
+    converted = _conversion(_own(folder, conversion, "conversion.json"), figures)
+    if converted and base_model is None and converted["on_hub"]:
+        base_model = converted["teacher"]
+
+    adapter = None
+    if (folder / "adapter_config.json").exists():
+        adapter, architecture, layers, auto_class = _adapter(folder, base_model)
+        base_model = base_model or adapter["base_model"]
+    elif (folder / "config.json").exists():
+        architecture, layers, auto_class = _architecture(folder)
+    else:
+        raise ValueError(f"{folder} holds neither a config.json nor an adapter_config.json")
+
+    data = ModelCardData(
+        language=language,
+        license=license,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation" if auto_class == "AutoModelForCausalLM" else None,
+        tags=["deltanet", "linear-attention"] + ([adapter["kind"].lower()] if adapter else []),
+        base_model=base_model,
+        base_model_relation="adapter" if adapter else "finetune" if base_model else None,
+        datasets=datasets,
+        model_name=repo_id.split("/")[-1],
+        eval_results=_model_index(figures),
+    )
+    commands = list(dict.fromkeys((x.command, x.hardware) for x in [*figures, *speeds]))
+    return ModelCard.from_template(
+        data,
+        template_str=Path(template).read_text(encoding="utf-8") if template else _template(),
+        title=title or repo_id.split("/")[-1],
+        summary=summary or MISSING,
+        repo_id=repo_id,
+        adapter=adapter,
+        auto_class=auto_class,
+        base_model=base_model,
+        architecture=architecture,
+        layers=layers,
+        training=_training(training, _own(folder, trainer_state, "trainer_state.json")),
+        conversion=converted,
+        has_curve=(folder / "loss.png").exists(),
+        evaluation=_table(figures, commands),
+        speed=[
+            {"what": s.what, "value": s.value, "commands": commands.index((s.command, s.hardware)) + 1} for s in speeds
+        ],
+        commands=[{"text": text, "hardware": hardware} for text, hardware in commands],
+        limits=limits or MISSING,
+    )
+
+
+def write_card(card: ModelCard, file: str | os.PathLike) -> None:
+    """Save a card under a temporary name, then rename it: a card that stands there is replaced whole or not at all."""
+    file = Path(file)
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        card.save(unfinished)
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read_evaluations(paths: list[str | os.PathLike], repo_id: str) -> tuple[list[Figure], list[Speed]]:
+    """Figures and speeds of evaluation files, ours or lm-evaluation-harness's, in their order.
+
+    Raises:
+        ValueError: what is not such a file; a figure that is no number or has no command; an unknown key.
+    """
+    figures, speeds = [], []
+    for path in paths:
+        content = read_json(path)
+        if isinstance(content.get("results"), dict):
+            figures += _harness_figures(path, content, repo_id)
+            continue
+        _refuse_unknown(path, content, EVALUATION_KEYS)
+        results, timings = content.get("results", []), content.get("speed", [])
+        if not results and not timings:
+            raise ValueError(f'{path}: neither "results" nor "speed" holds a figure')
+        if not isinstance(content.get("command"), str):
+            raise ValueError(f'{path}: no "command": a figure needs the command that made it')
+        source = {"command": content["command"], "hardware": content.get("hardware", "")}
+        for i, entry in enumerate(results):
+            _refuse_unknown(f"{path}: results[{i}]", entry, RESULT_KEYS, required=("dataset", "metric", "value"))
+            _number(f"{path}: results[{i}]", entry["value"])
+            figures.append(Figure(**entry, **source))
+        for i, entry in enumerate(timings):
+            _refuse_unknown(f"{path}: speed[{i}]", entry, SPEED_KEYS, required=SPEED_KEYS)
+            value = _number(f"{path}: speed[{i}]", entry["value"])
+            speeds.append(Speed(entry["what"], f"{_format(value)} {entry['unit']}", **source))
+    return figures, speeds
+
+
+def _harness_figures(path, content: dict, repo_id: str) -> list[Figure]:
+    """What lm-evaluation-harness measured. Its file has no command line, but everything that one is made of."""
+    config = content.get("config", {})
+    if "model" not in config:
+        raise ValueError(f'{path}: "config" does not name the model: not a file of lm-evaluation-harness')
+    shots = content.get("n-shot", {})
+    figures = []
+    for task, metrics in content["results"].items():
+        command = f"lm_eval --model {config['model']} --model_args pretrained={repo_id},trust_remote_code=True --tasks {task}"
+        if shots.get(task):
+            command += f" --num_fewshot {shots[task]}"
+        for name, value in metrics.items():
+            metric, _, metric_filter = name.partition(",")
+            if metric_filter and not metric.endswith("_stderr"):
+                name = metric if metric_filter == "none" else f"{metric} ({metric_filter})"
+                figures.append(
+                    Figure(task, name, _number(f"{path}: {task}, {metric}", value), command, dataset_id=task)
+                )
+    return figures
+
+
+def _template() -> str:
+    return files("deltanet_conversion.model_cards").joinpath("TEMPLATE.md").read_text(encoding="utf-8")
+
+
+def _architecture(folder: Path) -> tuple[list[tuple[str, str]], str, str]:
+    """Rows of the table, the layer pattern in words, and the Auto class, from the configuration and the weights."""
+    if (model_type := read_json(folder / "config.json").get("model_type")) != "deltanet":
+        raise ValueError(f"{folder / 'config.json'} is of model_type {model_type!r}, not 'deltanet'")
+    try:
+        config = DeltaNetConfig.from_pretrained(folder)
+    except StrictDataclassError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    count, dtypes = _parameters(folder)
+    linear = f"{config.linear_num_key_heads} key heads of {config.linear_key_head_dim}, "
+    linear += f"{config.linear_num_value_heads} value heads of {config.linear_value_head_dim}; "
+    linear += f"{config.linear_qk_activation} and {config.linear_qk_norm} norm on q and k; "
+    linear += f"convolution of {config.linear_conv_kernel_dim}" if config.linear_conv_kernel_dim else "no convolution"
+    if not config.linear_use_beta:
+        linear += "; step size 1"
+    if config.linear_allow_neg_eigval:
+        linear += "; step sizes up to 2"
+    if config.linear_use_output_gate:
+        linear += "; output gate"
+    rows = [
+        ("model type", "DeltaNet (`model_type: deltanet`)"),
+        ("parameters", f"{count:,}, stored in {', '.join(dtypes)}"),
+        ("layers", ", ".join(f"{config.layer_types.count(t)} x `{t}`" for t in dict.fromkeys(config.layer_types))),
+        ("hidden size, MLP, vocabulary", f"{config.hidden_size}, {config.intermediate_size}, {config.vocab_size}"),
+    ]
+    if "linear_attention" in config.layer_types:
+        rows.append(("linear layers", linear))
+    if set(config.layer_types) != {"linear_attention"}:
+        softmax = f"{config.num_attention_heads} heads of {config.head_dim}, {config.num_key_value_heads} for keys and values; "
+        softmax += (
+            f"rotary embedding, theta {config.rope_parameters['rope_theta']:g}"
+            if config.uses_rope
+            else "no rotary embedding"
+        )
+        if config.sliding_window is not None:
+            softmax += f"; window of {config.sliding_window} tokens"
+        rows.append(("softmax layers", softmax))
+    rows.append(("context that positions were made for", f"{config.max_position_embeddings} tokens"))
+    architecture = (config.architectures or ["DeltaNetForCausalLM"])[0]
+    return rows, _pattern(config.layer_types), architecture.replace("DeltaNet", "AutoModel", 1)
+
+
+def _adapter(folder: Path, base_model: str | None) -> tuple[dict, list[tuple[str, str]], str, str]:
+    config = read_json(folder / "adapter_config.json")
+    base = base_model or config.get("base_model_name_or_path")
+    if not base or Path(base).is_absolute() or Path(base).exists() or base.count("/") != 1:
+        raise ValueError(
+            f"{folder / 'adapter_config.json'}: base_model_name_or_path is {base!r}, which is no repository of the Hub "
+            "(owner/name); name the base with base_model (--base-model)"
+        )
+    count, dtypes = _parameters(folder)
+    targets = config.get("target_modules") or []
+    settings = [f"{name} {config[key]}" for key, name in (("r", "rank"), ("lora_alpha", "alpha")) if key in config]
+    rows = [
+        ("adapter", ", ".join([str(config.get("peft_type")), *settings])),
+        (
+            "adapted modules",
+            targets if isinstance(targets, str) else ", ".join(f"`{name}`" for name in sorted(targets)),
+        ),
+        ("parameters", f"{count:,}, stored in {', '.join(dtypes)}"),
+    ]
+    return {"kind": str(config.get("peft_type")), "base_model": base}, rows, "", "AutoModelForCausalLM"
+
+
+def _parameters(folder: Path) -> tuple[int, list[str]]:
+    """How many numbers the safetensors files hold, and in which dtypes; reads headers only."""
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ValueError(f"{folder} holds no safetensors file")
+    count, dtypes = 0, []
+    for file in weights:
+        try:
+            with safe_open(file, framework="numpy") as f:
+                slices = [f.get_slice(name) for name in f.keys()]  # noqa: SIM118 (safe_open is no dict)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
+        count += sum(math.prod(x.get_shape()) for x in slices)
+        dtypes += [x.get_dtype() for x in slices]
+    return count, list(dict.fromkeys(dtypes))
+
+
+def _pattern(layer_types: list[str]) -> str:
+    """The layers in order, in its shortest form: a repeated period, or runs."""
+    n = len(layer_types)
+    period = next(p for p in range(1, n + 1) if n % p == 0 and layer_types[:p] * (n // p) == layer_types)
+    runs = []
+    for layer_type in layer_types[:period]:
+        if runs and runs[-1][1] == layer_type:
+            runs[-1][0] += 1
+        else:
+            runs.append([1, layer_type])
+    text = ", ".join(f"`{t}`" if count == 1 else f"{count} x `{t}`" for count, t in runs)
+    return text if n == period else f"{n} x `{layer_types[0]}`" if period == 1 else f"{n // period} times ({text})"
+
+
+def _training(text: str | None, file: Path | None) -> str:
+    """The user's text, then what a Trainer has recorded."""
+    parts = [text] if text else []
+    if file is not None:
+        state = read_json(file)
+        history = state.get("log_history", [])
+        facts = [f"{state['global_step']:,} steps"] if "global_step" in state else []
+        if state.get("train_batch_size"):
+            facts.append(f"{state['train_batch_size']} sequences a step and device")
+        if state.get("epoch"):
+            facts.append(f"{state['epoch']:.2f} epochs")
+        if state.get("num_input_tokens_seen"):
+            facts.append(f"{state['num_input_tokens_seen']:,} tokens")
+        for key, name in (("loss", "training loss"), ("eval_loss", "held-out loss")):
+            if entries := [entry for entry in history if key in entry]:
+                facts.append(f"{name} {entries[-1][key]:.3f} at step {entries[-1]['step']}")
+        parts.append(f"From `{file.name}`: {', '.join(facts)}.")
+    return "\n\n".join(parts) or "Not recorded."
+
+
+def _conversion(file: Path | None, figures: list[Figure]) -> dict | None:
+    if file is None:
+        return None
+    content = read_json(file)
+    if not isinstance(content.get("teacher"), str):
+        raise ValueError(f'{file}: no "teacher": a conversion names the model it came from')
+    teacher = content["teacher"]
+    return {
+        "teacher": teacher,
+        "on_hub": teacher.count("/") == 1 and not Path(teacher).exists(),
+        "facts": [(name.replace("_", " "), _fact(value)) for name, value in content.items() if name != "teacher"],
+        "has_recall": any("recall" in f"{f.dataset} {f.metric}".lower() for f in figures),
+    }
+
+
+def _fact(value) -> str:
+    """A value of `conversion.json` in words; a stage of the conversion is an object of its own facts."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name.replace('_', ' ')} {_fact(x)}" for name, x in value.items())
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _table(figures: list[Figure], commands: list[tuple[str, str]]) -> dict | None:
+    """A row for each data and metric, a column for each model that was measured."""
+    if not figures:
+        return None
+    models = list(dict.fromkeys(f.of for f in figures))
+    rows = []
+    for dataset, metric in dict.fromkeys((f.dataset, f.metric) for f in figures):
+        of_row = [f for f in figures if (f.dataset, f.metric) == (dataset, metric)]
+        cells = {f.of: f for f in of_row}
+        if len(cells) < len(of_row):
+            raise ValueError(f"two figures for {metric} on {dataset} of the same model: {[f.value for f in of_row]}")
+        numbers = sorted({commands.index((f.command, f.hardware)) + 1 for f in cells.values()})
+        rows.append(
+            {
+                "dataset": dataset,
+                "metric": metric,
+                "values": [_format(cells[model].value) if model in cells else "" for model in models],
+                "commands": ", ".join(map(str, numbers)),
+            }
+        )
+    return {"columns": [model or "this checkpoint" for model in models], "rows": rows}
+
+
+def _model_index(figures: list[Figure]) -> list[EvalResult] | None:
+    own = [f for f in figures if not f.of]
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=f.dataset_id or "-".join(f.dataset.lower().replace(",", " ").split()),
+            dataset_name=f.dataset,
+            dataset_split=f.split,
+            metric_type=f.metric,
+            metric_name=f.metric,
+            metric_value=f.value,
+        )
+        for f in own
+    ] or None
+
+
+def _own(folder: Path, given: str | os.PathLike | None, name: str) -> Path | None:
+    """The file that was given, else the folder's own of this name if it has one."""
+    if given is not None:
+        return Path(given)
+    return folder / name if (folder / name).exists() else None
+
+
+def read_json(path: str | os.PathLike) -> dict:
+    """A file's JSON object. Raises ValueError, with the file's name, for what is not one."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _refuse_unknown(where, entry, known: set[str], required=()) -> None:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where} must be an object, got {entry!r}")
+    if unknown := sorted(set(entry) - known):
+        raise ValueError(f"{where} has no key {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    if missing := sorted(set(required) - set(entry)):
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+
+
+def _number(where: str, value) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{where}: a figure must be a finite number, got {value!r}")
+    return value
+
+
+def _format(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def card_problems(
+    text: str, repo_id: str, files: set[str], base_model: str | None = None
+) -> list[tuple[int | None, str]]:
+    """Why a card is not complete, with the line: what `deltanet push` refuses.
+
+    Args:
+        text: the card, metadata included.
+        repo_id: the repository it is to describe.
+        files: names of the files that go with it, which its pictures must be among.
+        base_model: the base that an adapter's card has to name.
+    """
+    try:
+        data = ModelCard(text, ignore_metadata_errors=False).data
+    except Exception as error:  # noqa: BLE001 (YAML's own errors and the card classes' have no common ancestor)
+        return [(1, f"metadata that the Hub would refuse: {error}")]
+    problems: list[tuple[int | None, str]] = [
+        (1, f"no {field} in the metadata") for field in ("license", "library_name", "tags") if not data.get(field)
+    ]
+    if base_model is not None and data.base_model != base_model:
+        problems.append((1, f"the metadata names {data.base_model!r} as base_model, not {base_model!r}"))
+    lines = text.splitlines()
+    headings = {line[3:].strip(): i for i, line in enumerate(lines) if line.startswith("## ")}
+    for section in SECTIONS:
+        if section not in headings:
+            problems.append((None, f"no section {section!r}"))
+        elif not any(line.strip() for line in _until_heading(lines[headings[section] + 1 :])):
+            problems.append((headings[section] + 1, f"section {section!r} is empty"))
+    if "Conversion" in headings and not any(
+        "recall" in line.lower() for line in _until_heading(lines[headings.get("Evaluation", 0) + 1 :])
+    ):
+        problems.append((headings["Conversion"] + 1, "a conversion without a recall figure in its evaluation"))
+    for mark in (MISSING, "{{", "TODO"):
+        if places := [i for i, line in enumerate(lines, start=1) if mark in line]:
+            more = f", here and in {len(places) - 1} more lines" if len(places) > 1 else ""
+            problems.append((places[0], f"{mark} is still to be filled in{more}"))
+    for i, line in enumerate(lines, start=1):
+        for picture in re.findall(r"!\[[^\]]*\]\((?!https?:)([^)\s]+)", line):
+            if picture not in files:
+                problems.append((i, f"the picture {picture} is not among the files"))
+    if f'from_pretrained("{repo_id}"' not in text:
+        problems.append((None, f'its example does not load the repository: no from_pretrained("{repo_id}")'))
+    return problems
+
+
+def _until_heading(lines: list[str]) -> list[str]:
+    return list(itertools.takewhile(lambda line: not line.startswith("## "), lines))
