@@ -80,7 +80,9 @@ class Checkpoint:
             names = [WEIGHTS]
         else:
             found = sorted(p.name for pattern in ("*.bin", "*.pt", "*.safetensors") for p in self.folder.glob(pattern))
-            raise ValueError(f"{self.folder} has neither {WEIGHTS} nor {INDEX}; it has {', '.join(found) or 'no weights'}")
+            raise ValueError(
+                f"{self.folder} has neither {WEIGHTS} nor {INDEX}; it has {', '.join(found) or 'no weights'}"
+            )
         missing = [name for name in names if not (self.folder / name).is_file()]
         if missing:
             raise ValueError(f"{self.folder / INDEX} names files that are not there: {', '.join(missing)}")
@@ -210,7 +212,9 @@ def check_outputs(
         if shape != expected[output.name]:
             shapes = ", ".join(f"{name} {list(source.tensors[name].shape)}" for name in output.sources)
             got = list(shape) if isinstance(shape, tuple) else shape
-            raise ValueError(f"{output.name} must be {list(expected[output.name])} by config.json; {shapes} gives {got}")
+            raise ValueError(
+                f"{output.name} must be {list(expected[output.name])} by config.json; {shapes} gives {got}"
+            )
 
 
 def _named(names: list[str]) -> str:
@@ -249,7 +253,9 @@ def write_checkpoint(
         try:
             save_file(pending, file, metadata={"format": "pt"})
         except SafetensorError as error:
-            raise OSError(f"could not write {pending_size:,} bytes of weights beside {folder.parent}: {error}") from error
+            raise OSError(
+                f"could not write {pending_size:,} bytes of weights beside {folder.parent}: {error}"
+            ) from error
         shards.append(list(pending))
         pending, pending_size = {}, 0
 
@@ -276,9 +282,7 @@ def _made(output: Output, source: Checkpoint, dtype: torch.dtype | None) -> torc
     return tensor.to(tensor.dtype if dtype is None else dtype).contiguous()
 
 
-def compare(
-    source: Checkpoint, outputs: list[Output], target: Checkpoint, dtype: torch.dtype | None = None
-) -> None:
+def compare(source: Checkpoint, outputs: list[Output], target: Checkpoint, dtype: torch.dtype | None = None) -> None:
     """Make every output anew and compare it with what `target` holds, bit by bit.
 
     Raises:

@@ -185,7 +185,9 @@ def _softmax_fields(attn: dict | list | None, num_hidden_layers: int) -> dict:
     for spec in specs:
         unknown = sorted(spec.keys() - ATTN_FIELDS)
         if unknown:
-            raise ValueError(f"attn has unknown fields {', '.join(unknown)}; known are {', '.join(sorted(ATTN_FIELDS))}")
+            raise ValueError(
+                f"attn has unknown fields {', '.join(unknown)}; known are {', '.join(sorted(ATTN_FIELDS))}"
+            )
         window = spec.get("window_size")
         for layer in spec["layers"]:
             if not 0 <= layer < num_hidden_layers:

@@ -115,7 +115,9 @@ def config_from_llama(theirs: dict, keep: str = "0.25", linear_use_rope: bool = 
     kept = choose_layers(keep, teacher.num_hidden_layers)
     layer_types = [t if i in kept else "linear_attention" for i, t in enumerate(teacher_types)]
     if out_bias and "linear_attention" in layer_types:
-        raise ValueError("the teacher's o_proj has a bias (attention_bias: True), which our linear layers cannot take over")
+        raise ValueError(
+            "the teacher's o_proj has a bias (attention_bias: True), which our linear layers cannot take over"
+        )
     return DeltaNetConfig(
         architectures=["DeltaNetForCausalLM"],
         vocab_size=teacher.vocab_size,
@@ -204,5 +206,7 @@ def _start_of_mixer(config: DeltaNetConfig, layer: str, qk_norm: bool) -> list[O
         Output(f"{new}.k_conv1d.weight", (q,), identity(1.0)),
         Output(f"{new}.v_conv1d.weight", (q,), identity(VALUE_TAP)),
         Output(f"{new}.o_norm.weight", (q,), lambda q: q.new_ones(head_dim)),
-        Output(f"{new}.o_proj.weight", (f"{old}.o_proj.weight", v, f"{layer}.input_layernorm.weight", *v_bias), scaled_o),
+        Output(
+            f"{new}.o_proj.weight", (f"{old}.o_proj.weight", v, f"{layer}.input_layernorm.weight", *v_bias), scaled_o
+        ),
     ]

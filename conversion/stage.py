@@ -83,7 +83,9 @@ class Stage:
 
         teacher_folder, student_folder = fetch(self.teacher), fetch(self.student)
         on_gpu = torch.cuda.is_available()
-        teacher = AutoModelForCausalLM.from_pretrained(teacher_folder, dtype=torch.bfloat16 if on_gpu else torch.float32)
+        teacher = AutoModelForCausalLM.from_pretrained(
+            teacher_folder, dtype=torch.bfloat16 if on_gpu else torch.float32
+        )
         student = AutoModelForCausalLM.from_pretrained(student_folder, dtype=torch.float32)
         saved_dtype = getattr(torch, student_dtype(student_folder))
         _check_pair(teacher, student)
@@ -91,7 +93,9 @@ class Stage:
         text = blocks(load_text(list(self.data), self.text_column), tokenizer, self.length, self.seed)
         held_out = max(1, min(64, int(len(text) * HELD_OUT)))
         if len(text) <= held_out:
-            raise ValueError(f"{', '.join(self.data)} gives {len(text)} block of {self.length} tokens: too little to train on")
+            raise ValueError(
+                f"{', '.join(self.data)} gives {len(text)} block of {self.length} tokens: too little to train on"
+            )
         trainer_arguments = {
             "args": self._training_arguments(work, on_gpu),
             "train_dataset": text.select(range(held_out, len(text))),
@@ -103,7 +107,9 @@ class Stage:
         checkpoint = get_last_checkpoint(str(work))
         trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.state.global_step < trainer.args.max_steps:
-            raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
+            raise KeyboardInterrupt(
+                f"stopped at step {trainer.state.global_step}; the same command goes on from there"
+            )
 
         summary = {
             **dataclasses.asdict(self),
@@ -206,4 +212,6 @@ def _check_pair(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
     for field in ("vocab_size", "hidden_size", "num_hidden_layers"):
         ours, theirs = getattr(student.config, field), getattr(teacher.config, field)
         if ours != theirs:
-            raise ValueError(f"the student has {field} {ours}, the teacher {theirs}: it was not converted from this teacher")
+            raise ValueError(
+                f"the student has {field} {ours}, the teacher {theirs}: it was not converted from this teacher"
+            )
