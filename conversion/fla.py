@@ -167,6 +167,8 @@ def config_from_fla(theirs: dict, tensor_names=()) -> DeltaNetConfig:
     if fields["intermediate_size"] is None:
         ratio = theirs.get("hidden_ratio") or 4
         fields["intermediate_size"] = 256 * math.ceil(int(hidden_size * ratio * 2 / 3) / 256)
+    # Without softmax layers, their fields mean nothing, but must fit together.
+    fields |= {"num_attention_heads": heads, "head_dim": fields["linear_key_head_dim"]}
     fields |= _softmax_fields(theirs.get("attn"), fields["num_hidden_layers"])
     fields["use_qk_norm"] = any(name.endswith(".attn.q_norm.weight") for name in tensor_names)
     if fields["use_qk_norm"] and fields["rms_norm_eps"] != 1e-5:
@@ -196,6 +198,7 @@ def _softmax_fields(attn: dict | list | None, num_hidden_layers: int) -> dict:
         fields = {
             "num_attention_heads": spec["num_heads"],
             "num_key_value_heads": spec.get("num_kv_heads") or spec["num_heads"],
+            "head_dim": None,
             "attention_bias": spec.get("qkv_bias", False),
             "rope_parameters": {"rope_theta": float(spec.get("rope_theta") or 10000.0), "rope_type": "default"},
         } | ({} if window is None else {"sliding_window": window})
