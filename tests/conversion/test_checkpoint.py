@@ -5,11 +5,10 @@ import resource
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny import LINEAR, tiny_llama, tiny_model
-
 from deltanet_conversion import convert_checkpoint
 from deltanet_conversion.checkpoint import Checkpoint, new_folder
+from safetensors.torch import load_file, save_file
+from tiny import LINEAR, tiny_llama, tiny_model
 
 
 @pytest.fixture
