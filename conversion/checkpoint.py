@@ -23,6 +23,7 @@ from modeling_deltanet import DeltaNetConfig, DeltaNetForCausalLM
 
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+FACTS = "conversion.json"  # what a converted model came from and went through, which its card tells
 # What travels unchanged to the converted folder.
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*",
@@ -158,15 +159,19 @@ def convert(
     dtype: torch.dtype | None = None,
     max_shard_size: int | None = None,
     unread: tuple[str, ...] = (),
+    facts: dict | None = None,
 ) -> None:
     """Check a plan, carry it out in a new folder, and read every tensor back before the folder gets its name.
 
-    Arguments and errors are those of the three steps, `check_outputs`, `write_checkpoint` and `compare`.
+    Arguments and errors are those of the three steps, `check_outputs`, `write_checkpoint` and `compare`. `facts` are
+    written beside the weights, for the model card.
     """
     check_outputs(source, outputs, expected, unread)
     with new_folder(target) as folder:
         write_checkpoint(folder, source, outputs, config, dtype, max_shard_size)
         compare(source, outputs, Checkpoint(folder), dtype)
+        if facts is not None:
+            (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def expected_tensors(config: DeltaNetConfig) -> dict[str, tuple[int, ...]]:

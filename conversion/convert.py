@@ -56,7 +56,8 @@ def convert_checkpoint(
     elif model_type in TEACHERS:
         if keep is None:
             raise ValueError(f"{source} is {model_type!r}: say by keep which layers keep softmax attention")
-        convert_from_llama(folder, target, keep, linear_use_rope, **options)
+        name = Path(source).name if Path(source).is_dir() else str(source)
+        convert_from_llama(folder, target, keep, linear_use_rope, **options, teacher_name=name)
     else:
         raise ValueError(f"{source} is {model_type!r}; what can be converted is delta_net and {', '.join(TEACHERS)}")
     summary = inspect_checkpoint(target)

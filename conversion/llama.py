@@ -65,6 +65,7 @@ def convert_from_llama(
     linear_use_rope: bool = True,
     dtype: torch.dtype | None = None,
     max_shard_size: int | None = None,
+    teacher_name: str | None = None,
 ) -> DeltaNetConfig:
     """Convert a folder with a Llama, Mistral, Qwen2 or Qwen3 (SmolLM and others are Llamas) into a hybrid DeltaNet.
 
@@ -73,6 +74,7 @@ def convert_from_llama(
         linear_use_rope: whether converted layers go on rotating their queries and keys.
         dtype: the dtype to write, the source's by default.
         max_shard_size: bytes of a file of weights, those of the source's largest by default.
+        teacher_name: what `conversion.json` calls the teacher, by default the folder's name.
 
     Returns the new configuration.
 
@@ -91,7 +93,13 @@ def convert_from_llama(
             layer = name.removesuffix(".linear_attn.q_proj.weight")
             outputs += _start_of_mixer(config, layer, qk_norm=f"{layer}.self_attn.q_norm.weight" in checkpoint.tensors)
     old = tuple(name for name in checkpoint.tensors if name.endswith(".rotary_emb.inv_freq"))  # computed, not learned
-    convert(checkpoint, outputs, expected, config, target, dtype, max_shard_size, unread_head(config) + old)
+    facts = {
+        "teacher": teacher_name or Path(source).name,
+        "kept_layers": [i for i, name in enumerate(config.layer_types) if name != "linear_attention"],
+        "linear_use_rope": config.linear_use_rope,
+    }
+    unread = unread_head(config) + old
+    convert(checkpoint, outputs, expected, config, target, dtype, max_shard_size, unread, facts)
     return config
 
 

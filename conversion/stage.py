@@ -5,6 +5,7 @@ same call goes on from the last checkpoint.
 """
 
 import dataclasses
+import glob
 import json
 import math
 import signal
@@ -27,7 +28,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_deltanet import DeltaNetConfig, DeltaNetForCausalLM
 
-from .checkpoint import copy_tokenizer, fetch, new_folder
+from .checkpoint import FACTS, copy_tokenizer, fetch, new_folder
 from .text import blocks, load_text
 
 
@@ -67,8 +68,9 @@ class Stage:
     def run(self, name: str, make_trainer: Callable, finish: Callable | None = None) -> dict:
         """Train what `make_trainer(teacher, student, trainer_arguments)` returns and save the student.
 
-        `finish(trainer)` returns the student to save where that is not the model that came. Returns the summary that
-        lies in the output as `NAME.json`: settings, steps, tokens, seconds, loss on held-out text before and after.
+        `finish(trainer)` returns the student to save where that is not the model that came. Returns a summary: settings,
+        steps, tokens, seconds, loss on held-out text before and after. It joins the facts in `conversion.json`, and
+        Trainer's log lies beside it.
 
         Raises:
             ValueError: the output is there already, a folder of another run is in the way, or teacher and student do
@@ -112,7 +114,7 @@ class Stage:
             )
 
         summary = {
-            **dataclasses.asdict(self),
+            **dataclasses.asdict(self) | {"data": [_public(source) for source in self.data]},
             "steps": trainer.state.global_step,
             "trained_tokens": trainer.state.global_step * self._tokens_a_step(trainer.args.world_size),
             "loss_before": before,
@@ -125,9 +127,16 @@ class Stage:
             with new_folder(output) as folder:
                 student.to(saved_dtype).save_pretrained(folder)
                 copy_tokenizer(student_folder, folder)
-                (folder / f"{name}.json").write_text(json.dumps(summary, indent=2) + "\n")
-                trainer.state.save_to_json(str(folder / f"{name}_trainer_state.json"))
+                (folder / FACTS).write_text(json.dumps(self._facts(student_folder, name, summary), indent=2) + "\n")
+                trainer.state.save_to_json(str(folder / "trainer_state.json"))
         return summary
+
+    def _facts(self, student_folder: Path, name: str, summary: dict) -> dict:
+        """What the student's `conversion.json` says, and this stage: nothing that names a local folder."""
+        file = student_folder / FACTS
+        facts = json.loads(file.read_text()) if file.exists() else {"teacher": _public(self.teacher)}
+        local = ("teacher", "student", "output", "save_steps", "resumed")
+        return facts | {name: {key: value for key, value in summary.items() if key not in local}}
 
     def _claim(self, work: Path, name: str) -> None:
         """Make the work folder, or see that it holds this very run."""
@@ -198,6 +207,11 @@ class SaveOnInterrupt(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         signal.signal(signal.SIGINT, self.previous)
+
+
+def _public(source: str) -> str:
+    """A source's name without the folders that it lies in on this machine."""
+    return Path(source).name if Path(source).exists() or glob.has_magic(source) else source
 
 
 def student_dtype(folder: Path) -> str:

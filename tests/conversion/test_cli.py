@@ -62,7 +62,7 @@ def test_errors_are_one_line_and_exit_code_one(deltanet, tmp_path):
     assert (code, out) == (1, "") and "Traceback" not in err
     assert err.splitlines()[-1].startswith("error: ValueError:") and "keep" in err.splitlines()[-1]
     code, _, err = deltanet("convert", tmp_path / "teacher", tmp_path / "out", "--keep", "none", "--to", "fla")
-    assert code == 1 and "keep" in err
+    assert code == 1 and "'llama', not 'deltanet'" in err
     assert deltanet("convert", tmp_path / "teacher")[0] == 2
     assert deltanet("convert", tmp_path / "teacher", tmp_path / "out", "--kepe", "1")[0] == 2
 

@@ -55,7 +55,11 @@ def test_alignment_teaches_the_mixers_and_nothing_else(pair, tmp_path):
     before, after = weights(tmp_path / "student"), weights(tmp_path / "out")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if ".linear_attn." in name}
-    assert json.loads((tmp_path / "out" / "align.json").read_text()) == json.loads(json.dumps(summary))
+    facts = (tmp_path / "out" / "conversion.json").read_text()
+    assert str(tmp_path) not in facts  # which the Hub need not know
+    assert json.loads(facts)["teacher"] == "teacher" and json.loads(facts)["kept_layers"] == [3]
+    assert json.loads(facts)["align"]["loss_after"] == summary["loss_after"]
+    assert (tmp_path / "out" / "trainer_state.json").exists()
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
