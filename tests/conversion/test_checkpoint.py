@@ -5,10 +5,11 @@ import resource
 
 import pytest
 import torch
-from deltanet_conversion import convert_checkpoint
-from deltanet_conversion.checkpoint import Checkpoint, new_folder
 from safetensors.torch import load_file, save_file
 from tiny import LINEAR, tiny_llama, tiny_model
+
+from deltanet_conversion import convert_checkpoint
+from deltanet_conversion.checkpoint import Checkpoint, new_folder
 
 
 @pytest.fixture

@@ -4,11 +4,12 @@ import json
 import sys
 
 import pytest
-from deltanet_conversion import cli, inspect_checkpoint
 from test_llama import make_teacher
 from test_stages import pair, tokenizer  # noqa: F401  fixtures
 from tiny import FULL, LINEAR, SLIDING, tiny_model
 from transformers import DynamicCache
+
+from deltanet_conversion import cli, inspect_checkpoint
 
 
 @pytest.fixture

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from deltanet_conversion import Checkpoint, convert_from_fla, convert_to_fla
-from deltanet_conversion.checkpoint import expected_tensors
-from deltanet_conversion.fla import config_from_fla, config_to_fla, fla_name
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import FULL, LINEAR, SLIDING, tiny_config, tiny_model
 
+from deltanet_conversion import Checkpoint, convert_from_fla, convert_to_fla
+from deltanet_conversion.checkpoint import expected_tensors
+from deltanet_conversion.fla import config_from_fla, config_to_fla, fla_name
 from modeling_deltanet import DeltaNetConfig
 
 

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from deltanet_conversion import choose_layers, convert_checkpoint, convert_from_llama
 from safetensors.torch import load_file, save_file
 from tiny import FULL, LINEAR, SLIDING, VOCAB, redraw, tokens
 from transformers import (
@@ -15,6 +14,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from deltanet_conversion import choose_layers, convert_checkpoint, convert_from_llama
 
 
 LLAMA3_ROPE = {

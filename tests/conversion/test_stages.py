@@ -5,14 +5,15 @@ import signal
 
 import pytest
 import torch
-from deltanet_conversion import Distillation, Stage, align, convert_from_llama, distill
-from deltanet_conversion.alignment import LayerwiseAlignment
-from deltanet_conversion.text import blocks, load_text
 from safetensors.torch import load_file
 from test_llama import make_teacher
 from tiny import LINEAR, tokens
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+
+from deltanet_conversion import Distillation, Stage, align, convert_from_llama, distill
+from deltanet_conversion.alignment import LayerwiseAlignment
+from deltanet_conversion.text import blocks, load_text
 
 
 @pytest.fixture(scope="module")
