@@ -296,10 +296,14 @@ def compare(source: Checkpoint, outputs: list[Output], target: Checkpoint, dtype
     if set(target.tensors) != {output.name for output in outputs}:
         raise ValueError(f"{target.folder} holds other tensors than {source.folder} converts to")
     for output in tqdm(outputs, desc="compare", unit="", disable=None):
-        wanted, got = _made(output, source, dtype), target.read(output.name)
-        same = wanted.dtype == got.dtype and wanted.shape == got.shape
-        if not same or not torch.equal(wanted.view(-1).view(torch.uint8), got.view(-1).view(torch.uint8)):
+        if not _same_bits(_made(output, source, dtype), target.read(output.name)):
             raise ValueError(f"{output.name} in {target.folder} is not what {source.folder} converts to")
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(one.view(-1).view(torch.uint8), other.view(-1).view(torch.uint8))
 
 
 def _name_shards(folder: Path, shards: list[list[str]], total_size: int) -> None:

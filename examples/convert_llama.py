@@ -131,9 +131,9 @@ def write_text(out: Path, args) -> None:
     tokenizer = train_tokenizer(texts, args.vocab_size, args.symbols)
     draw = random.Random(args.seed)
     tokens = sum(len(ids) for ids in tokenizer(texts, verbose=False).input_ids)
-    stream_tokens = int(2.5 * 60)  # of 60 operations, half of which take two tokens and half three
-    streams = int(tokens * args.recall / (1 - args.recall) / stream_tokens)
-    documents = texts + [recall_stream(draw, args.symbols, 60) for _ in range(streams)]
+    operations = KEYS * WRITES  # a document is then as long as an episode, and a block holds whole ones
+    streams = int(tokens * args.recall / (1 - args.recall) / (2.5 * operations))  # a write has 2 tokens, a question 3
+    documents = texts + [recall_stream(draw, args.symbols, operations) for _ in range(streams)]
     with new_folder(out / "text") as folder:
         for name, rows in (("text", documents), ("held_out", held_out)):
             with (folder / f"{name}.jsonl").open("w") as file:
@@ -156,7 +156,7 @@ def train_teacher(out: Path, args) -> None:
         num_attention_heads=args.hidden_size // args.head_dim,
         num_key_value_heads=args.hidden_size // args.head_dim // 2,
         max_position_embeddings=args.length,
-        initializer_range=0.04,
+        initializer_range=0.8 * args.hidden_size**-0.5,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
@@ -244,7 +244,7 @@ def main():
     add("--seed", type=int, default=0, help="default 0")
     args = parser.parse_args()
     sizes = {
-        "steps": (2500, 500), "batch_size": (64, 16), "length": (512, 128), "hidden_size": (384, 64),
+        "steps": (2500, 600), "batch_size": (64, 32), "length": (512, 128), "hidden_size": (384, 64),
         "head_dim": (64, 32), "layers": (8, 4), "vocab_size": (4096, 512), "megabytes": (16.0, 0.5), "symbols": (32, 16),
         "align_tokens": (8_000_000, 300_000), "distill_tokens": (16_000_000, 600_000), "eval_blocks": (256, 64),
     }  # fmt: skip
