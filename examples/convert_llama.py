@@ -71,7 +71,7 @@ def python_sources(megabytes: float) -> tuple[list[str], list[str]]:
     for file in files:
         texts.append(file.read_text(encoding="utf-8", errors="ignore"))
         size += len(texts[-1])
-        if size > megabytes * 1e6:
+        if size > megabytes * 1e6 and len(texts) >= 20:
             break
     return [text for i, text in enumerate(texts) if i % 20], texts[::20]
 
