@@ -159,7 +159,8 @@ class DeltaNetLinearAttention(nn.Module):
         if self.use_rope:
             # As many rows of angles as there are rows of q, which packing has flattened into one.
             cos, sin = (x.expand(B, -1, -1).reshape(*q.shape[:2], -1) for x in position_embeddings)
-            q, k = rotate(q, cos, sin, heads_dim=2), rotate(k, cos, sin, heads_dim=2)
+            # Under autocast the angles are fp32 and q, k and v are not.
+            q, k = (rotate(x, cos, sin, heads_dim=2).to(v.dtype) for x in (q, k))
 
         if self.b_proj is not None:
             beta = self.b_proj(hidden_states).sigmoid() * self.beta_range

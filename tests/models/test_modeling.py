@@ -104,6 +104,17 @@ def test_a_linear_layer_computes_what_its_configuration_documents(variant):
     torch.testing.assert_close(mixer(x, position_embeddings=angles), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_linear_layers_rotate_under_autocast():
+    """Mixed-precision training of a converted model would stop at its first step: q and k in fp32, v in bf16."""
+    model = tiny_model(**VARIANTS["linear_rope_and_bias"])
+    expected = model(tokens(2, 20)).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(tokens(2, 20)).logits
+    logits.float().square().mean().backward()
+    assert model.model.layers[0].linear_attn.q_proj.weight.grad.isfinite().all()
+    assert (logits.float() - expected).std() < 0.1 * expected.std()
+
+
 @torch.no_grad()
 def test_grouped_value_heads_share_a_key_head():
     """Value head g would be addressed by another key head than in checkpoints of other implementations."""
