@@ -12,7 +12,7 @@ import pytest
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "convert_llama.py"
 SMALL = (
-    "--steps 4 --batch-size 4 --length 64 --hidden-size 64 --head-dim 32 --layers 4 --vocab-size 400 --megabytes 0.1 "
+    "--recall-steps 2 --steps 4 --batch-size 4 --length 64 --hidden-size 64 --head-dim 32 --layers 4 --vocab-size 400 --megabytes 0.1 "
     "--symbols 9 --align-tokens 1024 --distill-tokens 1024 --eval-blocks 4"
 ).split()
 
@@ -31,7 +31,7 @@ def test_the_example_leaves_a_student_and_the_figures_of_its_card(example, tmp_p
     example.main()
     student = tmp_path / "run" / "distilled"
     evaluation = json.loads((student / "evaluation.json").read_text())
-    assert evaluation["command"].startswith("python examples/convert_llama.py --steps 4") and evaluation["hardware"]
+    assert evaluation["command"].startswith("python examples/convert_llama.py --recall-steps 2 --steps 4") and evaluation["hardware"]
     models = {"teacher", "before alignment", "after alignment", ""}
     for metric in ("perplexity", "overwriting recall"):
         found = {row.get("of", ""): row["value"] for row in evaluation["results"] if row["metric"] == metric}
