@@ -15,8 +15,9 @@ which this script calls as functions and prints:
     deltanet align TEACHER HYBRID ALIGNED --data text.jsonl
     deltanet distill TEACHER ALIGNED DISTILLED --data text.jsonl
 
-The teacher is a Qwen2, a Llama with biases, whose first layer sees four tokens only: on recall alone, a model of two
-layers and width 64 then had learned it after 350 steps of 32 x 96 tokens, and a Llama without that window not after 1300.
+The teacher is a Qwen2, a Llama with biases, whose first layer sees two tokens only: on recall alone, a model of two
+layers and width 64 then had learned it after 200 steps of 32 x 96 tokens, and a Llama without that window not after 1300.
+It begins with recall alone, until it has learned that.
 
 Recall is overwriting recall: 8 keys are written 4 times each with fresh values, then each key is asked for, and the last
 value counts. Chance is 1 in the number of values.
@@ -46,6 +47,7 @@ from transformers import (  # noqa: E402
     Qwen2Config,
     Qwen2ForCausalLM,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -58,6 +60,9 @@ from deltanet_conversion.text import blocks, load_text  # noqa: E402
 
 
 KEYS, WRITES = 8, 4  # of the task that is measured
+DOCUMENT = 96  # tokens of a document of the task to learn from, its end included
+MOST_FIRST = 40_000  # documents of it, and nothing else, that the teacher begins with
+SOLVED = 0.05  # loss in nats an answer at which it goes on to all the text
 EPISODES = 256
 console = Console()
 
@@ -84,17 +89,17 @@ def value(i: int) -> str:
     return f"<v{i}>"
 
 
-def recall_stream(draw: random.Random, symbols: int, operations: int) -> str:
-    """The task to learn from: writes `<k><v>` and questions `<q><k><v>` in any order, over 8 keys."""
+def recall_stream(draw: random.Random, symbols: int, length: int) -> str:
+    """The task to learn from, `length` tokens: writes `<k><v>` and questions `<q><k><v>` in any order, over 8 keys."""
     keys, memory, text = draw.sample(range(symbols), KEYS), {}, []
-    for _ in range(operations):
+    while len(text) < length:
         k = draw.choice(keys)
         if k in memory and draw.random() < 0.5:
             text += ["<q>", key(k), value(memory[k])]
         else:
             memory[k] = draw.randrange(symbols)
             text += [key(k), value(memory[k])]
-    return "".join(text)
+    return "".join(text[:length])
 
 
 def recall_episode(draw: random.Random, symbols: int) -> str:
@@ -131,14 +136,12 @@ def write_text(out: Path, args) -> None:
     tokenizer = train_tokenizer(texts, args.vocab_size, args.symbols)
     draw = random.Random(args.seed)
     tokens = sum(len(ids) for ids in tokenizer(texts, verbose=False).input_ids)
-    operations = KEYS * WRITES  # a document is then as long as an episode, and a block holds whole ones
-    streams = int(tokens * args.recall / (1 - args.recall) / (2.5 * operations))  # a write has 2 tokens, a question 3
-    recall = [recall_stream(draw, args.symbols, operations) for _ in range(streams)]
-    # What the teacher sees first, four times over.
-    first = args.recall_steps * args.batch_size * args.length // int(4 * 2.5 * operations)
+    streams = int(tokens * args.recall / (1 - args.recall) / DOCUMENT)
+    recall = [recall_stream(draw, args.symbols, DOCUMENT - 1) for _ in range(streams)]
+    first = min(MOST_FIRST, args.recall_steps * args.batch_size * args.length // DOCUMENT // 8 + 1)
     files = {
         "text": texts + recall,
-        "recall": [recall_stream(draw, args.symbols, operations) for _ in range(first)],
+        "recall": [recall_stream(draw, args.symbols, DOCUMENT - 1) for _ in range(first)],
         "held_out": held_out,
     }
     with new_folder(out / "text") as folder:
@@ -159,7 +162,7 @@ def make_teacher(out: Path, args) -> None:
         num_hidden_layers=args.layers,
         layer_types=["sliding_attention"] + ["full_attention"] * (args.layers - 1),
         use_sliding_window=True,
-        sliding_window=4,
+        sliding_window=2,
         num_attention_heads=args.hidden_size // args.head_dim,
         num_key_value_heads=args.hidden_size // args.head_dim // 2,
         max_position_embeddings=args.length,
@@ -172,15 +175,50 @@ def make_teacher(out: Path, args) -> None:
     model = Qwen2ForCausalLM(config)
     tokens = (args.recall_steps + args.steps) * args.batch_size * args.length
     console.print(f"{model.num_parameters():,} parameters, {tokens:,} tokens")
-    train(model, tokenizer, out / "text" / "recall.jsonl", args.recall_steps, out / "teacher.recall", args)
-    train(model, tokenizer, out / "text" / "text.jsonl", args.steps, out / "teacher.training", args)
+    recall, text = (
+        blocks(load_text([str(out / "text" / f"{name}.jsonl")]), tokenizer, length, args.seed)
+        for name, length in (("recall", DOCUMENT), ("text", args.length))
+    )
+    question = tokenizer.convert_tokens_to_ids("<q>")
+    recall = recall.map(lambda row: only_answers(row, question))
+    batch_size = args.batch_size * args.length // DOCUMENT
+    # How soon it is learned is a matter of luck: a constant rate until it is.
+    train(
+        model,
+        recall,
+        args.recall_steps,
+        batch_size,
+        out / "teacher.recall",
+        args,
+        "constant_with_warmup",
+        StopWhenSolved(),
+    )
+    train(model, text, args.steps, args.batch_size, out / "teacher.training", args, "cosine")
     with new_folder(out / "teacher") as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
-def train(model, tokenizer, text: Path, steps: int, work: Path, args) -> None:
-    """Next-token training on a file, from the last checkpoint in `work` if there is one."""
+def only_answers(row: dict, question: int) -> dict:
+    """Labels for the values that were asked for: the rest of the recall task is random."""
+    ids = row["input_ids"]
+    return {
+        "labels": [-100, -100, *(token if two_before == question else -100 for two_before, token in zip(ids, ids[2:]))]
+    }
+
+
+class StopWhenSolved(TrainerCallback):
+    """Ends a training whose loss has fallen to `SOLVED`."""
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if logs.get("loss", math.inf) < SOLVED:
+            control.should_training_stop = True
+
+
+def train(
+    model, rows, steps: int, batch_size: int, work: Path, args, schedule: str, *callbacks: TrainerCallback
+) -> None:
+    """Next-token training, from the last checkpoint in `work` if there is one."""
     on_gpu, interrupt = torch.cuda.is_available(), SaveOnInterrupt()
     trainer = Trainer(
         model=model,
@@ -188,13 +226,13 @@ def train(model, tokenizer, text: Path, steps: int, work: Path, args) -> None:
             output_dir=str(work),
             max_steps=steps,
             learning_rate=args.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=steps // 20,
+            lr_scheduler_type=schedule,
+            warmup_steps=min(100, steps // 20),
             weight_decay=0.1,
             adam_beta2=0.95,
             max_grad_norm=1.0,
-            per_device_train_batch_size=args.batch_size,
-            logging_steps=max(1, steps // 20),
+            per_device_train_batch_size=batch_size,
+            logging_steps=max(1, min(20, steps // 20)),
             save_steps=max(1, steps // 2),
             save_total_limit=1,
             bf16=on_gpu,
@@ -202,8 +240,8 @@ def train(model, tokenizer, text: Path, steps: int, work: Path, args) -> None:
             seed=args.seed,
             dataloader_pin_memory=on_gpu,
         ),
-        train_dataset=blocks(load_text([str(text)]), tokenizer, args.length, args.seed),
-        callbacks=[interrupt],
+        train_dataset=rows,
+        callbacks=[interrupt, *callbacks],
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)) if work.exists() else None)
     if interrupt.interrupted:
@@ -241,7 +279,7 @@ def main():
     add("--toy", action="store_true", help="sizes for a CPU, where an option does not say otherwise")
     add("--keep", default="0.25", help="layers that keep softmax attention (default 0.25, the last of each four)")
     add("--no-linear-rope", action="store_true", help="converted layers drop the rotary embedding")
-    add("--recall-steps", type=int, help="of the teacher, on recall alone, before the others (default 400)")
+    add("--recall-steps", type=int, help="of the teacher at most, on recall alone, before the others (default 3000)")
     add("--steps", type=int, help="of the teacher, on everything (default 2000)")
     add("--batch-size", type=int, help="blocks a step (default 64)")
     add("--length", type=int, help="tokens a block (default 512)")
@@ -259,7 +297,7 @@ def main():
     add("--seed", type=int, default=0, help="default 0")
     args = parser.parse_args()
     sizes = {
-        "recall_steps": (400, 400), "steps": (2000, 300), "batch_size": (64, 32), "length": (512, 128), "hidden_size": (384, 64),
+        "recall_steps": (3000, 1500), "steps": (2000, 300), "batch_size": (64, 32), "length": (512, 128), "hidden_size": (384, 64),
         "head_dim": (64, 32), "layers": (8, 4), "vocab_size": (4096, 512), "megabytes": (16.0, 0.5), "symbols": (32, 16),
         "align_tokens": (8_000_000, 300_000), "distill_tokens": (16_000_000, 600_000), "eval_blocks": (256, 64),
     }  # fmt: skip
