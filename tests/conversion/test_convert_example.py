@@ -12,7 +12,7 @@ import pytest
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "convert_llama.py"
 SMALL = (
-    "--recall-steps 2 --steps 4 --batch-size 4 --length 64 --hidden-size 64 --head-dim 32 --layers 4 --vocab-size 400 --megabytes 0.1 "
+    "--recall-steps 1 --steps 2 --batch-size 4 --length 96 --hidden-size 64 --head-dim 32 --layers 4 --vocab-size 400 --megabytes 0.1 "
     "--symbols 9 --align-tokens 1024 --distill-tokens 1024 --eval-blocks 4"
 ).split()
 
@@ -32,7 +32,7 @@ def test_the_example_leaves_a_student_and_the_figures_of_its_card(example, tmp_p
     student = tmp_path / "run" / "distilled"
     evaluation = json.loads((student / "evaluation.json").read_text())
     assert (
-        evaluation["command"].startswith("python examples/convert_llama.py --recall-steps 2 --steps 4")
+        evaluation["command"].startswith("python examples/convert_llama.py --recall-steps 1 --steps 2")
         and evaluation["hardware"]
     )
     models = {"teacher", "before alignment", "after alignment", ""}
