@@ -66,6 +66,11 @@ class DeltaNetConfig(PreTrainedConfig):
             Double beta, to a range of (0, 2): negative eigenvalues, which learn parity and permutations.
         linear_use_output_gate (`bool`, *optional*, defaults to `False`):
             Multiply a linear layer's normalised output by SiLU of a projection.
+        linear_attention_bias (`bool`, *optional*, defaults to `False`):
+            Bias in a linear layer's q, k and v projections, as a layer converted from softmax attention may bring.
+        linear_use_rope (`bool`, *optional*, defaults to `False`):
+            Rotate a linear layer's queries and keys by `rope_parameters`, after their feature map. Published DeltaNets
+            do not; layers converted from softmax attention lose quality without it. Needs heads of `head_dim`.
         num_attention_heads (`int`, *optional*):
             Query heads of a softmax layer; `hidden_size // 128` by default, at least 1.
         num_key_value_heads (`int`, *optional*):
@@ -75,7 +80,7 @@ class DeltaNetConfig(PreTrainedConfig):
         sliding_window (`int`, *optional*):
             Tokens that a sliding layer sees, itself included. Required with such layers, refused without.
         rope_parameters (`dict`, *optional*):
-            Rotary embedding of the softmax layers; theta 10000 by default, `{"rope_theta": None}` for none.
+            Rotary embedding of the softmax layers (and the linear ones, see `linear_use_rope`); theta 10000 by default, `{"rope_theta": None}` for none.
         use_qk_norm (`bool`, *optional*, defaults to `False`):
             RMSNorm on each query and key head of a softmax layer (as in Qwen3).
         attention_bias (`bool`, *optional*, defaults to `False`):
@@ -135,6 +140,8 @@ class DeltaNetConfig(PreTrainedConfig):
     linear_use_beta: bool = True
     linear_allow_neg_eigval: bool = False
     linear_use_output_gate: bool = False
+    linear_attention_bias: bool = False
+    linear_use_rope: bool = False
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
     head_dim: int | None = None
@@ -269,6 +276,13 @@ class DeltaNetConfig(PreTrainedConfig):
             raise ValueError(
                 "linear_allow_neg_eigval is True, but linear_use_beta is False: a fixed beta has no range to double"
             )
+        if self.linear_use_rope and self.rope_parameters.get("rope_theta") is None:
+            raise ValueError("linear_use_rope is True, but rope_parameters has no rope_theta to rotate by")
+        if self.linear_use_rope and self.linear_key_head_dim != self.head_dim:
+            raise ValueError(
+                f"linear_use_rope is True, but linear_key_head_dim ({self.linear_key_head_dim}) is not head_dim "
+                f"({self.head_dim}), the size that the rotary embedding is made for"
+            )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act must be one of {', '.join(ACT2FN)}, got {self.hidden_act!r}")
         for name, only in (("partial_rotary_factor", 1), *((layer_type, None) for layer_type in LAYER_TYPES)):
@@ -283,7 +297,7 @@ class DeltaNetConfig(PreTrainedConfig):
                 f"rope_type must be one of {', '.join(rope_types)}, got {self.rope_parameters['rope_type']!r}"
             )
         if self.uses_rope and self.head_dim % 2:
-            raise ValueError(f"head_dim ({self.head_dim}) must be even for the rotary embedding of the softmax layers")
+            raise ValueError(f"head_dim ({self.head_dim}) must be even for the rotary embedding")
 
     def validate_rope(self):
         """Part of `@strict` validation: Transformers' own checks, which an odd head without rotation need not pass."""
@@ -312,8 +326,9 @@ class DeltaNetConfig(PreTrainedConfig):
 
     @property
     def uses_rope(self) -> bool:
-        """Whether there are softmax layers and they rotate their queries and keys."""
-        return set(self.layer_types) != {"linear_attention"} and self.rope_parameters.get("rope_theta") is not None
+        """Whether any layer rotates its queries and keys."""
+        may_rotate = self.linear_use_rope or set(self.layer_types) != {"linear_attention"}
+        return may_rotate and self.rope_parameters.get("rope_theta") is not None
 
 
 __all__ = ["DeltaNetConfig"]

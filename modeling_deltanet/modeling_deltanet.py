@@ -69,7 +69,7 @@ class DeltaNetRMSNorm(nn.Module):
 
 
 class DeltaNetRotaryEmbedding(nn.Module):
-    """Cosines and sines for the softmax layers' queries and keys."""
+    """Cosines and sines for the queries and keys of the layers that rotate them."""
 
     def __init__(self, config: DeltaNetConfig):
         super().__init__()
@@ -98,15 +98,15 @@ class DeltaNetRotaryEmbedding(nn.Module):
         return (emb.cos() * self.attention_scaling).to(x.dtype), (emb.sin() * self.attention_scaling).to(x.dtype)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate `[B, heads, T, head_dim]` by the angles of cos and sin, `[B, T, head_dim]`."""
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads_dim: int = 1) -> torch.Tensor:
+    """Rotate `[B, heads, T, head_dim]`, or another place of `heads`, by the angles of cos and sin, `[B, T, head_dim]`."""
     x1, x2 = x.chunk(2, dim=-1)
-    return x * cos.unsqueeze(1) + torch.cat((-x2, x1), dim=-1) * sin.unsqueeze(1)
+    return x * cos.unsqueeze(heads_dim) + torch.cat((-x2, x1), dim=-1) * sin.unsqueeze(heads_dim)
 
 
 @use_kernelized_func([delta_rule, delta_rule_step, short_conv, short_conv_step])
 class DeltaNetLinearAttention(nn.Module):
-    """The delta-rule mixer: project, convolve, feature map and norm on q and k, delta rule, norm (and gate), project."""
+    """The delta-rule mixer: project, convolve, feature map (and rotation) on q and k, delta rule, norm (and gate), project."""
 
     def __init__(self, config: DeltaNetConfig, layer_idx: int):
         super().__init__()
@@ -120,9 +120,10 @@ class DeltaNetLinearAttention(nn.Module):
         key_dim = config.linear_num_key_heads * self.head_k_dim
         value_dim = self.num_v_heads * self.head_v_dim
 
-        self.q_proj = nn.Linear(config.hidden_size, key_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, value_dim, bias=False)
+        self.use_rope = config.linear_use_rope
+        self.q_proj = nn.Linear(config.hidden_size, key_dim, bias=config.linear_attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_dim, bias=config.linear_attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, value_dim, bias=config.linear_attention_bias)
         self.b_proj = nn.Linear(config.hidden_size, self.num_v_heads, bias=False) if config.linear_use_beta else None
         self.g_proj = nn.Linear(config.hidden_size, value_dim, bias=False) if config.linear_use_output_gate else None
         self.conv_size = config.linear_conv_kernel_dim
@@ -139,11 +140,13 @@ class DeltaNetLinearAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Mix `[B, T, D]` along time.
 
         `attention_mask` `[B, T]` is 0 where a token is padding: such a token writes nothing, and no convolution sees it.
         `cu_seqlens` `[N + 1]` holds the borders of packed documents on the flattened time axis of all B rows.
+        `position_embeddings` are the rotary cosines and sines, `[B, T, K]`, which only `linear_use_rope` reads.
         """
         B, T, _ = hidden_states.shape
         if cu_seqlens is not None:
@@ -162,6 +165,11 @@ class DeltaNetLinearAttention(nn.Module):
             v = F.silu(v)
         q, k = (self._features(x.unflatten(-1, (-1, self.head_k_dim))) for x in (q, k))
         v = v.unflatten(-1, (-1, self.head_v_dim))
+        if self.use_rope:
+            # As many rows of angles as there are rows of q, which packing has flattened into one.
+            cos, sin = (x.expand(B, -1, -1).reshape(*q.shape[:2], -1) for x in position_embeddings)
+            # Under autocast the angles are fp32 and q, k and v are not.
+            q, k = (rotate(x, cos, sin, heads_dim=2).to(v.dtype) for x in (q, k))
 
         if self.b_proj is not None:
             beta = self.b_proj(hidden_states).sigmoid() * self.beta_range
@@ -368,7 +376,9 @@ class DeltaNetDecoderLayer(GradientCheckpointingLayer):
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
         if self.layer_type == "linear_attention":
-            hidden_states = self.linear_attn(hidden_states, attention_mask, past_key_values, cu_seqlens)
+            hidden_states = self.linear_attn(
+                hidden_states, attention_mask, past_key_values, cu_seqlens, position_embeddings
+            )
         else:
             hidden_states, _ = self.self_attn(
                 hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs

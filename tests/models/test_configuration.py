@@ -115,6 +115,13 @@ CONTRADICTIONS = {
         {"linear_allow_neg_eigval": True, "linear_use_beta": False},
         ["linear_allow_neg_eigval", "True", "linear_use_beta", "False"],
     ),
+    "linear layers rotate by nothing": (
+        {"linear_use_rope": True, "head_dim": 16, "rope_parameters": {"rope_theta": None}},
+        ["linear_use_rope", "True", "rope_theta"],
+    ),
+    "linear heads of another size than the rotary embedding": (
+        {"linear_use_rope": True, "linear_key_head_dim": 16}, ["linear_key_head_dim", "16", "head_dim", "8"]
+    ),
     "an odd head with rotary embedding": ({"head_dim": 7}, ["head_dim", "7", "rotary"]),
     "a partly rotated head": ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
     "a rotary embedding for each layer type": (
@@ -219,6 +226,8 @@ OTHER_VALUES = {
     "linear_use_beta": False,
     "linear_allow_neg_eigval": True,
     "linear_use_output_gate": True,
+    "linear_attention_bias": True,
+    "linear_use_rope": {"linear_use_rope": True, "head_dim": 16},
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "head_dim": 16,
@@ -239,9 +248,10 @@ OTHER_VALUES = {
     "tie_word_embeddings": True,
     "pad_token_id": 3,
 }
-# "sum" needs another feature map than the default: compared with that feature map and the L2 norm.
+# What a value needs beside it belongs to the baseline as well: "sum" another feature map than the default.
 BASELINES = {
     "linear_qk_norm": {"linear_qk_activation": "relu"},
+    "linear_use_rope": {"head_dim": 16},
     "max_position_embeddings": {"rope_parameters": OTHER_VALUES["max_position_embeddings"]["rope_parameters"]},
 }
 # Read by Transformers, not by the model: `generate` stops at eos and begins with bos.

@@ -43,6 +43,8 @@ def reference_mixer(mixer, config, x):
 
     def project(name):
         y = x @ getattr(mixer, f"{name}_proj").weight.T
+        if config.linear_attention_bias:
+            y = y + getattr(mixer, f"{name}_proj").bias
         if config.linear_conv_kernel_dim is None:
             return y
         taps = getattr(mixer, f"{name}_conv1d").weight[:, 0]
@@ -53,6 +55,13 @@ def reference_mixer(mixer, config, x):
 
     features = {"silu": F.silu, "relu": F.relu, "elu": lambda y: F.elu(y) + 1, "identity": lambda y: y}
     q, k = (features[config.linear_qk_activation](project(name)).view(T, H, -1) for name in "qk")
+    if config.linear_use_rope:
+        # Number i of the first half of a head and number i of the second are one complex number, turned by t / theta^(2i/K).
+        K = config.head_dim
+        angles = torch.arange(T)[:, None] * config.rope_parameters["rope_theta"] ** -(torch.arange(0, K, 2) / K)
+        turn = torch.polar(torch.ones_like(angles), angles).to(torch.complex128)[:, None]
+        turned = [torch.complex(*y.chunk(2, dim=-1)) * turn for y in (q, k)]
+        q, k = (torch.cat((y.real, y.imag), dim=-1) for y in turned)
     if config.linear_qk_norm == "l2":
         q, k = (y / y.norm(dim=-1, keepdim=True) for y in (q, k))
     else:
@@ -86,11 +95,24 @@ LINEAR_VARIANTS = [name for name, fields in VARIANTS.items() if any("linear" in 
 def test_a_linear_layer_computes_what_its_configuration_documents(variant):
     """A feature map, norm, gate or beta would be wired in another order than documented, and checkpoints would lie."""
     model = tiny_model(**VARIANTS[variant]).double()
-    mixer = model.model.layers[2 if variant not in ("wide_convolution",) else 1].linear_attn
+    mixer = [layer for layer in model.model.layers if layer.layer_type == LINEAR][1].linear_attn
     x = torch.randn(2, 11, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rotary = model.model.rotary_emb
+    angles = None if rotary is None else rotary(x, torch.arange(11).unsqueeze(0))
     expected = torch.stack([reference_mixer(mixer, model.config, row) for row in x])
     # 1e-6 inside the L2 norm, which the reference leaves out, is what remains
-    torch.testing.assert_close(mixer(x), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(mixer(x, position_embeddings=angles), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_linear_layers_rotate_under_autocast():
+    """Mixed-precision training of a converted model would stop at its first step: q and k in fp32, v in bf16."""
+    model = tiny_model(**VARIANTS["linear_rope_and_bias"])
+    expected = model(tokens(2, 20)).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(tokens(2, 20)).logits
+    logits.float().square().mean().backward()
+    assert model.model.layers[0].linear_attn.q_proj.weight.grad.isfinite().all()
+    assert (logits.float() - expected).std() < 0.1 * expected.std()
 
 
 @torch.no_grad()

@@ -28,6 +28,8 @@ VARIANTS = {
     "grouped_value_heads": {
         "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 12,
     },
+    "linear_rope_and_bias": {"linear_use_rope": True, "linear_attention_bias": True, "head_dim": 16},
+    "all_linear_rope": {"layer_types": [LINEAR] * 2, "linear_use_rope": True, "head_dim": 16},
     "softmax_extras": {"use_qk_norm": True, "attention_bias": True, "attention_out_bias": True, "head_dim": 16},
     "one_key_value_head": {"num_key_value_heads": 1},
     "no_rope": {"rope_parameters": {"rope_theta": None}},

@@ -1,0 +1,69 @@
+"""The first stage after a conversion: each new mixer learns to give what the teacher's attention gives, alone.
+
+The mixer of layer i sees the teacher's own input of attention i and learns its output by mean squared error. No gradient
+leaves a mixer, so that all layers learn in parallel, and errors of one layer do not spoil the inputs of the next.
+"""
+
+import torch
+import torch.nn as nn
+from transformers import PreTrainedModel, Trainer
+
+from .stage import Stage
+
+
+class LayerwiseAlignment(nn.Module):
+    """The student's linear mixers as a module of its own, and the loss on the teacher's attention.
+
+    Only the mixers are its parameters, so that Trainer moves, wraps and saves no more than what is trained.
+    """
+
+    def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel):
+        super().__init__()
+        self.mixers = nn.ModuleDict(
+            {
+                str(i): layer.linear_attn
+                for i, layer in enumerate(student.model.layers)
+                if layer.layer_type == "linear_attention"
+            }
+        )
+        if not self.mixers:
+            raise ValueError("the student keeps softmax attention in every layer: there is nothing to align")
+        self.teacher = [teacher.model]  # in a list, and so no submodule
+        self.seen: dict[str, tuple] = {}
+        for i in self.mixers:
+            teacher.model.layers[int(i)].self_attn.register_forward_hook(self._remember(i), with_kwargs=True)
+
+    def _remember(self, i: str):
+        def hook(module, args, kwargs, output):
+            self.seen[i] = (kwargs["hidden_states"], kwargs["position_embeddings"], output[0])
+
+        return hook
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """The mean over layers of squared error over the square of what was wanted: 1 for a mixer that gives nothing.
+
+        `labels` come with every block of text and are not used.
+        """
+        with torch.no_grad():
+            self.teacher[0](input_ids, use_cache=False)
+        losses = []
+        for i, mixer in self.mixers.items():
+            hidden_states, position_embeddings, wanted = self.seen.pop(i)
+            got = mixer(hidden_states, position_embeddings=position_embeddings)
+            losses.append((got - wanted).float().square().mean() / wanted.float().square().mean())
+        return {"loss": torch.stack(losses).mean()}
+
+
+def align(stage: Stage) -> dict:
+    """Run the alignment stage; see `Stage` for its settings and `Stage.run` for what comes back.
+
+    Raises:
+        ValueError: what `Stage.run` refuses, or a student without linear layers.
+    """
+
+    def make_trainer(teacher, student, trainer_arguments):
+        trainer = Trainer(model=LayerwiseAlignment(teacher, student), **trainer_arguments)
+        teacher.to(trainer.args.device)
+        return trainer
+
+    return stage.run("align", make_trainer)

@@ -1,0 +1,327 @@
+"""Checkpoints on disk: read tensor by tensor, written shard by shard, and a folder that appears only when complete.
+
+A conversion is a list of `Output`s. Each says from which source tensors one target tensor is made, so that no more than
+one target shard is in memory at a time.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+from transformers.configuration_utils import PreTrainedConfig
+
+from modeling_deltanet import DeltaNetConfig, DeltaNetForCausalLM
+
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+FACTS = "conversion.json"  # what a converted model came from and went through, which its card tells
+# What travels unchanged to the converted folder.
+TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*",
+    "generation_config.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies and what it is, known from its file's header."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor of the target: its name, the source tensors it is made from, and how; as they are by default."""
+
+    name: str
+    sources: tuple[str, ...]
+    make: Callable[..., torch.Tensor] = lambda tensor: tensor
+
+
+class Checkpoint:
+    """A local folder with `config.json` and safetensors weights, in one file or in shards. Reads headers at once, tensors
+    when asked for.
+
+    Raises:
+        ValueError: something is missing, truncated, or in another format; the message names the file.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        config_file = self.folder / CONFIG
+        if not config_file.is_file():
+            raise ValueError(f"{self.folder} is no checkpoint: it has no {CONFIG}")
+        try:
+            self.config: dict = json.loads(config_file.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{config_file} is not JSON: {error}") from error
+        self.tensors: dict[str, TensorInfo] = {}
+        for file in self._weight_files():
+            with _opened(file) as weights:
+                for name in weights.offset_keys():
+                    slice_ = weights.get_slice(name)
+                    self.tensors[name] = TensorInfo(file, tuple(slice_.get_shape()), slice_.get_dtype())
+        self._check_index()
+
+    def _weight_files(self) -> list[Path]:
+        if (self.folder / INDEX).is_file():
+            names = sorted(set(self._index().values()))
+        elif (self.folder / WEIGHTS).is_file():
+            names = [WEIGHTS]
+        else:
+            found = sorted(p.name for pattern in ("*.bin", "*.pt", "*.safetensors") for p in self.folder.glob(pattern))
+            raise ValueError(
+                f"{self.folder} has neither {WEIGHTS} nor {INDEX}; it has {', '.join(found) or 'no weights'}"
+            )
+        missing = [name for name in names if not (self.folder / name).is_file()]
+        if missing:
+            raise ValueError(f"{self.folder / INDEX} names files that are not there: {', '.join(missing)}")
+        return [self.folder / name for name in names]
+
+    def _index(self) -> dict[str, str]:
+        return json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+
+    def _check_index(self) -> None:
+        missing = sorted(set(self._index()) - set(self.tensors)) if (self.folder / INDEX).is_file() else []
+        if missing:
+            raise ValueError(f"{self.folder / INDEX} names tensors that its files do not hold: {', '.join(missing)}")
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, mapped from its file: nothing of it stays in memory once the caller has let go of it."""
+        with _opened(self.tensors[name].file) as weights:
+            return weights.get_tensor(name)
+
+    @property
+    def largest_shard(self) -> int:
+        return max(info.file.stat().st_size for info in self.tensors.values())
+
+
+@contextmanager
+def _opened(file: Path):
+    try:
+        weights = safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or truncated ({file.stat().st_size:,} bytes): {error}") from error
+    with weights:
+        yield weights
+
+
+def fetch(source: str | Path, revision: str | None = None) -> Path:
+    """A folder with the checkpoint: `source` itself where it is one, otherwise the Hub's repository of that name."""
+    if Path(source).is_dir():
+        if revision is not None:
+            raise ValueError(f"revision {revision!r} was given, but {source} is a local folder")
+        return Path(source)
+    patterns = [CONFIG, "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
+    return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `path` when the block ends. If the block fails, nothing is left.
+
+    It lies beside `path`, so that the last step is a rename.
+
+    Raises:
+        ValueError: `path` is there already; an empty folder is taken for a new one.
+    """
+    path = Path(path).absolute()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path} is there already: name another output, or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.parent / f".{path.name}.unfinished-{os.getpid()}"
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        unfinished.rename(path)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def convert(
+    source: Checkpoint,
+    outputs: list[Output],
+    expected: dict[str, tuple[int, ...]],
+    config: PreTrainedConfig | dict,
+    target: str | Path,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | None = None,
+    unread: tuple[str, ...] = (),
+    facts: dict | None = None,
+) -> None:
+    """Check a plan, carry it out in a new folder, and read every tensor back before the folder gets its name.
+
+    Arguments and errors are those of the three steps, `check_outputs`, `write_checkpoint` and `compare`. `facts` are
+    written beside the weights, for the model card.
+    """
+    check_outputs(source, outputs, expected, unread)
+    with new_folder(target) as folder:
+        write_checkpoint(folder, source, outputs, config, dtype, max_shard_size)
+        compare(source, outputs, Checkpoint(folder), dtype)
+        if facts is not None:
+            (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def expected_tensors(config: DeltaNetConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in a checkpoint of this configuration."""
+    with torch.device("meta"):
+        model = DeltaNetForCausalLM(config)
+    return {
+        name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in unread_head(config)
+    }
+
+
+def unread_head(config: DeltaNetConfig) -> tuple[str, ...]:
+    """A head that is the embeddings: files may hold it, and need not."""
+    return ("lm_head.weight",) if config.tie_word_embeddings else ()
+
+
+def check_outputs(
+    source: Checkpoint, outputs: list[Output], expected: dict[str, tuple[int, ...]], unread: tuple[str, ...] = ()
+) -> None:
+    """Refuse a plan that does not fit, before anything is written.
+
+    Args:
+        outputs: the plan, one `Output` for each of `expected`.
+        expected: name and shape of every tensor of the target.
+        unread: source tensors that the target has no use for, such as the head of tied embeddings.
+
+    Raises:
+        ValueError: source tensors that are missing, unknown, or of another shape; the message names each.
+    """
+    missing = sorted({name for output in outputs for name in output.sources if name not in source.tensors})
+    if missing:
+        raise ValueError(f"{source.folder} lacks {_named(missing)}")
+    read = {name for output in outputs for name in output.sources}
+    unknown = sorted(set(source.tensors) - read - set(unread))
+    if unknown:
+        raise ValueError(f"{source.folder} has tensors that its config.json does not explain: {_named(unknown)}")
+    for output in outputs:
+        inputs = [torch.empty(source.tensors[name].shape, device="meta") for name in output.sources]
+        try:
+            shape = tuple(output.make(*inputs).shape)
+        except (RuntimeError, ValueError) as error:
+            shape = f"what cannot be converted ({error})"
+        if shape != expected[output.name]:
+            shapes = ", ".join(f"{name} {list(source.tensors[name].shape)}" for name in output.sources)
+            got = list(shape) if isinstance(shape, tuple) else shape
+            raise ValueError(
+                f"{output.name} must be {list(expected[output.name])} by config.json; {shapes} gives {got}"
+            )
+
+
+def _named(names: list[str]) -> str:
+    """At most twelve names: a wrong architecture has hundreds, and the first ones tell."""
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+
+
+def write_checkpoint(
+    folder: Path,
+    source: Checkpoint,
+    outputs: list[Output],
+    config: PreTrainedConfig | dict,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | None = None,
+) -> None:
+    """Make every output and write it, with `config`, the index and the tokenizer's files.
+
+    The configuration names the dtype: `dtype` if tensors are cast to it, otherwise what the source's says.
+
+    Memory holds the outputs of one shard. Shards take at most `max_shard_size` bytes, by default what the source's
+    largest takes. Outputs are made in the order in which the source's files hold their inputs.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    if max_shard_size is None:
+        max_shard_size = source.largest_shard
+    order = {name: i for i, name in enumerate(source.tensors)}
+    shards: list[list[str]] = []
+    pending: dict[str, torch.Tensor] = {}
+    pending_size = total_size = 0
+
+    def flush():
+        nonlocal pending, pending_size
+        file = folder / f"shard-{len(shards)}"
+        try:
+            save_file(pending, file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(
+                f"could not write {pending_size:,} bytes of weights beside {folder.parent}: {error}"
+            ) from error
+        shards.append(list(pending))
+        pending, pending_size = {}, 0
+
+    for output in tqdm(sorted(outputs, key=lambda o: order[o.sources[0]]), desc="tensors", unit="", disable=None):
+        tensor = _made(output, source, dtype)
+        if pending and pending_size + tensor.nbytes > max_shard_size:
+            flush()
+        pending[output.name] = tensor
+        pending_size += tensor.nbytes
+        total_size += tensor.nbytes
+    del tensor
+    flush()
+    _name_shards(folder, shards, total_size)
+    fields = config if isinstance(config, dict) else config.to_diff_dict()
+    named_dtype = source.config.get("dtype") or source.config.get("torch_dtype") if dtype is None else dtype
+    if named_dtype is not None:
+        fields = fields | {"dtype": str(named_dtype).removeprefix("torch.")}
+    (folder / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    copy_tokenizer(source.folder, folder)
+
+
+def _made(output: Output, source: Checkpoint, dtype: torch.dtype | None) -> torch.Tensor:
+    tensor = output.make(*(source.read(name) for name in output.sources))
+    return tensor.to(tensor.dtype if dtype is None else dtype).contiguous()
+
+
+def compare(source: Checkpoint, outputs: list[Output], target: Checkpoint, dtype: torch.dtype | None = None) -> None:
+    """Make every output anew and compare it with what `target` holds, bit by bit.
+
+    Raises:
+        ValueError: a tensor differs, is missing, or is one too many.
+    """
+    if set(target.tensors) != {output.name for output in outputs}:
+        raise ValueError(f"{target.folder} holds other tensors than {source.folder} converts to")
+    for output in tqdm(outputs, desc="compare", unit="", disable=None):
+        if not _same_bits(_made(output, source, dtype), target.read(output.name)):
+            raise ValueError(f"{output.name} in {target.folder} is not what {source.folder} converts to")
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(one.view(-1).view(torch.uint8), other.view(-1).view(torch.uint8))
+
+
+def _name_shards(folder: Path, shards: list[list[str]], total_size: int) -> None:
+    """Their names hold their number, which is known only now."""
+    if len(shards) == 1:
+        (folder / "shard-0").rename(folder / WEIGHTS)
+        return
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        (folder / f"shard-{i}").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """The files beside the weights that a converted model goes on using."""
+    for pattern in TOKENIZER_FILES:
+        for file in source.glob(pattern):
+            shutil.copy(file, target / file.name)

@@ -1,0 +1,247 @@
+"""The command line `deltanet`: each command calls a public function of this package and prints what it returns.
+
+Exit codes: 0 done, 1 refused or failed (one line on stderr says why), 2 wrong usage, 130 interrupted; `push` has two more
+(`cli_publish.py`).
+"""
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from huggingface_hub.errors import StrictDataclassError
+from rich.console import Console
+from rich.table import Table
+
+from .cli_publish import register
+
+
+app = typer.Typer(
+    help="DeltaNet checkpoints: convert, align, distill, inspect, generate, publish.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+console, errors = Console(), Console(stderr=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository on the Hub.")]
+
+
+class Target(StrEnum):
+    DELTANET = "deltanet"
+    FLA = "fla"
+
+
+class DType(StrEnum):
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+def main() -> None:
+    """The entry point: an error of the user's or the disk's is one line and exit code 1, not a traceback."""
+    try:
+        app()
+    except (ValueError, OSError, StrictDataclassError) as error:
+        errors.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
+        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt as interrupt:
+        errors.print(f"interrupted: {interrupt}" if str(interrupt) else "interrupted", markup=False)
+        sys.exit(130)
+
+
+def show(result: dict, as_json: bool, title: str) -> None:
+    """A result as JSON for programs, or as a table for people."""
+    if as_json:
+        print(json.dumps(result))
+        return
+    table = Table("", "", title=title, show_header=False)
+    for key, value in result.items():
+        shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+        table.add_row(key.replace("_", " "), shown)
+    console.print(table)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="Folder, or repository on the Hub: fla's DeltaNet, ours, or a Llama-like.")
+    ],
+    output: Annotated[Path, typer.Argument(help="Folder to make.")],
+    to: Annotated[Target, typer.Option(help="'fla' writes one of our checkpoints in fla's form.")] = Target.DELTANET,
+    keep: Annotated[
+        str | None,
+        typer.Option(help="Llama-like: layers that keep softmax attention: 'all', 'none', '0.25', '25%' or '3,7'."),
+    ] = None,
+    linear_rope: Annotated[bool, typer.Option(help="Llama-like: converted layers keep the rotary embedding.")] = True,
+    dtype: Annotated[DType | None, typer.Option(help="Cast the weights; by default they stay as they are.")] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Of a file of weights, such as '2GB'; by default the source's largest.")
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="Also compare the logits of both (fla's need fla and a GPU).")] = False,
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Convert a checkpoint, one shard in memory at a time. All or nothing: a failure leaves no output behind.
+
+    Examples:
+
+        deltanet convert fla-hub/delta_net-1.3B-100B ./delta-1.3B
+
+        deltanet convert ./delta-1.3B ./for-fla --to fla --verify
+
+        deltanet convert HuggingFaceTB/SmolLM2-135M ./hybrid --keep 25%
+    """
+    from .convert import convert_checkpoint
+
+    result = convert_checkpoint(
+        source, output, to=to.value, keep=keep, linear_use_rope=linear_rope, dtype=dtype and dtype.value,
+        max_shard_size=max_shard_size, verify=verify, revision=revision,
+    )  # fmt: skip
+    show(result, as_json, f"{output}")
+
+
+# What align and distill have in common.
+Teacher = Annotated[str, typer.Argument(help="The Llama-like model that was converted: folder or repository.")]
+Student = Annotated[str, typer.Argument(help="The converted model: folder or repository.")]
+Output = Annotated[Path, typer.Argument(help="Folder to make; OUTPUT.training holds checkpoints until then.")]
+Data = Annotated[
+    list[str],
+    typer.Option(
+        help="Text: a dataset ('name' or 'name:config'), folder, file or pattern; may be given several times."
+    ),
+]
+Length = Annotated[int, typer.Option(help="Tokens a block.", min=2)]
+BatchSize = Annotated[int, typer.Option(help="Blocks a step and device.", min=1)]
+Accumulation = Annotated[int, typer.Option(help="Batches a step.", min=1)]
+Seed = Annotated[int, typer.Option(help="Of the order of the text and all that is drawn.")]
+TextColumn = Annotated[str, typer.Option(help="Column of a dataset that holds the text.")]
+SaveSteps = Annotated[int | None, typer.Option(help="Steps between checkpoints; a tenth of the stage by default.")]
+
+
+@app.command()
+def align(
+    teacher: Teacher,
+    student: Student,
+    output: Output,
+    data: Data,
+    tokens: Annotated[int, typer.Option(help="How many tokens to train on.", min=1)] = 10_000_000,
+    length: Length = 512,
+    batch_size: BatchSize = 8,
+    accumulation: Accumulation = 1,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    seed: Seed = 0,
+    text_column: TextColumn = "text",
+    save_steps: SaveSteps = None,
+    as_json: AsJson = False,
+) -> None:
+    """First stage after a conversion: each new mixer learns its teacher layer's attention output.
+
+    Interrupted, the same command goes on from the last checkpoint.
+
+    Example:
+
+        deltanet align ./teacher ./hybrid ./aligned --data ./texts --data wikitext:wikitext-2-raw-v1 --tokens 100000000
+    """
+    from .alignment import align as run
+    from .stage import Stage
+
+    stage = Stage(
+        teacher, student, str(output), tuple(data), tokens, length, batch_size, accumulation, learning_rate, seed,
+        text_column, save_steps,
+    )  # fmt: skip
+    show(run(stage), as_json, f"{output}")
+
+
+@app.command()
+def distill(
+    teacher: Teacher,
+    student: Student,
+    output: Output,
+    data: Data,
+    tokens: Annotated[int, typer.Option(help="How many tokens to train on.", min=1)] = 30_000_000,
+    length: Length = 512,
+    batch_size: BatchSize = 8,
+    accumulation: Accumulation = 1,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of what the teacher brought.")] = 1e-5,
+    mixer_learning_rate: Annotated[
+        float, typer.Option(help="Peak learning rate of the new mixers, or of LoRA.")
+    ] = 1e-4,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Train LoRA of this rank and merge it; needs less memory.")
+    ] = None,
+    seed: Seed = 0,
+    text_column: TextColumn = "text",
+    save_steps: SaveSteps = None,
+    as_json: AsJson = False,
+) -> None:
+    """Second stage after a conversion: the whole student learns the teacher's next-token distributions.
+
+    Interrupted, the same command goes on from the last checkpoint.
+
+    Example:
+
+        deltanet distill ./teacher ./aligned ./distilled --data ./texts --tokens 300000000
+    """
+    from .distillation import Distillation
+    from .distillation import distill as run
+
+    stage = Distillation(
+        teacher, student, str(output), tuple(data), tokens, length, batch_size, accumulation, learning_rate, seed,
+        text_column, save_steps, mixer_learning_rate, lora_rank,
+    )  # fmt: skip
+    show(run(stage), as_json, f"{output}")
+
+
+@app.command()
+def inspect(
+    source: Annotated[str, typer.Argument(help="Folder, or repository on the Hub.")],
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Architecture, layer pattern, sizes, parameters and memory of a checkpoint; its weights are not downloaded.
+
+    Example:
+
+        deltanet inspect fla-hub/delta_net-1.3B-100B --json
+    """
+    from .inspect import inspect_checkpoint
+
+    show(inspect_checkpoint(source, revision), as_json, source)
+
+
+@app.command()
+def generate(
+    source: Annotated[str, typer.Argument(help="Folder, or repository on the Hub.")],
+    prompt: Annotated[str, typer.Argument(help="What to go on from; '-' reads it from stdin.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.", min=1)] = 100,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0.0)] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Sample among so many; 0 for all.", min=0)] = 50,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Go on from a prompt, token by token as they come.
+
+    Example:
+
+        deltanet generate ./distilled "def __init__(self, " --temperature 0
+    """
+    from .generate import generate_text
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    result = generate_text(source, text, max_new_tokens, temperature, top_k, seed, revision, stream=not as_json)
+    if as_json:
+        print(json.dumps(result))
+
+
+register(app)  # card, push, kernels build
+
+
+if __name__ == "__main__":
+    main()

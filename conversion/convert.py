@@ -1,0 +1,71 @@
+"""One function for every conversion: it chooses by what the source is."""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import torch
+from huggingface_hub.serialization._base import parse_size_to_int
+
+from .checkpoint import CONFIG, Checkpoint, fetch
+from .fla import convert_from_fla, convert_to_fla
+from .inspect import inspect_checkpoint
+from .llama import TEACHERS, convert_from_llama
+from .verify import logit_difference
+
+
+def convert_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    to: Literal["deltanet", "fla"] = "deltanet",
+    keep: str | None = None,
+    linear_use_rope: bool = True,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    max_shard_size: int | str | None = None,
+    verify: bool = False,
+    revision: str | None = None,
+) -> dict:
+    """Convert a local folder or a repository on the Hub, by what its `config.json` says it is.
+
+    Args:
+        to: `"fla"` for one of our checkpoints in fla's form.
+        keep: for a Llama-like source, and required there: which layers keep softmax attention, see `choose_layers`.
+        linear_use_rope: for a Llama-like source: whether converted layers keep the rotary embedding.
+        dtype: what to cast the weights to; by default they stay as they are.
+        max_shard_size: bytes, or a size such as `"2GB"`; the source's largest file by default.
+        verify: also compare logits, see `logit_difference`. That every written tensor is right is always checked.
+
+    Returns a summary that JSON can hold: source and target type, layers, parameters, and `logits` with `verify`.
+
+    Raises:
+        ValueError: what does not fit, see the three functions that this one chooses from; nothing is written.
+        OSError: the disk is full; nothing is left.
+    """
+    folder = fetch(source, revision)
+    options = {
+        "dtype": None if dtype is None else getattr(torch, dtype),
+        "max_shard_size": parse_size_to_int(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size,
+    }
+    model_type = Checkpoint(folder).config.get("model_type")
+    if keep is not None and model_type not in TEACHERS:
+        raise ValueError(f"keep ({keep!r}) is for {', '.join(TEACHERS)}; {source} is {model_type!r}")
+    if to == "fla":
+        convert_to_fla(folder, target, **options)
+    elif model_type == "delta_net":
+        convert_from_fla(folder, target, **options)
+    elif model_type in TEACHERS:
+        if keep is None:
+            raise ValueError(f"{source} is {model_type!r}: say by keep which layers keep softmax attention")
+        name = Path(source).name if Path(source).is_dir() else str(source)
+        convert_from_llama(folder, target, keep, linear_use_rope, **options, teacher_name=name)
+    else:
+        raise ValueError(f"{source} is {model_type!r}; what can be converted is delta_net and {', '.join(TEACHERS)}")
+    summary = inspect_checkpoint(target)
+    result = {
+        "from": model_type,
+        "to": json.loads((Path(target) / CONFIG).read_text())["model_type"],
+        "layer_types": summary["layer_types"],
+        "parameters": summary["parameters"],
+        "tensors_verified": True,
+    }
+    return result | ({"logits": logit_difference(folder, target)} if verify else {})

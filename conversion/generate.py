@@ -1,0 +1,49 @@
+"""Text from a checkpoint and a prompt."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+
+import modeling_deltanet  # noqa: F401  makes `model_type: deltanet` known to the Auto classes
+
+
+def generate_text(
+    source: str | Path,
+    prompt: str,
+    max_new_tokens: int = 100,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    seed: int = 0,
+    revision: str | None = None,
+    stream: bool = False,
+) -> dict:
+    """Generate from a local folder or a repository on the Hub, on the GPU if there is one.
+
+    Args:
+        temperature: 0 for the likeliest token each time.
+        top_k: 0 for sampling among all tokens.
+        stream: print the text as it comes.
+
+    Returns `prompt`, `text` (what was added) and `tokens` (how many those are).
+
+    Raises:
+        ValueError: the prompt has no token.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    model = AutoModelForCausalLM.from_pretrained(source, revision=revision)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    length = inputs.input_ids.shape[1]
+    if length == 0:
+        raise ValueError(f"the prompt {prompt!r} has no token to go on from")
+    set_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
+    ids = model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        streamer=TextStreamer(tokenizer) if stream else None,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        **sampling,
+    )[0, length:]
+    return {"prompt": prompt, "text": tokenizer.decode(ids, skip_special_tokens=True), "tokens": len(ids)}
