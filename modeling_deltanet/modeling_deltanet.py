@@ -50,11 +50,10 @@ class DeltaNetRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        dtype = hidden_states.dtype
-        hidden_states = hidden_states.to(torch.float32)
-        variance = hidden_states.pow(2).mean(-1, keepdim=True)
-        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
-        return self.weight * hidden_states.to(dtype)
+        # One kernel on a GPU, which keeps its input and not an fp32 copy of it: that is, if both have one dtype (under
+        # autocast they may not).
+        weight = self.weight.to(hidden_states.dtype)
+        return F.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
@@ -107,7 +106,7 @@ class DeltaNetLinearAttention(nn.Module):
         self.num_v_heads = config.linear_num_value_heads
         self.qk_activation = config.linear_qk_activation
         self.qk_norm = config.linear_qk_norm
-        self.beta_range = 2.0 if config.linear_allow_neg_eigval else 1.0
+        self.allow_neg_eigval = config.linear_allow_neg_eigval
         key_dim = config.linear_num_key_heads * self.head_k_dim
         value_dim = self.num_v_heads * self.head_v_dim
 
@@ -155,7 +154,9 @@ class DeltaNetLinearAttention(nn.Module):
         v = v.unflatten(-1, (-1, self.head_v_dim))
 
         if self.b_proj is not None:
-            beta = self.b_proj(hidden_states).sigmoid() * self.beta_range
+            beta = self.b_proj(hidden_states).sigmoid()
+            if self.allow_neg_eigval:
+                beta = 2 * beta
         else:
             beta = v.new_ones(v.shape[:3])
         if attention_mask is not None:

@@ -236,35 +236,6 @@ def test_assisted_decoding_is_refused(variant):
             generate(model, tokens(1, 7), **arguments)
 
 
-@pytest.mark.parametrize("variant", ["hybrid", "all_linear"])
-@torch.no_grad()
-def test_the_decode_step_is_one_graph(variant):
-    """`torch.compile(fullgraph=True)`, which `generate` uses with a static cache on a GPU, would break or recompile."""
-    model, prompt = tiny_model(**VARIANTS[variant]), tokens(2, 7)
-    expected = generate(model, prompt)
-    graphs = []
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    torch._dynamo.reset()
-    step = torch.compile(model.forward, fullgraph=True, backend=count)
-    cache = StaticCache(config=model.config, max_cache_len=40)
-    text = torch.cat((prompt, model(prompt, past_key_values=cache).logits[:, -1:].argmax(-1)), dim=1)
-    while text.shape[1] < expected.shape[1]:
-        inputs = model.prepare_inputs_for_generation(
-            text,
-            next_sequence_length=1,
-            past_key_values=cache,
-            attention_mask=torch.ones_like(text),
-            position_ids=torch.tensor([[text.shape[1] - 1]]),
-        )
-        text = torch.cat((text, step(**inputs).logits[:, -1:].argmax(-1)), dim=1)
-    assert torch.equal(text, expected)
-    assert len(graphs) <= 2  # the second where a first input turns out not to be constant
-
-
 def test_a_deltanet_as_assistant_is_refused():
     """An assistant's rejected tokens would stay in its memory, and its drafts get worse without a word."""
     with pytest.raises(ValueError, match="a DeltaNet cannot be an assistant model"):
