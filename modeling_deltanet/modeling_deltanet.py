@@ -37,6 +37,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache_deltanet import prepare_cache
 from .configuration_deltanet import DeltaNetConfig
 from .delta_rule import delta_rule, delta_rule_step
+from .liger_deltanet import apply_liger_kernel_to_deltanet
 from .short_conv import short_conv, short_conv_step
 
 
@@ -648,6 +649,13 @@ else:
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[DeltaNetConfig.model_type] = [
         "q_proj", "k_proj", "v_proj", "b_proj", "g_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     ]  # fmt: skip
+
+try:  # `TrainingArguments(use_liger_kernel=True)`
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+except ImportError:
+    pass
+else:
+    MODEL_TYPE_TO_APPLY_LIGER_FN[DeltaNetConfig.model_type] = apply_liger_kernel_to_deltanet
 
 
 __all__ = [

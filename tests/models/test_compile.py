@@ -1,13 +1,12 @@
 """torch.compile: one graph for a training step and one for a decode step, which CUDA graphs can capture."""
 
+import deltanet_kernels
 import pytest
 import torch
 from tiny import FULL, LINEAR, SLIDING, tiny_model, tokens
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, StaticCache
-
-import deltanet_kernels
 
 
 CASES = {"hybrid": {"layer_types": [LINEAR, SLIDING, FULL]}, "all_linear": {"layer_types": [LINEAR] * 2}}
