@@ -25,7 +25,7 @@ def apply_liger_kernel_to_deltanet(fused_linear_cross_entropy: bool = True, swig
         for layer in getattr(model, model.base_model_prefix, model).layers:
             layer.mlp.forward = MethodType(LigerSwiGLUMLP.forward, layer.mlp)
     if fused_linear_cross_entropy and hasattr(model, "lm_head"):
-        model.forward = _without_logits(model.forward)
+        model.forward = MethodType(_without_logits(type(model).forward), model)
 
 
 def _without_logits(forward):
@@ -33,11 +33,10 @@ def _without_logits(forward):
     from liger_kernel.transformers.model.loss_utils import LigerForCausalLMLoss
 
     @functools.wraps(forward)  # the Trainer reads the signature
-    def forward_without_logits(*args, labels=None, **kwargs):
-        model = forward.__self__
+    def forward_without_logits(model, *args, labels=None, **kwargs):
         # The loss reads the head's weight: an adapter on it would do nothing.
         if not model.training or labels is None or type(model.lm_head) is not nn.Linear:
-            return forward(*args, labels=labels, **kwargs)
+            return forward(model, *args, labels=labels, **kwargs)
         kwargs.pop("logits_to_keep", None)
         return_dict = kwargs.pop("return_dict", None)
         outputs = model.model(*args, **kwargs)

@@ -54,9 +54,8 @@ def test_the_trainer_switches_it_on(tmp_path):
             liger_kernel_config=WITHOUT_GPU,
         )
         trainer = Trainer(model=tiny_model(layer_types=[LINEAR]), args=arguments, train_dataset=x)
-        model = trainer.model.train()
-        assert (model(input_ids=tokens(1, 5), labels=tokens(1, 5)).logits is None) == liger
         trainer.train()
+        assert (trainer.model(input_ids=tokens(1, 5), labels=tokens(1, 5)).logits is None) == liger
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
