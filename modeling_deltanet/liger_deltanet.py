@@ -29,13 +29,15 @@ def apply_liger_kernel_to_deltanet(fused_linear_cross_entropy: bool = True, swig
 
 
 def _without_logits(forward):
-    """`forward` of a causal language model, but in training it returns the loss alone, and never has all the logits."""
+    """`forward` of a causal language model, but in training it returns the loss alone, without the logits."""
     from liger_kernel.transformers.model.loss_utils import LigerForCausalLMLoss
 
     @functools.wraps(forward)  # the Trainer reads the signature
-    def forward_without_logits(model, *args, labels=None, **kwargs):
-        # The loss reads the head's weight: an adapter on it would do nothing.
-        if not model.training or labels is None or type(model.lm_head) is not nn.Linear:
+    def forward_without_logits(model, *args, labels=None, skip_logits=None, **kwargs):
+        # The Trainer asks for `skip_logits` where it evaluates nothing but the loss. The loss reads the head's weight: an
+        # adapter on it would do nothing.
+        skip_logits = model.training if skip_logits is None else skip_logits
+        if not skip_logits or labels is None or type(model.lm_head) is not nn.Linear:
             return forward(model, *args, labels=labels, **kwargs)
         kwargs.pop("logits_to_keep", None)
         return_dict = kwargs.pop("return_dict", None)
