@@ -11,14 +11,19 @@ import torch.nn as nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
+try:  # (here, and not where they are used: remote code may import what is not installed only within a `try`)
+    from liger_kernel.transformers import LigerSwiGLUMLP
+    from liger_kernel.transformers.model.loss_utils import LigerForCausalLMLoss
+except ImportError:
+    pass
+
+
 def apply_liger_kernel_to_deltanet(fused_linear_cross_entropy: bool = True, swiglu: bool = True, model=None) -> None:
     """Change `model`, a DeltaNet of any kind, in place; the arguments are those of Liger's own functions.
 
     Raises:
         ValueError: no model: the classes themselves are not changed.
     """
-    from liger_kernel.transformers import LigerSwiGLUMLP
-
     if model is None:
         raise ValueError("apply_liger_kernel_to_deltanet needs a model, got None")
     if swiglu and model.config.hidden_act in ("silu", "swish"):
@@ -30,7 +35,6 @@ def apply_liger_kernel_to_deltanet(fused_linear_cross_entropy: bool = True, swig
 
 def _without_logits(forward):
     """`forward` of a causal language model, but in training it returns the loss alone, without the logits."""
-    from liger_kernel.transformers.model.loss_utils import LigerForCausalLMLoss
 
     @functools.wraps(forward)  # the Trainer reads the signature
     def forward_without_logits(model, *args, labels=None, skip_logits=None, **kwargs):

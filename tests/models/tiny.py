@@ -104,17 +104,17 @@ def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A word a token: `w5` is token 5, and 0 is padding."""
-    tokenizer = Tokenizer(WordLevel({"<pad>": 0} | {f"w{i}": i for i in range(1, VOCAB)}, unk_token="w1"))
+    """A word a token: `w5.` is token 5, and 0 is padding. (The dot: a special token `w2` would be found within `w21`.)"""
+    tokenizer = Tokenizer(WordLevel({"<pad>": 0} | {f"w{i}.": i for i in range(1, VOCAB)}, unk_token="w1."))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
-        eos_token="w2",
+        eos_token="w2.",
         model_input_names=["input_ids", "attention_mask"],
     )
 
 
 def words(*shape: int, seed: int = 0) -> str:
     """A text whose tokens are `tokens(*shape)`."""
-    return " ".join(f"w{i}" for i in tokens(*shape, seed=seed).flatten().tolist())
+    return " ".join(f"w{i}." for i in tokens(*shape, seed=seed).flatten().tolist())
