@@ -5,7 +5,8 @@ in a `LinearAttentionLayer`, which (in 5.23) can neither be repeated nor selecte
 tokens: a cache whose layers are all linear raises in `get_seq_length()`, hence in `generate`. `prepare_cache` puts the
 layers below in their place, in whatever cache comes: one that `generate` or the user made, dynamic or static.
 
-`save_cache` and `load_cache` keep in a file what a model has read.
+`snapshot_cache` and `restore_cache` go back to an earlier point of a text; `save_cache` and `load_cache` keep in a file
+what a model has read.
 """
 
 import json
@@ -129,6 +130,39 @@ def prepare_cache(cache: Cache, config) -> Cache:
             if layer.record_past:  # `generate` asks an assistant's cache for it as soon as that is made
                 cache.layers[i].activate_past_recording()
     return cache
+
+
+def snapshot_cache(cache: Cache, config) -> list[dict]:
+    """What a model of this `config` has read so far, for `restore_cache` to go back to.
+
+    Linear layers' states are copied (they are written in place), the keys and values of softmax layers are not (each
+    update makes new ones): the cost does not grow with the text.
+
+    Raises:
+        ValueError: a static cache, or one of another architecture.
+    """
+    cache = prepare_cache(cache, config)
+    if isinstance(cache, StaticCache):
+        raise ValueError(f"only a dynamic cache can be rolled back, got a {type(cache).__name__}")
+    snapshot = []
+    for layer in cache.layers:
+        if isinstance(layer, DeltaNetCacheLayer):
+            snapshot.append({name: dict(value) for name, value in vars(layer).items() if isinstance(value, dict)})
+            layer._map_states(lambda state: state.clone())  # the cache goes on with copies
+        else:
+            snapshot.append({"keys": layer.keys, "values": layer.values, "is_initialized": layer.is_initialized})
+        if hasattr(layer, "cumulative_length"):
+            snapshot[-1]["cumulative_length"] = layer.cumulative_length
+    return snapshot
+
+
+def restore_cache(cache: Cache, snapshot: list[dict]) -> None:
+    """Forget what was read since `snapshot`, which can be restored again."""
+    for layer, attributes in zip(cache.layers, snapshot, strict=True):
+        for name, value in attributes.items():
+            if isinstance(value, dict):
+                value = {i: x.clone() if isinstance(x, torch.Tensor) else x for i, x in value.items()}
+            setattr(layer, name, value)
 
 
 def save_cache(cache: Cache, file: str | os.PathLike, config) -> None:
