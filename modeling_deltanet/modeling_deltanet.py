@@ -486,9 +486,9 @@ def _find_packed_documents(
     B, T, _ = inputs_embeds.shape
     if cu_seq_lens_q is None and seq_idx is None:
         may_be_packed = position_ids is not None and attention_mask is None and past_key_values is None
-        if not may_be_packed or is_torchdynamo_compiling():
+        if not may_be_packed:
             return None, None
-        seq_idx = find_packed_sequence_indices(position_ids.expand(B, -1))
+        seq_idx = _packed_by_positions(position_ids.expand(B, -1))
         if seq_idx is None:
             return None, None
     if past_key_values is not None:
@@ -503,6 +503,14 @@ def _find_packed_documents(
     t = torch.arange(B * T, device=inputs_embeds.device)
     starts = cu_seqlens[torch.searchsorted(cu_seqlens, t, right=True) - 1]
     return cu_seqlens, (t - starts).view(B, T)
+
+
+@torch.compiler.disable(
+    reason="whether position_ids are of packed documents depends on them; pass cu_seq_lens_q instead"
+)
+def _packed_by_positions(position_ids: torch.Tensor) -> torch.Tensor | None:
+    """The document of each token, or None: a break in a compiled graph, without which documents would run together."""
+    return find_packed_sequence_indices(position_ids)
 
 
 def create_masks(
