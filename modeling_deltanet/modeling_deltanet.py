@@ -51,10 +51,10 @@ class DeltaNetRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # One kernel on a GPU, which keeps its input and not an fp32 copy of it: that is, if both have one dtype (under
-        # autocast they may not).
-        weight = self.weight.to(hidden_states.dtype)
-        return F.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
+        # One kernel on a GPU, which keeps its input and no fp32 copy of it; but both must have one dtype (under autocast
+        # the weight is fp32 and the input may be bf16).
+        dtype = torch.promote_types(hidden_states.dtype, self.weight.dtype)
+        return F.rms_norm(hidden_states.to(dtype), self.weight.shape, self.weight.to(dtype), self.variance_epsilon)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
