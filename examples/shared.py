@@ -35,6 +35,8 @@ class SaveOnInterrupt(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.previous = signal.signal(signal.SIGINT, self.interrupt)
+        if state.is_world_process_zero:
+            print("Training. Ctrl-C saves a checkpoint and stops.", flush=True)
 
     def interrupt(self, signum, frame):
         signal.signal(signal.SIGINT, self.previous)
