@@ -1,11 +1,17 @@
 """Whole models on one GPU: training steps and `generate`, ours against fla's DeltaNet and a Llama of equal size.
 
     python benchmarks/bench_model.py                                     # all of it, the 1.3B size
-    python benchmarks/bench_model.py --only train --batch 8 --length 4096
-    python benchmarks/bench_model.py --only decode --models ours ours-compiled --out benchmarks/results/decode.json
+    python benchmarks/bench_model.py --only train --models ours-liger fla --out benchmarks/results/h200_train.json
+    python benchmarks/bench_model.py --only train --models ours-liger --checkpoint-every 3   # recompute every 3rd layer
+    python benchmarks/bench_model.py --only decode --models ours ours-compiled --out benchmarks/results/h200_decode.json
+
+A model's name may be followed by `-liger` (Liger's kernels, as `use_liger_kernel=True` puts them in) and `-compiled`
+(torch.compile with fullgraph; in decoding, a static cache, which makes `generate` compile its step). Each line is printed,
+and written to --out, as soon as it is there; a model that fails is a line with its error.
 
 All models have bf16 weights drawn at random and see the same random tokens. Training is forward, loss, backward and a
-fused AdamW step, without recomputation. The peer `fla` is left out, with a line that says so, where it is not installed.
+fused AdamW step, without recomputation unless asked for. The peer `fla` is left out, with a line that says so, where it
+is not installed.
 """
 
 import argparse
@@ -22,7 +28,9 @@ import transformers
 import triton
 from rich.console import Console
 from rich.table import Table
+from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.integrations.liger import apply_liger_kernel
 
 from modeling_deltanet import DeltaNetConfig, DeltaNetForCausalLM
 
@@ -41,35 +49,41 @@ console = Console(width=140)
 def make_model(name: str, size: str):
     torch.manual_seed(0)
     config = DeltaNetConfig.preset(size)
-    if name.startswith("llama"):
-        model = LlamaForCausalLM._from_config(
-            LlamaConfig(
-                vocab_size=config.vocab_size,
-                hidden_size=config.hidden_size,
-                intermediate_size=config.intermediate_size,
-                num_hidden_layers=config.num_hidden_layers,
-                num_attention_heads=config.num_attention_heads,
-                max_position_embeddings=131072,
-            ),
-            dtype=torch.bfloat16,
-        )
-    elif name == "fla":
-        model = FlaForCausalLM(
-            FlaConfig(
-                hidden_size=config.hidden_size,
-                num_hidden_layers=config.num_hidden_layers,
-                num_heads=config.linear_num_key_heads,
-                vocab_size=config.vocab_size,
+    family, *extras = name.split("-")
+    with torch.device("cuda"):  # to draw 1.3 billion numbers on the CPU takes longer than some of the measurements
+        if family == "llama":
+            model = LlamaForCausalLM._from_config(
+                LlamaConfig(
+                    vocab_size=config.vocab_size,
+                    hidden_size=config.hidden_size,
+                    intermediate_size=config.intermediate_size,
+                    num_hidden_layers=config.num_hidden_layers,
+                    num_attention_heads=config.num_attention_heads,
+                    max_position_embeddings=131072,
+                ),
+                dtype=torch.bfloat16,
             )
-        ).to(torch.bfloat16)
-    else:
-        model = DeltaNetForCausalLM._from_config(config, dtype=torch.bfloat16)
-    return model.to("cuda")
+        elif family == "fla":
+            model = FlaForCausalLM(
+                FlaConfig(
+                    hidden_size=config.hidden_size,
+                    num_hidden_layers=config.num_hidden_layers,
+                    num_heads=config.linear_num_key_heads,
+                    vocab_size=config.vocab_size,
+                )
+            ).to(torch.bfloat16)
+        else:
+            model = DeltaNetForCausalLM._from_config(config, dtype=torch.bfloat16)
+    if "liger" in extras:
+        apply_liger_kernel(model, {})
+    return model
 
 
 def bench_train(name, args):
-    """Tokens a second and peak memory of a training step: the median of 6 after 3, the first step's time apart."""
+    """Tokens a second and peak memory of a training step: the median of --steps after 3, the first step's time apart."""
     model = make_model(name, args.size).train()
+    if args.checkpoint_every:
+        model.activation_checkpointing_enable(every_n_layers=args.checkpoint_every)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     ids = torch.randint(model.config.vocab_size, (args.batch, args.length), device="cuda")
     forward = torch.compile(model, fullgraph=True) if name.endswith("compiled") else model
@@ -85,7 +99,7 @@ def bench_train(name, args):
 
     torch.cuda.reset_peak_memory_stats()
     first = [step() for _ in range(3)][0]
-    seconds = statistics.median(step() for _ in range(6))
+    seconds = statistics.median(step() for _ in range(args.steps))
     tokens = args.batch * args.length
     flops = 6 * model.num_parameters(exclude_embeddings=True) * tokens  # what a token costs whatever the mixer
     return {
@@ -115,6 +129,7 @@ def bench_decode(name, args):
         return time.perf_counter() - start
 
     first = generate(16)
+    console.print(f"{name}: first generate {first:.1f} s, graphs: {counters['stats']['unique_graphs']}")
     generate(16)
     short, long = generate(16), generate(16 + args.new_tokens)
     return {
@@ -122,25 +137,39 @@ def bench_decode(name, args):
         "ms_per_token": 1e3 * (long - short) / args.new_tokens,
         "first_generate_s": first,
         "peak_GB": torch.cuda.max_memory_allocated() / 1e9,
+        "graphs": counters["stats"]["unique_graphs"],
+        "cudagraph_skips": counters["inductor"]["cudagraph_skips"],
     }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ["ours", "ours-compiled", "fla", "llama", "llama-compiled"]
+    names = ["ours", "ours-liger", "ours-compiled", "fla", "llama", "llama-liger", "llama-compiled"]
     parser.add_argument("--only", choices=["train", "decode"], help="one of the two measurements (default both)")
-    parser.add_argument("--models", nargs="+", choices=names, default=names, help="default all")
+    parser.add_argument("--models", nargs="+", default=names, help=f"default {' '.join(names)}")
     parser.add_argument("--size", default="1.3B", help="preset, 340M or 1.3B (default 1.3B)")
     parser.add_argument("--batch", type=int, default=8, help="sequences a training step (default 8)")
     parser.add_argument("--length", type=int, default=4096, help="tokens a training sequence (default 4096)")
     parser.add_argument("--decode-batch", type=int, default=8, help="sequences generated at once (default 8)")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt (default 512)")
     parser.add_argument("--new-tokens", type=int, default=64, help="generated tokens that are timed (default 64)")
+    parser.add_argument("--steps", type=int, default=6, help="training steps that are timed (default 6)")
+    parser.add_argument(
+        "--checkpoint-every",
+        type=int,
+        default=0,
+        metavar="N",
+        help="recompute every Nth layer in training (default none)",
+    )
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this benchmark needs a CUDA device")
     models = args.models
+    for name in models:
+        family, *extras = name.split("-")
+        if family not in ("ours", "fla", "llama") or not set(extras) <= {"liger", "compiled"}:
+            parser.error(f"no model {name!r}: ours, fla or llama, with -liger and -compiled behind it")
     if fla is None and "fla" in models:
         console.print("fla is not installed: left out")
         models = [name for name in models if name != "fla"]
@@ -159,15 +188,23 @@ def main():
             continue
         results[task] = []
         for name in models:
-            results[task].append(bench(name, args))
-            console.print(task, {k: v if isinstance(v, str) else round(v, 3) for k, v in results[task][-1].items()})
+            if task == "decode" and "liger" in name:
+                continue  # a matter of training only
+            try:
+                row = bench(name, args)
+            except (RuntimeError, ImportError) as error:  # the other models' lines shall not be lost
+                row = {"model": name, "error": f"{type(error).__name__}: {error}"[:300]}
+            results[task].append(row)
+            console.print(task, {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
             gc.collect()
             torch._dynamo.reset()
+            counters.clear()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             if args.out:
                 args.out.write_text(json.dumps(results, indent=1) + "\n")
-        table = Table(*results[task][0], title=f"{task}, {args.size}")
+        columns = max((list(row) for row in results[task]), key=len, default=[])
+        table = Table(*columns, title=f"{task}, {args.size}")
         for row in results[task]:
             table.add_row(*(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()))
         console.print(table)

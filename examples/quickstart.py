@@ -17,7 +17,6 @@ import math
 import os
 import platform
 import pydoc_data.topics
-import signal
 import sys
 import sysconfig
 import time
@@ -37,13 +36,11 @@ import torch  # noqa: E402
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+from shared import SaveOnInterrupt, train_tokenizer  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedTokenizerFast,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -70,46 +67,10 @@ def python_source() -> tuple[str, str]:
     return "\n\n".join(m for i, m in enumerate(modules) if i % 10), "\n\n".join(modules[::10])
 
 
-def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(special.values()),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    tokenizer.train_from_iterator(text.split("\n\n"), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-
-
 def blocks(tokenizer, text: str, length: int) -> list[dict[str, torch.Tensor]]:
     """`text` cut into examples of `length` tokens."""
     ids = torch.tensor(tokenizer(text, verbose=False).input_ids)
     return [{"input_ids": block, "labels": block} for block in ids[: len(ids) // length * length].view(-1, length)]
-
-
-class SaveOnInterrupt(TrainerCallback):
-    """Ctrl-C ends training at the next step, with a checkpoint; a second Ctrl-C ends the program at once."""
-
-    def __init__(self):
-        self.interrupted = False
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.previous = signal.signal(signal.SIGINT, self.interrupt)
-
-    def interrupt(self, signum, frame):
-        signal.signal(signal.SIGINT, self.previous)
-        self.interrupted = True
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.interrupted:
-            control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGINT, self.previous)
 
 
 def train(
@@ -210,7 +171,7 @@ def main():
 
     console.rule("1. A tokenizer, trained on CPython's documentation")
     text, held_out = documentation()
-    tokenizer = train_tokenizer(text, args.vocab_size)
+    tokenizer = train_tokenizer(text.split("\n\n"), args.vocab_size)
     train_set, eval_set = (blocks(tokenizer, t, args.length) for t in (text, held_out))
     console.print(
         f"{len(text):,} characters, {args.length * len(train_set):,} tokens; held out: {len(eval_set)} blocks"

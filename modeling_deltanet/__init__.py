@@ -8,7 +8,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from .cache_deltanet import load_cache, save_cache
+from .cache_deltanet import load_cache, restore_cache, save_cache, snapshot_cache
 from .configuration_deltanet import DeltaNetConfig
 from .modeling_deltanet import (
     DeltaNetForCausalLM,
@@ -17,6 +17,7 @@ from .modeling_deltanet import (
     DeltaNetModel,
     DeltaNetPreTrainedModel,
 )
+from .prompt_lookup import prompt_lookup
 
 
 __version__ = "0.1.0"
@@ -53,6 +54,9 @@ __all__ = [
     "DeltaNetModel",
     "DeltaNetPreTrainedModel",
     "load_cache",
+    "prompt_lookup",
     "register_remote_code",
+    "restore_cache",
     "save_cache",
+    "snapshot_cache",
 ]

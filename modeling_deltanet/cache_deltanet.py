@@ -5,7 +5,8 @@ in a `LinearAttentionLayer`, which (in 5.23) can neither be repeated nor selecte
 tokens: a cache whose layers are all linear raises in `get_seq_length()`, hence in `generate`. `prepare_cache` puts the
 layers below in their place, in whatever cache comes: one that `generate` or the user made, dynamic or static.
 
-`save_cache` and `load_cache` keep in a file what a model has read.
+`snapshot_cache` and `restore_cache` go back to an earlier point of a text; `save_cache` and `load_cache` keep in a file
+what a model has read.
 """
 
 import json
@@ -16,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionLayer, StaticCache
+from transformers.utils import is_torchdynamo_compiling
 
 
 CACHE_FORMAT = "deltanet-cache-1"
@@ -27,12 +29,22 @@ class DeltaNetCacheLayer(LinearAttentionLayer):
     # Iterating a cache reads these of every layer: a linear layer has none.
     keys = values = None
 
-    def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs) -> torch.Tensor:
-        """Store the state after the newest tokens. Unlike Transformers' layer, needs no convolution state beside it."""
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, state_idx: int = 0, new_tokens: int = 0, **kwargs
+    ) -> torch.Tensor:
+        """Store the state after `new_tokens` more tokens. Unlike Transformers' layer, needs no convolution state."""
         self.has_previous_state[state_idx] = True
         if self.device is None:
             self.dtype, self.device = recurrent_states.dtype, recurrent_states.device
-        return super().update_recurrent_state(recurrent_states, state_idx, **kwargs)
+        # A decode step has moved the state on in place. Copied onto itself it would not change, but a compiled step would
+        # then work on a copy, and write that back: four times the traffic of the largest tensor in decoding.
+        if recurrent_states is not self.recurrent_states[state_idx]:
+            super().update_recurrent_state(recurrent_states, state_idx, **kwargs)
+        self.count(new_tokens)
+        return self.recurrent_states[state_idx]
+
+    def count(self, new_tokens: int) -> None:
+        """Softmax layers count the tokens that a cache has seen, where there are any."""
 
     def activate_past_recording(self) -> None:
         """Refused: an assistant model has its cache rolled back, and a recurrent state cannot be."""
@@ -54,7 +66,7 @@ class DeltaNetCacheLayer(LinearAttentionLayer):
 
 
 class CountingDeltaNetCacheLayer(DeltaNetCacheLayer, CacheLayerMixin):
-    """The same in a cache without softmax layers, where the linear layers have to say how many tokens they have seen."""
+    """The first layer of a cache without softmax layers, which has to say how many tokens it has seen."""
 
     is_compileable = True
     is_croppable = LinearAttentionLayer.is_croppable
@@ -65,14 +77,19 @@ class CountingDeltaNetCacheLayer(DeltaNetCacheLayer, CacheLayerMixin):
         # A tensor where the step is compiled: a Python int would be a constant of the graph, hence recompiled a step.
         self.cumulative_length = torch.zeros((), dtype=torch.long) if count_on_device else 0
 
-    def update_recurrent_state(
-        self, recurrent_states: torch.Tensor, state_idx: int = 0, new_tokens: int = 0, **kwargs
-    ) -> torch.Tensor:
-        """Store the state after `new_tokens` more tokens, and count them."""
-        if isinstance(self.cumulative_length, torch.Tensor) and not self.is_recurrent_states_initialized[state_idx]:
+    def lazy_initialization(self, recurrent_states: torch.Tensor | None = None, **kwargs) -> None:
+        super().lazy_initialization(recurrent_states=recurrent_states, **kwargs)
+        if recurrent_states is not None and isinstance(self.cumulative_length, torch.Tensor):
             self.cumulative_length = self.cumulative_length.to(recurrent_states.device)
-        self.cumulative_length += new_tokens
-        return super().update_recurrent_state(recurrent_states, state_idx, **kwargs)
+            if not is_torchdynamo_compiling():
+                # As Transformers' layers do: a step that writes to any other address is not captured in a CUDA graph.
+                torch._dynamo.mark_static_address(self.cumulative_length)
+
+    def count(self, new_tokens: int) -> None:
+        if isinstance(self.cumulative_length, torch.Tensor):
+            self.cumulative_length.add_(new_tokens)
+        else:
+            self.cumulative_length += new_tokens
 
     def get_seq_length(self) -> int:
         """Tokens seen so far, padding included."""
@@ -106,13 +123,46 @@ def prepare_cache(cache: Cache, config) -> Cache:
         )
     for i, layer in enumerate(cache.layers):
         if type(layer) is LinearAttentionLayer:
-            if all(expected):
+            if i == 0 and all(expected):
                 cache.layers[i] = CountingDeltaNetCacheLayer(count_on_device=isinstance(cache, StaticCache))
             else:
                 cache.layers[i] = DeltaNetCacheLayer()
             if layer.record_past:  # `generate` asks an assistant's cache for it as soon as that is made
                 cache.layers[i].activate_past_recording()
     return cache
+
+
+def snapshot_cache(cache: Cache, config) -> list[dict]:
+    """What a model of this `config` has read so far, for `restore_cache` to go back to.
+
+    Linear layers' states are copied (they are written in place), the keys and values of softmax layers are not (each
+    update makes new ones): the cost does not grow with the text.
+
+    Raises:
+        ValueError: a static cache, or one of another architecture.
+    """
+    cache = prepare_cache(cache, config)
+    if isinstance(cache, StaticCache):
+        raise ValueError(f"only a dynamic cache can be rolled back, got a {type(cache).__name__}")
+    snapshot = []
+    for layer in cache.layers:
+        if isinstance(layer, DeltaNetCacheLayer):
+            snapshot.append({name: dict(value) for name, value in vars(layer).items() if isinstance(value, dict)})
+            layer._map_states(lambda state: state.clone())  # the cache goes on with copies
+        else:
+            snapshot.append({"keys": layer.keys, "values": layer.values, "is_initialized": layer.is_initialized})
+        if hasattr(layer, "cumulative_length"):
+            snapshot[-1]["cumulative_length"] = layer.cumulative_length
+    return snapshot
+
+
+def restore_cache(cache: Cache, snapshot: list[dict]) -> None:
+    """Forget what was read since `snapshot`, which can be restored again."""
+    for layer, attributes in zip(cache.layers, snapshot, strict=True):
+        for name, value in attributes.items():
+            if isinstance(value, dict):
+                value = {i: x.clone() if isinstance(x, torch.Tensor) else x for i, x in value.items()}
+            setattr(layer, name, value)
 
 
 def save_cache(cache: Cache, file: str | os.PathLike, config) -> None:

@@ -37,6 +37,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache_deltanet import prepare_cache
 from .configuration_deltanet import DeltaNetConfig
 from .delta_rule import delta_rule, delta_rule_step
+from .liger_deltanet import apply_liger_kernel_to_deltanet
 from .short_conv import short_conv, short_conv_step
 
 
@@ -58,11 +59,10 @@ class DeltaNetRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        dtype = hidden_states.dtype
-        hidden_states = hidden_states.to(torch.float32)
-        variance = hidden_states.pow(2).mean(-1, keepdim=True)
-        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
-        return self.weight * hidden_states.to(dtype)
+        # One kernel on a GPU, which keeps its input and no fp32 copy of it; but both must have one dtype (under autocast
+        # the weight is fp32 and the input may be bf16).
+        dtype = torch.promote_types(hidden_states.dtype, self.weight.dtype)
+        return F.rms_norm(hidden_states.to(dtype), self.weight.shape, self.weight.to(dtype), self.variance_epsilon)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
@@ -116,7 +116,7 @@ class DeltaNetLinearAttention(nn.Module):
         self.num_v_heads = config.linear_num_value_heads
         self.qk_activation = config.linear_qk_activation
         self.qk_norm = config.linear_qk_norm
-        self.beta_range = 2.0 if config.linear_allow_neg_eigval else 1.0
+        self.allow_neg_eigval = config.linear_allow_neg_eigval
         key_dim = config.linear_num_key_heads * self.head_k_dim
         value_dim = self.num_v_heads * self.head_v_dim
 
@@ -172,7 +172,9 @@ class DeltaNetLinearAttention(nn.Module):
             q, k = (rotate(x, cos, sin, heads_dim=2).to(v.dtype) for x in (q, k))
 
         if self.b_proj is not None:
-            beta = self.b_proj(hidden_states).sigmoid() * self.beta_range
+            beta = self.b_proj(hidden_states).sigmoid()
+            if self.allow_neg_eigval:
+                beta = 2 * beta
         else:
             beta = v.new_ones(v.shape[:3])
         if attention_mask is not None:
@@ -503,9 +505,9 @@ def _find_packed_documents(
     B, T, _ = inputs_embeds.shape
     if cu_seq_lens_q is None and seq_idx is None:
         may_be_packed = position_ids is not None and attention_mask is None and past_key_values is None
-        if not may_be_packed or is_torchdynamo_compiling():
+        if not may_be_packed:
             return None, None
-        seq_idx = find_packed_sequence_indices(position_ids.expand(B, -1))
+        seq_idx = _packed_by_positions(position_ids.expand(B, -1))
         if seq_idx is None:
             return None, None
     if past_key_values is not None:
@@ -520,6 +522,14 @@ def _find_packed_documents(
     t = torch.arange(B * T, device=inputs_embeds.device)
     starts = cu_seqlens[torch.searchsorted(cu_seqlens, t, right=True) - 1]
     return cu_seqlens, (t - starts).view(B, T)
+
+
+@torch.compiler.disable(
+    reason="whether position_ids are of packed documents depends on them; pass cu_seq_lens_q instead"
+)
+def _packed_by_positions(position_ids: torch.Tensor) -> torch.Tensor | None:
+    """The document of each token, or None: a break in a compiled graph, without which documents would run together."""
+    return find_packed_sequence_indices(position_ids)
 
 
 def create_masks(
@@ -666,6 +676,13 @@ else:
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[DeltaNetConfig.model_type] = [
         "q_proj", "k_proj", "v_proj", "b_proj", "g_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     ]  # fmt: skip
+
+try:  # `TrainingArguments(use_liger_kernel=True)`
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+except ImportError:
+    pass
+else:
+    MODEL_TYPE_TO_APPLY_LIGER_FN[DeltaNetConfig.model_type] = apply_liger_kernel_to_deltanet
 
 
 __all__ = [

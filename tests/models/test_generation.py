@@ -119,6 +119,24 @@ def test_sampling_follows_the_seed(variant):
 
 @few_variants
 @torch.no_grad()
+def test_constrained_generation_of_a_padded_batch(variant):
+    """Structured output would break its grammar, or a row's text depend on what it is batched with."""
+    model, allowed = tiny_model(**VARIANTS[variant]), list(range(10, 40))
+    constraints = {
+        "prefix_allowed_tokens_fn": lambda row, ids: allowed,
+        "bad_words_ids": [[11], [12, 13]],
+        "no_repeat_ngram_size": 2,
+    }
+    prompts = [tokens(1, length, seed=length) for length in (4, 9)]
+    ids = torch.cat([torch.nn.functional.pad(prompt, (9 - prompt.shape[1], 0), value=0) for prompt in prompts])
+    batch = generate(model, ids, attention_mask=(ids != 0).long(), **constraints)[:, 9:]
+    assert set(batch.flatten().tolist()) <= set(allowed) - {11}
+    for continuation, prompt in zip(batch, prompts):
+        assert torch.equal(continuation, generate(model, prompt, **constraints)[0, prompt.shape[1] :])
+
+
+@few_variants
+@torch.no_grad()
 def test_beam_search_equals_beam_search_without_a_cache(variant):
     """Beams would go on from each other's memory."""
     model, prompt = tiny_model(**VARIANTS[variant]), tokens(2, 7)
@@ -237,32 +255,17 @@ def test_assisted_decoding_is_refused(variant):
 
 
 @pytest.mark.parametrize("variant", ["hybrid", "all_linear"])
-@torch.no_grad()
-def test_the_decode_step_is_one_graph(variant):
-    """`torch.compile(fullgraph=True)`, which `generate` uses with a static cache on a GPU, would break or recompile."""
-    model, prompt = tiny_model(**VARIANTS[variant]), tokens(2, 7)
-    expected = generate(model, prompt)
-    graphs = []
+def test_a_quantised_cache_is_refused(variant):
+    """A state in fp32 would be asked to be quantised, or silently not be."""
+    with pytest.raises(ValueError, match="(?i)quantiz"):
+        generate(tiny_model(**VARIANTS[variant]), tokens(1, 7), cache_implementation="quantized")
 
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph
 
-    torch._dynamo.reset()
-    step = torch.compile(model.forward, fullgraph=True, backend=count)
-    cache = StaticCache(config=model.config, max_cache_len=40)
-    text = torch.cat((prompt, model(prompt, past_key_values=cache).logits[:, -1:].argmax(-1)), dim=1)
-    while text.shape[1] < expected.shape[1]:
-        inputs = model.prepare_inputs_for_generation(
-            text,
-            next_sequence_length=1,
-            past_key_values=cache,
-            attention_mask=torch.ones_like(text),
-            position_ids=torch.tensor([[text.shape[1] - 1]]),
-        )
-        text = torch.cat((text, step(**inputs).logits[:, -1:].argmax(-1)), dim=1)
-    assert torch.equal(text, expected)
-    assert len(graphs) <= 2  # the second where a first input turns out not to be constant
+@pytest.mark.parametrize("variant", ["hybrid", "all_linear"])
+def test_continuous_batching_is_refused(variant):
+    """Requests would be served from memories that Transformers' paged cache does not keep."""
+    with pytest.raises(Exception, match="(?i)linear"):
+        tiny_model(**VARIANTS[variant]).generate_batch([[1, 2, 3]], max_new_tokens=2)
 
 
 def test_a_deltanet_as_assistant_is_refused():

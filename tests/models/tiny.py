@@ -1,7 +1,10 @@
 """Models small enough for a CPU whose weights are large enough for every part of a layer to show in the logits."""
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from modeling_deltanet import DeltaNetConfig, DeltaNetForCausalLM
 
@@ -100,3 +103,20 @@ def tiny_llama(hidden_size: int = 32) -> LlamaForCausalLM:
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     """Random token ids, none of them the padding token."""
     return torch.randint(1, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A word a token: `w5.` is token 5, and 0 is padding. (The dot: a special token `w2` would be found within `w21`.)"""
+    tokenizer = Tokenizer(WordLevel({"<pad>": 0} | {f"w{i}.": i for i in range(1, VOCAB)}, unk_token="w1."))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="w2.",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def words(*shape: int, seed: int = 0) -> str:
+    """A text whose tokens are `tokens(*shape)`."""
+    return " ".join(f"w{i}." for i in tokens(*shape, seed=seed).flatten().tolist())

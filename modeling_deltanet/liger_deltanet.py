@@ -1,0 +1,64 @@
+"""Liger's Triton kernels in a DeltaNet, if one asks for them: `TrainingArguments(use_liger_kernel=True)`, as for Llama.
+
+They save memory in training: the loss is computed without ever holding the logits of all tokens, and SwiGLU keeps its
+two inputs and not the activation between them. (Norms need none: torch's own kernel keeps as little as Liger's.)
+"""
+
+import functools
+from types import MethodType
+
+import torch.nn as nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+
+try:  # (here, and not where they are used: remote code may import what is not installed only within a `try`)
+    from liger_kernel.transformers import LigerSwiGLUMLP
+    from liger_kernel.transformers.model.loss_utils import LigerForCausalLMLoss
+except ImportError:
+    pass
+
+
+def apply_liger_kernel_to_deltanet(fused_linear_cross_entropy: bool = True, swiglu: bool = True, model=None) -> None:
+    """Change `model`, a DeltaNet of any kind, in place; the arguments are those of Liger's own functions.
+
+    Raises:
+        ValueError: no model: the classes themselves are not changed.
+    """
+    if model is None:
+        raise ValueError("apply_liger_kernel_to_deltanet needs a model, got None")
+    if swiglu and model.config.hidden_act in ("silu", "swish"):
+        for layer in getattr(model, model.base_model_prefix, model).layers:
+            layer.mlp.forward = MethodType(LigerSwiGLUMLP.forward, layer.mlp)
+    if fused_linear_cross_entropy and hasattr(model, "lm_head"):
+        model.forward = MethodType(_without_logits(type(model).forward), model)
+
+
+def _without_logits(forward):
+    """`forward` of a causal language model, but in training it returns the loss alone, without the logits."""
+
+    @functools.wraps(forward)  # the Trainer reads the signature
+    def forward_without_logits(model, *args, labels=None, skip_logits=None, **kwargs):
+        # The Trainer asks for `skip_logits` where it evaluates nothing but the loss. The loss reads the head's weight: an
+        # adapter on it would do nothing.
+        skip_logits = model.training if skip_logits is None else skip_logits
+        if not skip_logits or labels is None or type(model.lm_head) is not nn.Linear:
+            return forward(model, *args, labels=labels, **kwargs)
+        kwargs.pop("logits_to_keep", None)
+        return_dict = kwargs.pop("return_dict", None)
+        outputs = model.model(*args, **kwargs)
+        loss = LigerForCausalLMLoss(
+            hidden_states=outputs.last_hidden_state,
+            lm_head_weight=model.lm_head.weight,
+            labels=labels,
+            hidden_size=model.config.hidden_size,
+            **kwargs,
+        )
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return result.to_tuple() if return_dict is False else result
+
+    return forward_without_logits
