@@ -238,6 +238,8 @@ def _architecture(folder: Path) -> tuple[list[tuple[str, str]], str, str]:
         linear += "; step sizes up to 2"
     if config.linear_use_output_gate:
         linear += "; output gate"
+    if config.linear_use_rope:
+        linear += "; rotary embedding"
     rows = [
         ("model type", "DeltaNet (`model_type: deltanet`)"),
         ("parameters", f"{count:,}, stored in {', '.join(dtypes)}"),

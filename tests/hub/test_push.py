@@ -31,7 +31,10 @@ from deltanet_conversion.push import (
 from modeling_deltanet import DeltaNetForCausalLM, register_remote_code
 
 
-CODE = {"modeling_deltanet.py", "configuration_deltanet.py", "delta_rule.py", "cache_deltanet.py", "short_conv.py"}
+CODE = {
+    "modeling_deltanet.py", "configuration_deltanet.py", "delta_rule.py", "cache_deltanet.py", "short_conv.py",
+    "liger_deltanet.py",
+}  # fmt: skip
 CLI = "import typer; from deltanet_conversion.cli_publish import register; app = typer.Typer(); register(app); app()"
 PULL = """
 import sys, torch
