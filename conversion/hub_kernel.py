@@ -40,7 +40,6 @@ def build(
     if not (package / "__init__.py").exists():
         raise ValueError(f"{package} holds no __init__.py: build.toml names the kernel {name!r}")
     sources = {path.name: path.read_text(encoding="utf-8") for path in sorted(package.glob("*.py"))}
-    sources |= {path.name: path.read_text(encoding="utf-8") for path in sorted((source / "hub").glob("*.py"))}
     digest = hashlib.sha256("\0".join(f"{k}\0{v}" for k, v in sources.items()).encode()).hexdigest()[:7]
 
     variants = []
@@ -55,10 +54,6 @@ def build(
             "backend": {"type": backend},
         }
         files = {file: _own_operators(text, python_name, unique) for file, text in sources.items()}
-        if "layers.py" in files:
-            files["__init__.py"] += (
-                "\nfrom . import layers  # noqa: E402, F401 (what `kernelize` looks layers up in)\n"
-            )
         files["metadata.json"] = json.dumps(metadata, indent=2) + "\n"
         variants.append(_replace(output / f"torch-{backend}", files))
     card = (source / "CARD.md").read_text(encoding="utf-8").replace(project["repo-id"], repo_id or project["repo-id"])

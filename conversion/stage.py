@@ -8,7 +8,6 @@ import dataclasses
 import glob
 import json
 import math
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -29,6 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from modeling_deltanet import DeltaNetConfig, DeltaNetForCausalLM
 
 from .checkpoint import FACTS, copy_tokenizer, fetch, new_folder
+from .interrupt import SaveOnInterrupt
 from .text import blocks, load_text
 
 
@@ -186,27 +185,6 @@ class Stage:
                 file.write_text(json.dumps(loss))
             return loss
         return json.loads(file.read_text())
-
-
-class SaveOnInterrupt(TrainerCallback):
-    """Ctrl-C ends training at the next step, with a checkpoint; a second Ctrl-C ends the program at once."""
-
-    def __init__(self):
-        self.interrupted = False
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.previous = signal.signal(signal.SIGINT, self.interrupt)
-
-    def interrupt(self, signum, frame):
-        signal.signal(signal.SIGINT, self.previous)
-        self.interrupted = True
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.interrupted:
-            control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGINT, self.previous)
 
 
 def _public(source: str) -> str:

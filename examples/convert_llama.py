@@ -39,7 +39,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+from shared import train_tokenizer  # noqa: E402
+from tokenizers import AddedToken  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -55,7 +56,7 @@ from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 
 from deltanet_conversion import Distillation, Stage, align, convert_checkpoint, distill  # noqa: E402
 from deltanet_conversion.checkpoint import new_folder  # noqa: E402
-from deltanet_conversion.stage import SaveOnInterrupt  # noqa: E402
+from deltanet_conversion.interrupt import SaveOnInterrupt  # noqa: E402
 from deltanet_conversion.text import blocks, load_text  # noqa: E402
 
 
@@ -113,27 +114,19 @@ def recall_episode(draw: random.Random, symbols: int) -> str:
     return "".join(text)
 
 
-def train_tokenizer(texts: list[str], vocab_size: int, symbols: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, with a token for each symbol of the recall task."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+def tokenizer_with_symbols(texts: list[str], vocab_size: int, symbols: int) -> PreTrainedTokenizerFast:
+    """The examples' tokenizer, with a token for each symbol of the recall task."""
     tokens = ["<q>", *map(key, range(symbols)), *map(value, range(symbols))]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(tokens),
-        special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer = train_tokenizer(texts, vocab_size - len(tokens))
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return tokenizer
 
 
 def write_text(out: Path, args) -> None:
     """`text.jsonl` to train on, a document a row, `args.recall` of its tokens the recall task; `recall.jsonl`, nothing
     but that; `held_out.jsonl`; and the tokenizer."""
     texts, held_out = python_sources(args.megabytes)
-    tokenizer = train_tokenizer(texts, args.vocab_size, args.symbols)
+    tokenizer = tokenizer_with_symbols(texts, args.vocab_size, args.symbols)
     draw = random.Random(args.seed)
     tokens = sum(len(ids) for ids in tokenizer(texts, verbose=False).input_ids)
     streams = int(tokens * args.recall / (1 - args.recall) / DOCUMENT)

@@ -1,11 +1,12 @@
 """What the examples share: a tokenizer made from the text at hand, a Ctrl-C that costs nothing, a --help with examples."""
 
 import argparse
-import signal
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedTokenizerFast
+
+from deltanet_conversion import interrupt
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -27,24 +28,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-class SaveOnInterrupt(TrainerCallback):
-    """Ctrl-C ends training at the next step, with a checkpoint; a second Ctrl-C ends the program at once."""
-
-    def __init__(self):
-        self.interrupted = False
+class SaveOnInterrupt(interrupt.SaveOnInterrupt):
+    """The same, and it says from when on Ctrl-C is safe."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.previous = signal.signal(signal.SIGINT, self.interrupt)
+        super().on_train_begin(args, state, control, **kwargs)
         if state.is_world_process_zero:
             print("Training. Ctrl-C saves a checkpoint and stops.", flush=True)
-
-    def interrupt(self, signum, frame):
-        signal.signal(signal.SIGINT, self.previous)
-        self.interrupted = True
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.interrupted:
-            control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGINT, self.previous)

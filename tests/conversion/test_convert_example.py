@@ -19,6 +19,7 @@ SMALL = (
 
 @pytest.fixture
 def example(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(EXAMPLE.parent)  # as Python does for a script
     spec = importlib.util.spec_from_file_location("convert_llama", EXAMPLE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -118,8 +118,7 @@ def test_the_build_is_the_project(tmp_path):
     (variant / "stale.py").write_text("")
     [variant] = build(PROJECT, tmp_path, repo_id="me/deltanet-kernels")
     sources = {path.name for path in (PROJECT / "torch-ext" / "deltanet_kernels").glob("*.py")}
-    added = {path.name for path in (PROJECT / "hub").glob("*.py")}
-    assert {path.name for path in variant.iterdir()} == sources | added | {"metadata.json"}
+    assert {path.name for path in variant.iterdir()} == sources | {"metadata.json"}
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     metadata = json.loads((variant / "metadata.json").read_text())
     assert metadata["name"] == "deltanet-kernels"

@@ -35,7 +35,7 @@ CODE = {
     "modeling_deltanet.py", "configuration_deltanet.py", "delta_rule.py", "cache_deltanet.py", "short_conv.py",
     "liger_deltanet.py",
 }  # fmt: skip
-CLI = "import typer; from deltanet_conversion.cli_publish import register; app = typer.Typer(); register(app); app()"
+CLI = "from deltanet_conversion.cli import main; main()"
 PULL = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,5 +1,6 @@
 """Triton kernels of the delta rule (DeltaNet): `chunk_delta_rule` and its relatives. Needs torch and triton only."""
 
+from . import layers  # noqa: F401 (what `kernels` looks layers up in)
 from .chunk import chunk_delta_rule
 from .recurrent import delta_rule_step, fused_recurrent_delta_rule
 from .short_conv import short_conv, short_conv_step

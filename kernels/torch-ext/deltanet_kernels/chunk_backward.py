@@ -10,7 +10,7 @@ Letters as in `chunk_forward.py`; a d before a name is a gradient. U is saved ti
     d of x^ = x / |x|:  dx = r (dx^ - x^ <x^, dx^>)
 
 The second half holds for any group of tokens, not only for a chunk: the state entering and the gradient leaving the
-group are all it needs, because given U and dV both recurrences are plain sums (`kernels/README.md`, "Groups").
+group are all it needs, because given U and dV both recurrences are plain sums (`kernels/README.md`, "Log").
 """
 
 import torch
@@ -55,7 +55,7 @@ def reverse_kernel(
     SAVE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, EPS: tl.constexpr,
     STORED: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
-    """Runs one sequence, value head and block of BV value columns from the last chunk to the first.
+    """Runs one sequence, value head and block of BV value columns from the last chunk to the first. DEEP as forward.
 
     Without SAVE only dh0 is written (first pass of a segmented scan).
     """

@@ -315,6 +315,7 @@ def prepare_kernel(
 
     if i_hv >= HV:
         p_q = q + i_b * q_sb + (bos + t_0) * q_st + i_h * q_sh
+        # 32 columns a step: both operands' loads and the ten blocks' sums at 64 spilled 408 bytes a thread
         m, r = _lower_products(p_q, q_st, p_k, k_st, t_0, T, K, min(BK, 32), False, CT, PRECISION)
         m00, m10, m11, m20, m21, m22, m30, m31, m32, m33 = m
         if L2NORM:
@@ -456,6 +457,8 @@ def scan_kernel(
 
     HV_ALL is the number of heads in h0 and ht, of which a call may hold a slice (`recompute`).
     PHI (segments): blocks of columns beyond V start from the identity with v = 0; their final state goes to o.
+    DEEP: V is transposed by the tensor cores, exactly. Through registers it costs eight barriers a chunk and a wait for
+    its load, but less shared memory.
     Keys wider than BK = 128 are held as two halves, 1 and 2, so that only one bf16 copy of the state lives at a time.
     """
     i_v = tl.program_id(0)

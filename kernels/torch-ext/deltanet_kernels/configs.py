@@ -2,7 +2,7 @@
 
 A first call must cost seconds, not minutes, so nothing is swept on the user's time. The figures behind the choices
 are in `kernels/README.md`. Shared memory a block may take: 99 KB on sm_86/89/120, 163 KB on sm_80, 227 KB on
-sm_90/100; `tests/ops/test_compile.py` compiles every line of this table for each of them.
+sm_90/100; `tests/ops/test_compile_chunk.py` compiles every line of this table for each of them.
 """
 
 import functools
