@@ -89,8 +89,13 @@ def kernels_for(x: torch.Tensor, refused: str | None = None):
 _warn_once = functools.cache(logger.warning)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # Dynamo would trace the import and break at the log's line
 def _load_kernels():
+    return _import_kernels()
+
+
+@functools.cache
+def _import_kernels():
     """The kernel package, or None without triton. Only a missing package is forgiven: a broken one must be heard."""
     try:
         import deltanet_kernels

@@ -87,6 +87,17 @@ def test_packed_documents_stay_apart_when_compiled(packing):
             )
 
 
+def test_the_switch_to_the_kernels_is_no_break():
+    """On a GPU, every layer of a compiled model would be a graph of its own."""
+    from modeling_deltanet import delta_rule
+
+    def f(x):
+        return x + (delta_rule._load_kernels() is not None)
+
+    assert torch.compile(f, fullgraph=True, backend="eager")(torch.zeros(1)) == 1
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 class Captured(Exception):
     pass
 

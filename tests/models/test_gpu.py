@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from modeling_deltanet import DeltaNetConfig, DeltaNetForCausalLM
-from modeling_deltanet.delta_rule import _load_kernels
+from modeling_deltanet.delta_rule import _import_kernels
 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -145,7 +145,7 @@ def test_an_offloaded_cache_gives_the_same_text(layer_types):
 
 def test_the_log_says_once_which_path_runs(caplog):
     """A silent fall back to torch would be a slow model that nobody understands."""
-    _load_kernels.cache_clear()
+    _import_kernels.cache_clear()
     model = make_model().eval()
     with caplog.at_level(logging.INFO, logger="modeling_deltanet.delta_rule"):
         for _ in range(2):

@@ -20,8 +20,8 @@ from offline import compile_kernel, resources  # noqa: E402
 
 INPUTS, SCRATCH = ("q", "k", "v", "do", "o", "dq", "dk", "beta", "dbeta"), ("a", "p", "u", "s", "ds", "dv")
 STATES = ("rq", "rk", "h0", "ht", "dh0", "dht")
-TABLES = {"cu_seqlens": "*i64", "chunk_offsets": "*i32", "group_offsets": "*i32", "chunks": "*i32", "groups": "*i32"}
-NOT_DIVISIBLE = {"T", "NT", "NG", "H", "HV", "HV_ALL", "H_ALL"}
+TABLES = {"cu_seqlens": "*i64", "chunk_offsets": "*i32", "chunks": "*i32"}
+NOT_DIVISIBLE = {"T", "NT", "H", "HV", "HV_ALL", "H_ALL"}
 
 
 def compile_and_read(kernel, constants, launch, arch, dtype):
@@ -43,7 +43,7 @@ def main(arch: int, d: int, dtype: str = "bf16") -> dict:
         plan = configs.plan(arch, d, d, wide, few)
         precision = {"PRECISION": "tf32x3" if wide else "tf32"}
         common = {"K": d, "C": configs.CHUNK, "L2NORM": True, "PACKED": False, "WIDE": wide, **precision}
-        scan = {**common, "V": d, "BK": min(128, pad), "BV": min(plan.scan.block_v, pad), "GROUP": 1}
+        scan = {**common, "V": d, "BK": min(128, pad), "BV": min(plan.scan.block_v, pad)}
         name = "few" if few else "many"
         state = {
             "HAS_H0": False,
@@ -67,6 +67,8 @@ def main(arch: int, d: int, dtype: str = "bf16") -> dict:
         found[f"reverse, {name}"] = compile_and_read(backward.reverse_kernel, scan | state, plan.reverse, arch, dtype)
     prepare = common | {"BK": min(plan.prepare.block_v, pad), "FP16": not wide, "EPS": 1e-6, "BETA_MIN": 2.0**-30}
     found["prepare"] = compile_and_read(forward.prepare_kernel, prepare, plan.prepare, arch, dtype)
+    scores = common | {"BK": min(plan.scores.block_v, pad), "EPS": 1e-6}
+    found["scores"] = compile_and_read(forward.scores_kernel, scores, plan.scores, arch, dtype)
     block_v, _, block_k, nk = forward.blocks(d, d, plan)
     grads = common | {"V": d, "BK": block_k, "NK": nk, "BV": block_v, "G": 1, "EPS": 1e-6, "BETA_MIN": 2.0**-30}
     found["grads"] = compile_and_read(backward.grads_kernel, grads, plan.grads, arch, dtype)

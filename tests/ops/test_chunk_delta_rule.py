@@ -265,6 +265,17 @@ def test_gpu_lengths(T):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("d, heads", [(64, 136), (96, 68), (128, 68), (256, 68)])
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 3, 67, 100]])
+def test_gpu_more_programs_than_multiprocessors(d, heads, cu_seqlens):
+    """Where many heads run, other launch choices are made: they must be right too."""
+    n = None if cu_seqlens is None else len(cu_seqlens) - 1
+    x = make(1, 100, heads // 2, d, HV=heads, n=n, dtype=torch.bfloat16)
+    assert chunk._plan(x[0], x[2], None)[0] == configs.plan(configs.arch_of(0), d, d, False, few=False)
+    compare(*x, cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.gpu
 def test_gpu_packed_and_long():
     compare(*make(1, 200, 2, 128, n=5, dtype=torch.bfloat16), cu_seqlens=[0, 0, 5, 68, 133, 200])
     x = make(1, 16384, 1, 64, dtype=torch.bfloat16)

@@ -31,7 +31,7 @@ def _plan(q: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None) -> 
 
 
 def _forward(q, k, v, beta, h0, cu_seqlens, scale: float, l2norm: bool, final: bool, save: bool):
-    """o, the final state, and with `save` what backward reads (a, p, rq, rk, u, s, phi)."""
+    """o, the final state or None, and with `save` what backward reads (a, p, rq, rk, u, s, phi)."""
     B, T, _, K = q.shape
     HV, V = v.shape[2:]
     plan, s = _plan(q, v, cu_seqlens)
@@ -39,7 +39,7 @@ def _forward(q, k, v, beta, h0, cu_seqlens, scale: float, l2norm: bool, final: b
     if any(x is None for x in parts):
         s, parts = 1, (q, k, v, beta)
     q, k, v, beta = parts
-    t = chunk_forward.tables(q.shape[0], q.shape[1], plan.group, cu_seqlens)
+    t = chunk_forward.tables(q.shape[0], q.shape[1], cu_seqlens)
     prepared = chunk_forward.prepare(q, k, beta, scale, l2norm, t, cu_seqlens, plan)
     phi = None
     if s > 1:
@@ -48,24 +48,25 @@ def _forward(q, k, v, beta, h0, cu_seqlens, scale: float, l2norm: bool, final: b
         q, k, v, prepared, h0, scale, t, cu_seqlens, plan, output=True, save=save, final=final
     )
     o = o.view(B, T, HV, V)
-    if not final:
-        ht = q.new_empty(0, dtype=torch.float32)
-    elif s > 1:
+    if final and s > 1:
         ht = ht[s - 1 :: s].contiguous()
     return o, ht, ([*prepared, u, states, phi] if save else [])
 
 
 def _backward(q, k, v, beta, h0, cu_seqlens, saved, do, dht, scale: float, l2norm: bool):
-    """dq, dk, dv, dbeta, dh0. `saved` as `_forward` gave it; empty: everything is computed again, heads in slices."""
+    """dq, dk, dv, dbeta, dh0. `saved` as `_forward` gave it; empty: everything is computed again, heads in slices.
+
+    Only then is v read; else it may be None.
+    """
     if do.stride(-1) != 1:
         do = do.contiguous()
     if dht is not None:
         dht = dht.contiguous()
     # grads reads dv back, so it has the scratch type until the end
-    dv = v.new_empty(v.shape, dtype=chunk_forward.scratch_type(k.dtype))
+    dv = do.new_empty(do.shape, dtype=chunk_forward.scratch_type(k.dtype))
     out = q.new_empty(q.shape), k.new_empty(k.shape), dv, beta.new_empty(beta.shape)
     dh0 = None if h0 is None else h0.new_empty(h0.shape)
-    plan, s = _plan(q, v, cu_seqlens)
+    plan, s = _plan(q, do, cu_seqlens)
     ins = q, k, beta, do
     if saved:
         phi = saved.pop()
@@ -74,17 +75,17 @@ def _backward(q, k, v, beta, h0, cu_seqlens, saved, do, dht, scale: float, l2nor
             parts = [segments.cut(x.contiguous(), s) for x in ins] + parts[4:]
         if phi is not None:
             *ins, dq, dk, dv_, dbeta = parts
-            t = chunk_forward.tables(*ins[0].shape[:2], plan.group, None)
+            t = chunk_forward.tables(*ins[0].shape[:2], None)
             dht = segments.exit_gradients(ins[0], ins[1], ins[3], saved[:4], phi, dht, scale, t, plan, s)
             part = None if h0 is None else dht.new_empty(dht.shape)
             _gradients(ins, saved, dht, (dq, dk, dv_, dbeta), part, scale, t, None, plan)
             if h0 is not None:
                 dh0.copy_(part[::s])
         else:
-            t = chunk_forward.tables(*q.shape[:2], plan.group, cu_seqlens)
+            t = chunk_forward.tables(*q.shape[:2], cu_seqlens)
             _gradients(ins, saved, dht, out, dh0, scale, t, cu_seqlens, plan)
     else:
-        t = chunk_forward.tables(*q.shape[:2], plan.group, cu_seqlens)
+        t = chunk_forward.tables(*q.shape[:2], cu_seqlens)
         H, HV = q.shape[2], v.shape[2]
         slices = next(i for i in (4, 3, 2, 1) if H % i == 0)
         for i in range(slices):
@@ -100,7 +101,7 @@ def _backward(q, k, v, beta, h0, cu_seqlens, saved, do, dht, scale: float, l2nor
                 [x[:, :, h] for x, h in zip(out, (hs, hs, vs, vs), strict=True)],
                 None if dh0 is None else dh0[:, vs], scale, t, cu_seqlens, plan,
             )  # fmt: skip
-    return out[0], out[1], dv.to(v.dtype), out[3], dh0
+    return out[0], out[1], dv.to(do.dtype), out[3], dh0
 
 
 def _gradients(ins, saved, dht, out, dh0, scale, t, cu_seqlens, plan) -> None:
@@ -116,9 +117,8 @@ class _ChunkDeltaRule(torch.autograd.Function):
     def forward(ctx, q, k, v, beta, h0, cu_seqlens, scale, l2norm, final, recompute):
         save = not recompute and any(ctx.needs_input_grad)
         o, ht, saved = _forward(q, k, v, beta, h0, cu_seqlens, scale, l2norm, final, save)
-        # v and h0 are only read again when everything is recomputed; their shapes are needed in any case
-        ctx.save_for_backward(q, k, v, beta, h0, cu_seqlens, *saved)
-        ctx.scale, ctx.l2norm = scale, l2norm
+        ctx.save_for_backward(q, k, None if save else v, beta, h0, cu_seqlens, *saved)
+        ctx.scale, ctx.l2norm, ctx.v_size = scale, l2norm, v.shape[3]
         ctx.set_materialize_grads(False)
         return o, ht
 
@@ -126,9 +126,7 @@ class _ChunkDeltaRule(torch.autograd.Function):
     def backward(ctx, do, dht):
         q, k, v, beta, h0, cu_seqlens, *saved = ctx.saved_tensors
         if do is None:
-            do = torch.zeros_like(v)
-        if dht is not None and dht.numel() == 0:
-            dht = None
+            do = q.new_zeros(*beta.shape, ctx.v_size)
         grads = _backward(q, k, v, beta, h0, cu_seqlens, saved, do, dht, ctx.scale, ctx.l2norm)
         return *grads, None, None, None, None, None
 
@@ -142,7 +140,8 @@ def _forward_op(
     cu_seqlens: torch.Tensor | None, scale: float, l2norm: bool, final: bool, save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, Saved]:  # fmt: skip
     o, ht, saved = _forward(q, k, v, beta, h0, cu_seqlens, scale, l2norm, final, save)
-    return o, ht, [q.new_empty(0, dtype=torch.float32) if x is None else x for x in saved]
+    ht, *saved = [q.new_empty(0, dtype=torch.float32) if x is None else x for x in (ht, *saved)]
+    return o, ht, saved
 
 
 @_forward_op.register_fake
@@ -155,24 +154,23 @@ def _(q, k, v, beta, h0, cu_seqlens, scale, l2norm, final, save):
     if not save:
         return o, ht, []
     plan, parts = _plan(q, v, cu_seqlens)
-    chunks, groups = (
-        B * ((T + c - 1) // c) if cu_seqlens is None else T // c + n for c in (configs.CHUNK, plan.group)
-    )
+    C = configs.CHUNK
+    chunks = B * ((T + C - 1) // C) if cu_seqlens is None else T // C + n
     scratch = chunk_forward.scratch_type(k.dtype)
-    norms = (chunks, H, configs.CHUNK) if l2norm else (0,)
+    norms = (chunks, H, C) if l2norm else (0,)
     return (
         o,
         ht,
         [
-            k.new_empty(chunks, HV, configs.CHUNK, configs.CHUNK, dtype=scratch),
+            k.new_empty(chunks, HV, C, C, dtype=scratch),
             k.new_empty(
-                (chunks, H, configs.CHUNK, configs.CHUNK) if plan.stored else (0,),
+                (chunks, H, C, C) if plan.stored else (0,),
                 dtype=scratch if plan.stored else torch.float32,
             ),
             k.new_empty(norms if plan.stored else (0,), dtype=torch.float32),
             k.new_empty(norms, dtype=torch.float32),
             k.new_empty(chunk_forward.u_shape(k, v, chunks, plan), dtype=scratch),
-            k.new_empty(chunk_forward.s_shape(k, v, groups, plan), dtype=scratch),
+            k.new_empty(chunk_forward.s_shape(k, v, chunks, plan), dtype=scratch),
             k.new_empty((B * parts, HV, K, K) if parts > 1 else (0,), dtype=torch.float32),
         ],
     )
@@ -180,7 +178,7 @@ def _(q, k, v, beta, h0, cu_seqlens, scale, l2norm, final, save):
 
 @torch.library.custom_op("deltanet_kernels::chunk_backward", mutates_args=())
 def _backward_op(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor, h0: torch.Tensor | None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, beta: torch.Tensor, h0: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None, saved: Saved, do: torch.Tensor, dht: torch.Tensor | None, scale: float,
     l2norm: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
@@ -192,18 +190,18 @@ def _backward_op(
 @_backward_op.register_fake
 def _(q, k, v, beta, h0, cu_seqlens, saved, do, dht, scale, l2norm):
     dh0 = q.new_empty(0, dtype=torch.float32) if h0 is None else h0.new_empty(h0.shape)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), beta.new_empty(beta.shape), dh0
+    return q.new_empty(q.shape), k.new_empty(k.shape), do.new_empty(do.shape), beta.new_empty(beta.shape), dh0
 
 
 def _setup_context(ctx, inputs, output):
     q, k, v, beta, h0, cu_seqlens, ctx.scale, ctx.l2norm, _, _ = inputs
-    ctx.n_saved = len(output[2])
-    ctx.save_for_backward(q, k, v, beta, h0, cu_seqlens, *output[2])
+    ctx.v_size = v.shape[3]
+    ctx.save_for_backward(q, k, None if output[2] else v, beta, h0, cu_seqlens, *output[2])
 
 
 def _backward_of_op(ctx, do, dht, _):
     q, k, v, beta, h0, cu_seqlens, *saved = ctx.saved_tensors
-    do = torch.zeros_like(v) if do is None else do
+    do = q.new_zeros(*beta.shape, ctx.v_size) if do is None else do
     dht = None if dht is None or dht.numel() == 0 else dht
     *grads, dh0 = _backward_op(q, k, v, beta, h0, cu_seqlens, saved, do, dht, ctx.scale, ctx.l2norm)
     return *grads, None if h0 is None else dh0, None, None, None, None, None

@@ -9,8 +9,8 @@ Letters as in `chunk_forward.py`; a d before a name is a gradient. U is saved ti
     dbeta = diag(dV U^T) / (rk beta^2)
     d of x^ = x / |x|:  dx = r (dx^ - x^ <x^, dx^>)
 
-The second half holds for any group of tokens, not only for a chunk: the state entering and the gradient leaving the
-group are all it needs, because given U and dV both recurrences are plain sums (`kernels/README.md`, "Log").
+The second half needs only the state entering a chunk and the gradient of the one leaving it: given U and dV, both
+recurrences are plain sums.
 """
 
 import torch
@@ -25,6 +25,7 @@ from .chunk_forward import (
     _load_tile,
     _load_tile_t,
     _load_tiles,
+    _locate,
     _squares,
     _store_fragments,
     blocks,
@@ -42,15 +43,15 @@ from .configs import CHUNK, Plan
 def reverse_kernel(
     # inputs; a, p, rq and rk as the prepare kernel wrote them; p and rq only with STORED
     q, k, do, a, p, rq, rk, dht,
-    # outputs; ds, in tiles like s: gradient of the state leaving a group
+    # outputs; ds, in tiles like s: gradient of the state leaving a chunk
     dv, ds, dh0,
     # packed sequences
-    cu_seqlens, chunk_offsets, group_offsets,
+    cu_seqlens, chunk_offsets,
     # sizes and strides
-    scale, T, NT, NG, H, HV, HV_ALL,
+    scale, T, NT, H, HV, HV_ALL,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, d_sb, d_st, d_sh,
     # constants
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     L2NORM: tl.constexpr, PACKED: tl.constexpr, HAS_DHT: tl.constexpr, HAS_DH0: tl.constexpr,
     SAVE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, EPS: tl.constexpr,
     STORED: tl.constexpr, DEEP: tl.constexpr,
@@ -70,12 +71,10 @@ def reverse_kernel(
         T = (tl.load(cu_seqlens + i_n + 1) - bos).to(tl.int32)
         NT = (T + C - 1) // C
         chunk_0 = tl.load(chunk_offsets + i_n).to(tl.int64)
-        group_0 = tl.load(group_offsets + i_n).to(tl.int64)
     else:
         i_b = i_n.to(tl.int64)
         bos = tl.zeros([], tl.int64)
         chunk_0 = i_b * NT
-        group_0 = i_b * NG
     CT: tl.constexpr = tl.float32 if WIDE else tl.bfloat16
     o_c = tl.arange(0, C)
     o_k1 = tl.arange(0, BK)
@@ -97,8 +96,7 @@ def reverse_kernel(
     rk += ((chunk_0 + last) * H + i_h) * C
     NV = tl.cdiv(V, BV)
     NK = tl.cdiv(K, BK)
-    ds += ((group_0 * HV + i_hv) * NV + i_v) * NK * BV * BK
-    state_size = tl.full([], BV * BK, tl.int64) * HV * NV * NK
+    ds += (((chunk_0 + last) * HV + i_hv) * NV + i_v) * NK * BV * BK
     p_h = (i_n.to(tl.int64) * HV_ALL + i_hv) * K * V
 
     b_s1 = tl.zeros([BV, BK], tl.float32)
@@ -112,8 +110,7 @@ def reverse_kernel(
     if DEEP:
         b_i = (o_c[:, None] == o_c[None, :]).to(CT)
     for i_r in range(NT):
-        i_c = NT - 1 - i_r
-        m_t = i_c * C + o_c < T
+        m_t = (NT - 1 - i_r) * C + o_c < T
         b_k1 = _load_tile(k, o_c, k_st, o_k1, m_t, m_k1).to(CT)
         b_q1 = _load_tile(q, o_c, q_st, o_k1, m_t, m_k1).to(CT)
         if K > BK:
@@ -148,11 +145,10 @@ def reverse_kernel(
             b_dq = (b_do * b_rq[None, :]).to(CT)
             b_do = b_dq
         b_c1 = b_s1.to(CT)
-        if SAVE and ((i_r == 0) | (i_c % GROUP == GROUP - 1)):
-            p_s = ds + (i_c // GROUP) * state_size
-            _store_fragments(p_s, b_c1, BV, BK)
+        if SAVE:
+            _store_fragments(ds, b_c1, BV, BK)
             if K > BK:
-                _store_fragments(p_s + BV * BK, b_s2.to(CT), BV, BK)
+                _store_fragments(ds + BV * BK, b_s2.to(CT), BV, BK)
 
         # dU^T = dO^T P + dS^T K^T
         b_u = tl.dot(b_do, b_p, input_precision=PRECISION)
@@ -181,6 +177,7 @@ def reverse_kernel(
         p -= C * C * H
         rq -= C * H
         rk -= C * H
+        ds -= HV * NV * NK * BV * BK
 
     if HAS_DH0:
         tl.store(dh0 + p_h + o_k1[None, :] * V + o_v[:, None], b_s1, mask=m_v[:, None] & m_k1[None, :])
@@ -204,16 +201,16 @@ def grads_kernel(
     # outputs
     dq, dk, dbeta,
     # packed sequences
-    cu_seqlens, chunk_offsets, groups,
+    cu_seqlens, chunks,
     # sizes and strides
-    scale, T, NT, NG, H, H_ALL, HV_ALL,
+    scale, T, NT, H, H_ALL, HV_ALL,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, b_sb, b_st, b_sh, d_sb, d_st, d_sh,
     # constants; G the value heads of a key head
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, NK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     G: tl.constexpr, L2NORM: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     EPS: tl.constexpr, BETA_MIN: tl.constexpr,
 ):  # fmt: skip
-    """One group of tokens and key head. Even programs compute dq, odd ones dk and dbeta.
+    """One chunk and key head. Even programs compute dq, odd ones dk and dbeta.
 
     Two small programs rather than one that holds R for both: at d = 128 the latter spilled 0.9 KB a thread. They run
     side by side, so that what both read comes from the L2 cache the second time.
@@ -223,24 +220,13 @@ def grads_kernel(
     i_t = tl.program_id(1)
     HV = H * G
     T_all = T
-    if PACKED:
-        i_n = tl.load(groups + i_t * 2)
-        if i_n < 0:
-            return
-        i_g = tl.load(groups + i_t * 2 + 1)
-        i_b = tl.zeros([], tl.int64)
-        bos = tl.load(cu_seqlens + i_n).to(tl.int64)
-        T = (tl.load(cu_seqlens + i_n + 1) - bos).to(tl.int32)
-        chunk = tl.load(chunk_offsets + i_n).to(tl.int64)
-    else:
-        i_b = (i_t // NG).to(tl.int64)
-        i_g = i_t % NG
-        bos = tl.zeros([], tl.int64)
-        chunk = i_b * NT
+    i_b, i_c, bos, T = _locate(i_t, chunks, cu_seqlens, T, NT, PACKED)
+    if T == 0:
+        return
     CT: tl.constexpr = tl.float32 if WIDE else tl.bfloat16
-    t_0 = i_g * C
+    t_0 = i_c * C
     bos += t_0
-    chunk += i_g
+    chunk = i_t.to(tl.int64)
     o_c = tl.arange(0, C)
     o_k = tl.arange(0, NK * BK)
     m_t = t_0 + o_c < T
@@ -251,7 +237,7 @@ def grads_kernel(
     do += i_b * d_sb + bos * d_st + i_h * G * d_sh
     NV: tl.constexpr = (V + BV - 1) // BV
     u += ((chunk * HV + i_h * G) * NV) * BV * C
-    s += ((i_t.to(tl.int64) * HV + i_h * G) * NV) * NK * BV * BK
+    s += ((chunk * HV + i_h * G) * NV) * NK * BV * BK
     b_rq = tl.full([C], 1.0, tl.float32)
     if L2NORM:
         b_rq = tl.rsqrt(_squares(_load_tile(q, o_c, q_st, o_k, m_t, m_k)) + EPS)
@@ -277,7 +263,7 @@ def grads_kernel(
         tl.store(dq + ((row + o_c) * H_ALL + i_h)[:, None] * K + o_k[None, :], b_dq.to(dq.dtype.element_ty), mask=m_o)
     else:
         dv += (row * HV_ALL + i_h * G) * V
-        ds += ((i_t.to(tl.int64) * HV + i_h * G) * NV) * NK * BV * BK
+        ds += ((chunk * HV + i_h * G) * NV) * NK * BV * BK
         b_rk = tl.full([C], 1.0, tl.float32)
         if L2NORM:
             b_rk = tl.load(rk + (chunk * H + i_h) * C + o_c, mask=m_t, other=1.0)
@@ -327,11 +313,11 @@ def grads_kernel(
 
 
 def reverse(q, k, do, prepared, dht, dv, dh0, scale, t: Tables, cu_seqlens, plan: Plan, save: bool = True):
-    """Reverse scan. Writes dv and dh0 (whose heads may be a slice of more); returns ds [groups, HV, V, K]."""
+    """Reverse scan. Writes dv and dh0 (whose heads may be a slice of more); returns ds [chunks, HV, V, K]."""
     a, p, rq, rk = prepared
     B, T, H, K = k.shape
     HV, V = do.shape[2:]
-    ds = k.new_empty(s_shape(k, do, t.n_groups, plan), dtype=scratch_type(k.dtype)) if save else a
+    ds = k.new_empty(s_shape(k, do, t.n_chunks, plan), dtype=scratch_type(k.dtype)) if save else a
     choice = plan.reverse
     block_v, nv, block_k, _ = blocks(K, V, plan)
     if t.n > 0:
@@ -340,13 +326,14 @@ def reverse(q, k, do, prepared, dht, dv, dh0, scale, t: Tables, cu_seqlens, plan
             (
                 q, k, do, a, a if p is None else p, a if rq is None else rq, a if rk is None else rk, a if dht is None else dht,
                 dv, ds, a if dh0 is None else dh0,
-                cu_seqlens, t.chunk_offsets, t.group_offsets,
-                scale, T, t.nt, t.ng, H, HV, dv.stride(1) // V if save else HV,
-                q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
-                do.stride(0), do.stride(1), do.stride(2),
+                cu_seqlens, t.chunk_offsets,
+            ),
+            (
+                scale, T, t.nt, H, HV, dv.stride(1) // V if save else HV,
+                *q.stride()[:3], *k.stride()[:3], *do.stride()[:3],
             ),
             {
-                "K": K, "V": V, "BK": block_k, "BV": block_v, "C": CHUNK, "GROUP": plan.group // CHUNK,
+                "K": K, "V": V, "BK": block_k, "BV": block_v, "C": CHUNK,
                 "L2NORM": rk is not None, "PACKED": cu_seqlens is not None, "HAS_DHT": dht is not None, "HAS_DH0": dh0 is not None,
                 "SAVE": save, "STORED": plan.stored, "DEEP": choice.deep, "WIDE": k.dtype != torch.bfloat16, "PRECISION": precision(k.dtype), "EPS": EPS,
             },
@@ -361,15 +348,16 @@ def grads(q, k, beta, do, u, dv, s, ds, rk, dq, dk, dbeta, scale, t: Tables, cu_
     HV, V = do.shape[2:]
     choice = plan.grads
     block_v, _, block_k, nk = blocks(K, V, plan)
-    if t.n_groups > 0 and T > 0:
+    if t.n_chunks > 0 and T > 0:
         launch(
-            grads_kernel, (2 * H, t.n_groups),
+            grads_kernel, (2 * H, t.n_chunks),
             (
                 q, k, beta, do, u, dv, s, ds, u if rk is None else rk, dq, dk, dbeta,
-                cu_seqlens, t.chunk_offsets, t.groups,
-                scale, T, t.nt, t.ng, H, dk.stride(1) // K, dv.stride(1) // V,
-                q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
-                beta.stride(0), beta.stride(1), beta.stride(2), do.stride(0), do.stride(1), do.stride(2),
+                cu_seqlens, t.chunks,
+            ),
+            (
+                scale, T, t.nt, H, dk.stride(1) // K, dv.stride(1) // V,
+                *q.stride()[:3], *k.stride()[:3], *beta.stride()[:3], *do.stride()[:3],
             ),
             {
                 "K": K, "V": V, "BK": block_k, "NK": nk, "BV": block_v, "C": CHUNK, "G": HV // H,

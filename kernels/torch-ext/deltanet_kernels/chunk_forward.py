@@ -33,39 +33,29 @@ BETA_MIN = 2.0**-30  # beta is kept this far from zero inside the kernels
 @triton.jit
 def index_kernel(
     cu_seqlens,
-    # outputs: first chunk (group) of each sequence, and (sequence, position) of each chunk (group), -1 where unused
-    chunk_offsets, group_offsets, chunks, groups,
-    N, MAX_CHUNKS, MAX_GROUPS,
-    C: tl.constexpr, GC: tl.constexpr, BLOCK: tl.constexpr,
+    # outputs: first chunk of each sequence, and (sequence, position) of each chunk, -1 where unused
+    chunk_offsets, chunks,
+    N, MAX_CHUNKS,
+    C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program i_n writes the table entries of sequence i_n; program N closes the tables. No host synchronisation."""
+    """Program i_n writes the table entries of sequence i_n; program N closes the table. No host synchronisation."""
     i_n = tl.program_id(0)
     o = tl.arange(0, BLOCK)
     chunk = 0
-    group = 0
     for i in range(0, i_n, BLOCK):
         m = i + o < i_n
         length = tl.load(cu_seqlens + i + o + 1, mask=m, other=0) - tl.load(cu_seqlens + i + o, mask=m, other=0)
-        length = length.to(tl.int32)
-        chunk += tl.sum((length + C - 1) // C, 0)
-        group += tl.sum((length + GC - 1) // GC, 0)
+        chunk += tl.sum((length.to(tl.int32) + C - 1) // C, 0)
     tl.store(chunk_offsets + i_n, chunk)
-    tl.store(group_offsets + i_n, group)
     if i_n < N:
         length = (tl.load(cu_seqlens + i_n + 1) - tl.load(cu_seqlens + i_n)).to(tl.int32)
         n_chunks = (length + C - 1) // C
-        n_groups = (length + GC - 1) // GC
         for i in range(0, n_chunks, BLOCK):
             tl.store(chunks + (chunk + i + o) * 2, i_n, mask=i + o < n_chunks)
             tl.store(chunks + (chunk + i + o) * 2 + 1, i + o, mask=i + o < n_chunks)
-        for i in range(0, n_groups, BLOCK):
-            tl.store(groups + (group + i + o) * 2, i_n, mask=i + o < n_groups)
-            tl.store(groups + (group + i + o) * 2 + 1, i + o, mask=i + o < n_groups)
     else:
         for i in range(chunk, MAX_CHUNKS, BLOCK):
             tl.store(chunks + (i + o) * 2, -1, mask=i + o < MAX_CHUNKS)
-        for i in range(group, MAX_GROUPS, BLOCK):
-            tl.store(groups + (i + o) * 2, -1, mask=i + o < MAX_GROUPS)
 
 
 @triton.jit
@@ -171,12 +161,6 @@ def _strict(b_m):
 
 
 @triton.jit
-def _lower(b_m):
-    o = tl.arange(0, 16)
-    return tl.where(o[:, None] >= o[None, :], b_m, 0.0)
-
-
-@triton.jit
 def _store_block(p, i_r: tl.constexpr, i_c: tl.constexpr, b, C: tl.constexpr):
     o = tl.arange(0, 16)
     tl.store(p + (i_r * 16 + o)[:, None] * C + (i_c * 16 + o)[None, :], b.to(p.dtype.element_ty))
@@ -220,18 +204,8 @@ def _load_blocks(p, t_0, st, o_k, T, K, CT: tl.constexpr):
 
 
 @triton.jit
-def _lower_products(
-    p_x, x_st, p_y, y_st, t_0, T, K: tl.constexpr, BK: tl.constexpr, SAME: tl.constexpr, CT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """X Y^T of one chunk, the ten 16x16 blocks on and below the diagonal, row by row; and the squared norms of X's rows.
-
-    SAME: Y is X, and the norms are not needed.
-    """
-    r0 = tl.zeros([16], tl.float32)
-    r1 = tl.zeros([16], tl.float32)
-    r2 = tl.zeros([16], tl.float32)
-    r3 = tl.zeros([16], tl.float32)
+def _gram(p, st, t_0, T, K: tl.constexpr, BK: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr):
+    """K K^T of one chunk: the ten 16x16 blocks on and below the diagonal, row by row."""
     b00 = tl.zeros([16, 16], tl.float32)
     b10 = tl.zeros([16, 16], tl.float32)
     b11 = tl.zeros([16, 16], tl.float32)
@@ -243,20 +217,11 @@ def _lower_products(
     b32 = tl.zeros([16, 16], tl.float32)
     b33 = tl.zeros([16, 16], tl.float32)
     for i_k in range((K + BK - 1) // BK):
-        o_k = i_k * BK + tl.arange(0, BK)
-        x0, x1, x2, x3 = _load_blocks(p_x, t_0, x_st, o_k, T, K, CT)
-        if SAME:
-            y0, y1, y2, y3 = x0, x1, x2, x3
-        else:
-            y0, y1, y2, y3 = _load_blocks(p_y, t_0, y_st, o_k, T, K, CT)
-            r0 += _squares(x0)
-            r1 += _squares(x1)
-            r2 += _squares(x2)
-            r3 += _squares(x3)
-        y0 = tl.trans(y0)
-        y1 = tl.trans(y1)
-        y2 = tl.trans(y2)
-        y3 = tl.trans(y3)
+        x0, x1, x2, x3 = _load_blocks(p, t_0, st, i_k * BK + tl.arange(0, BK), T, K, CT)
+        y0 = tl.trans(x0)
+        y1 = tl.trans(x1)
+        y2 = tl.trans(x2)
+        y3 = tl.trans(x3)
         b00 = tl.dot(x0, y0, b00, input_precision=PRECISION)
         b10 = tl.dot(x1, y0, b10, input_precision=PRECISION)
         b11 = tl.dot(x1, y1, b11, input_precision=PRECISION)
@@ -267,44 +232,98 @@ def _lower_products(
         b31 = tl.dot(x3, y1, b31, input_precision=PRECISION)
         b32 = tl.dot(x3, y2, b32, input_precision=PRECISION)
         b33 = tl.dot(x3, y3, b33, input_precision=PRECISION)
-    return (b00, b10, b11, b20, b21, b22, b30, b31, b32, b33), (r0, r1, r2, r3)
+    return b00, b10, b11, b20, b21, b22, b30, b31, b32, b33
+
+
+@triton.jit
+def _locate(i_t, chunks, cu_seqlens, T, NT, PACKED: tl.constexpr):
+    """Batch entry, chunk within its sequence, first token and length of the sequence that chunk i_t belongs to.
+
+    The length is 0 for a chunk beyond the last: the host knows only an upper bound of a packed batch's chunks.
+    """
+    if PACKED:
+        i_n = tl.load(chunks + i_t * 2)
+        i_c = tl.load(chunks + i_t * 2 + 1)
+        i_b = tl.zeros([], tl.int64)
+        bos = tl.load(cu_seqlens + tl.maximum(i_n, 0)).to(tl.int64)
+        T = tl.where(i_n < 0, 0, (tl.load(cu_seqlens + tl.maximum(i_n, 0) + 1) - bos).to(tl.int32))
+    else:
+        i_b = (i_t // NT).to(tl.int64)
+        i_c = i_t % NT
+        bos = tl.zeros([], tl.int64)
+    return i_b, i_c, bos, T
+
+
+@triton.jit
+def scores_kernel(
+    # inputs
+    q, k,
+    # outputs: p [chunks, H, C, C]; rq [chunks, H, C], only with L2NORM
+    p, rq,
+    # packed sequences
+    cu_seqlens, chunks,
+    # sizes and strides
+    scale, T, NT, H, q_sb, q_st, q_sh, k_sb, k_st, k_sh,
+    # constants
+    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, L2NORM: tl.constexpr, PACKED: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    """P = scale rq lower(Q K^T) and the norms of q, of one chunk and key head."""
+    i_h = tl.program_id(0)
+    i_t = tl.program_id(1)
+    i_b, i_c, bos, T = _locate(i_t, chunks, cu_seqlens, T, NT, PACKED)
+    if T == 0:
+        return
+    CT: tl.constexpr = tl.float32 if WIDE else tl.bfloat16
+    o_c = tl.arange(0, C)
+    m_t = i_c * C + o_c < T
+    bos += i_c * C
+    q += i_b * q_sb + bos * q_st + i_h * q_sh
+    k += i_b * k_sb + bos * k_st + i_h * k_sh
+    b_p = tl.zeros([C, C], tl.float32)
+    b_r = tl.zeros([C], tl.float32)
+    for i_k in range((K + BK - 1) // BK):
+        o_k = i_k * BK + tl.arange(0, BK)
+        b_q = _load_tile(q, o_c, q_st, o_k, m_t, o_k < K).to(CT)
+        b_k = _load_tile(k, o_c, k_st, o_k, m_t, o_k < K).to(CT)
+        b_p = tl.dot(b_q, tl.trans(b_k), b_p, input_precision=PRECISION)
+        if L2NORM:
+            b_r += _squares(b_q)
+    b_s = tl.full([C], scale, tl.float32)
+    p_r = (i_t.to(tl.int64) * H + i_h) * C
+    if L2NORM:
+        b_r = tl.rsqrt(b_r + EPS)
+        tl.store(rq + p_r + o_c, b_r)
+        b_s *= b_r
+    b_p = tl.where(o_c[:, None] >= o_c[None, :], b_p * b_s[:, None], 0.0)
+    tl.store(p + p_r * C + o_c[:, None] * C + o_c[None, :], b_p.to(p.dtype.element_ty))
 
 
 @triton.jit
 def prepare_kernel(
     # inputs
-    q, k, beta,
-    # outputs: a [chunks, HV, C, C], p [chunks, H, C, C]; rq and rk [chunks, H, C], only with L2NORM
-    a, p, rq, rk,
+    k, beta,
+    # outputs: a [chunks, HV, C, C]; rk [chunks, H, C], only with L2NORM
+    a, rk,
     # packed sequences
     cu_seqlens, chunks,
     # sizes and strides
-    scale, T, NT, H, HV, q_sb, q_st, q_sh, k_sb, k_st, k_sh, b_sb, b_st, b_sh,
+    T, NT, H, HV, k_sb, k_st, k_sh, b_sb, b_st, b_sh,
     # constants
     K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, L2NORM: tl.constexpr, PACKED: tl.constexpr,
     WIDE: tl.constexpr, FP16: tl.constexpr, PRECISION: tl.constexpr, EPS: tl.constexpr, BETA_MIN: tl.constexpr,
 ):  # fmt: skip
     """A = rk (I + strictly_lower(beta rk rk' K K^T))^-1 diag(beta) of one chunk and value head, on 16x16 blocks.
 
-    Programs beyond the HV of a chunk, launched where P is stored, compute P = scale rq lower(Q K^T) and the norms of q.
-    One warp each: the blocks are too small for more, and with one there are no barriers. The ten blocks on and below
-    the diagonal are named by row and column: m21 is block row 2, block column 1.
+    One warp: the blocks are too small for more, and with one there are no barriers. The ten blocks on and below the
+    diagonal are named by row and column: m21 is block row 2, block column 1.
     """
     i_hv = tl.program_id(0)
     i_t = tl.program_id(1)
-    i_h = tl.where(i_hv < HV, i_hv // (HV // H), i_hv - HV)
-    if PACKED:
-        i_n = tl.load(chunks + i_t * 2)
-        if i_n < 0:
-            return
-        i_c = tl.load(chunks + i_t * 2 + 1)
-        i_b = tl.zeros([], tl.int64)
-        bos = tl.load(cu_seqlens + i_n).to(tl.int64)
-        T = (tl.load(cu_seqlens + i_n + 1) - bos).to(tl.int32)
-    else:
-        i_b = (i_t // NT).to(tl.int64)
-        i_c = i_t % NT
-        bos = tl.zeros([], tl.int64)
+    i_h = i_hv // (HV // H)
+    i_b, i_c, bos, T = _locate(i_t, chunks, cu_seqlens, T, NT, PACKED)
+    if T == 0:
+        return
     t_0 = i_c * C
     p_k = k + i_b * k_sb + (bos + t_0) * k_st + i_h * k_sh
     p_b = beta + i_b * b_sb + (bos + t_0) * b_st + i_hv * b_sh
@@ -313,48 +332,11 @@ def prepare_kernel(
     o_t = tl.arange(0, 16)
     CT: tl.constexpr = tl.float32 if WIDE else tl.bfloat16
 
-    if i_hv >= HV:
-        p_q = q + i_b * q_sb + (bos + t_0) * q_st + i_h * q_sh
-        # 32 columns a step: both operands' loads and the ten blocks' sums at 64 spilled 408 bytes a thread
-        m, r = _lower_products(p_q, q_st, p_k, k_st, t_0, T, K, min(BK, 32), False, CT, PRECISION)
-        m00, m10, m11, m20, m21, m22, m30, m31, m32, m33 = m
-        if L2NORM:
-            r0 = tl.rsqrt(r[0] + EPS)
-            r1 = tl.rsqrt(r[1] + EPS)
-            r2 = tl.rsqrt(r[2] + EPS)
-            r3 = tl.rsqrt(r[3] + EPS)
-            tl.store(rq + p_r + o_t, r0)
-            tl.store(rq + p_r + 16 + o_t, r1)
-            tl.store(rq + p_r + 32 + o_t, r2)
-            tl.store(rq + p_r + 48 + o_t, r3)
-            r0 *= scale
-            r1 *= scale
-            r2 *= scale
-            r3 *= scale
-        else:
-            r0 = tl.full([16], scale, tl.float32)
-            r1 = r0
-            r2 = r0
-            r3 = r0
-        m00 = _lower(m00 * r0[:, None])
-        m10 *= r1[:, None]
-        m11 = _lower(m11 * r1[:, None])
-        m20 *= r2[:, None]
-        m21 *= r2[:, None]
-        m22 = _lower(m22 * r2[:, None])
-        m30 *= r3[:, None]
-        m31 *= r3[:, None]
-        m32 *= r3[:, None]
-        m33 = _lower(m33 * r3[:, None])
-        _store_lower(p + p_r * C, (m00, m10, m11, m20, m21, m22, m30, m31, m32, m33), C)
-        return
-
     b_b0 = _load_beta(p_b, 0, o_t, t_0, b_st, T, BETA_MIN)
     b_b1 = _load_beta(p_b, 1, o_t, t_0, b_st, T, BETA_MIN)
     b_b2 = _load_beta(p_b, 2, o_t, t_0, b_st, T, BETA_MIN)
     b_b3 = _load_beta(p_b, 3, o_t, t_0, b_st, T, BETA_MIN)
-    m, _ = _lower_products(p_k, k_st, p_k, k_st, t_0, T, K, BK, True, CT, PRECISION)
-    m00, m10, m11, m20, m21, m22, m30, m31, m32, m33 = m
+    m00, m10, m11, m20, m21, m22, m30, m31, m32, m33 = _gram(p_k, k_st, t_0, T, K, BK, CT, PRECISION)
     if L2NORM:
         r0 = _norm_of(m00, EPS)
         r1 = _norm_of(m11, EPS)
@@ -443,12 +425,12 @@ def scan_kernel(
     # outputs; u and s, in tiles (`_store_fragments`), only with SAVE
     o, u, s, ht,
     # packed sequences
-    cu_seqlens, chunk_offsets, group_offsets,
+    cu_seqlens, chunk_offsets,
     # sizes and strides
-    scale, T, NT, NG, H, HV, HV_ALL,
+    scale, T, NT, H, HV, HV_ALL,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     # constants
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     L2NORM: tl.constexpr, PACKED: tl.constexpr, HAS_H0: tl.constexpr, HAS_HT: tl.constexpr, OUTPUT: tl.constexpr,
     SAVE: tl.constexpr, PHI: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, EPS: tl.constexpr,
     STORED: tl.constexpr, DEEP: tl.constexpr,
@@ -472,13 +454,11 @@ def scan_kernel(
         T = (tl.load(cu_seqlens + i_n + 1) - bos).to(tl.int32)
         NT = (T + C - 1) // C
         chunk_0 = tl.load(chunk_offsets + i_n).to(tl.int64)
-        group_0 = tl.load(group_offsets + i_n).to(tl.int64)
     else:
         i_b = i_n.to(tl.int64)
         bos = tl.zeros([], tl.int64)
         T_all = T
         chunk_0 = i_b * NT
-        group_0 = i_b * NG
     CT: tl.constexpr = tl.float32 if WIDE else tl.bfloat16
     o_c = tl.arange(0, C)
     o_k1 = tl.arange(0, BK)
@@ -493,7 +473,7 @@ def scan_kernel(
     v += i_b * v_sb + bos * v_st + i_hv * v_sh
     if OUTPUT:
         o += ((i_b * T_all + bos) * HV + i_hv) * V
-    # scratch tiles: u [chunks, HV, V blocks, BV * C], s [groups, HV, V blocks, K halves, BV * BK]
+    # scratch tiles: u [chunks, HV, V blocks, BV * C], s [chunks, HV, V blocks, K halves, BV * BK]
     NV = tl.cdiv(V, BV)
     NK = tl.cdiv(K, BK)
     V_LOAD = V
@@ -510,8 +490,7 @@ def scan_kernel(
     p += (chunk_0 * H + i_h) * C * C
     rk += (chunk_0 * H + i_h) * C
     rq += (chunk_0 * H + i_h) * C
-    s += ((group_0 * HV + i_hv) * NV + i_v) * NK * BV * BK
-    state_size = tl.full([], BV * BK, tl.int64) * HV * NV * NK
+    s += ((chunk_0 * HV + i_hv) * NV + i_v) * NK * BV * BK
     p_h = (i_n.to(tl.int64) * HV_ALL + i_hv) * K * V
 
     b_s1 = tl.zeros([BV, BK], tl.float32)
@@ -554,11 +533,10 @@ def scan_kernel(
                     b_rq = tl.rsqrt(b_rq + EPS) * scale
                 b_p = tl.where(o_c[:, None] <= o_c[None, :], b_p, 0.0).to(CT)
         b_c1 = b_s1.to(CT)
-        if SAVE and i_c % GROUP == 0:
-            p_s = s + (i_c // GROUP) * state_size
-            _store_fragments(p_s, b_c1, BV, BK)
+        if SAVE:
+            _store_fragments(s, b_c1, BV, BK)
             if K > BK:
-                _store_fragments(p_s + BV * BK, b_s2.to(CT), BV, BK)
+                _store_fragments(s + BV * BK, b_s2.to(CT), BV, BK)
 
         # X^T = V^T - rk (S^T K^T)
         b_y = tl.dot(b_v, b_i, input_precision="ieee") if DEEP else b_v.to(tl.float32)
@@ -600,6 +578,7 @@ def scan_kernel(
         if OUTPUT:
             o += C * HV * V
         u += HV * NV * BV * C
+        s += HV * NV * NK * BV * BK
         a += C * C * HV
         p += C * C * H
         rk += C * H
@@ -616,29 +595,33 @@ def scan_kernel(
 
 
 class Tables(NamedTuple):
-    """Where sequences, chunks and groups lie. Tensors are None for a dense batch, where it is plain arithmetic."""
+    """Where sequences and chunks lie. Tensors are None for a dense batch, where it is plain arithmetic."""
 
     n: int  # sequences
     n_chunks: int  # programs over chunks; an upper bound for packed sequences, whose lengths only the device knows
-    n_groups: int
     nt: int  # chunks a sequence (dense)
-    ng: int
     chunk_offsets: torch.Tensor | None = None
-    group_offsets: torch.Tensor | None = None
     chunks: torch.Tensor | None = None
-    groups: torch.Tensor | None = None
 
 
-def tables(B: int, T: int, group: int, cu_seqlens: torch.Tensor | None) -> Tables:
+def tables(B: int, T: int, cu_seqlens: torch.Tensor | None) -> Tables:
     if cu_seqlens is None:
-        nt, ng = -(-T // CHUNK), -(-T // group)
-        return Tables(B, B * nt, B * ng, nt, ng)
+        nt = -(-T // CHUNK)
+        return Tables(B, B * nt, nt)
     n = cu_seqlens.numel() - 1
-    n_chunks, n_groups = T // CHUNK + n, T // group + n
-    buffer = torch.empty(2 * (n + 1) + 2 * (n_chunks + n_groups), dtype=torch.int32, device=cu_seqlens.device)
-    parts = buffer.split([n + 1, n + 1, 2 * n_chunks, 2 * n_groups])
-    index_kernel[(n + 1,)](cu_seqlens, *parts, n, n_chunks, n_groups, C=CHUNK, GC=group, BLOCK=128, num_warps=1)
-    return Tables(n, n_chunks, n_groups, 0, 0, *parts)
+    n_chunks = T // CHUNK + n
+    offsets, chunks = torch.empty(n + 1 + 2 * n_chunks, dtype=torch.int32, device=cu_seqlens.device).split(
+        [n + 1, 2 * n_chunks]
+    )
+    launch(
+        index_kernel,
+        (n + 1,),
+        (cu_seqlens, offsets, chunks),
+        (n, n_chunks),
+        {"C": CHUNK, "BLOCK": 128},
+        {"num_warps": 1},
+    )
+    return Tables(n, n_chunks, 0, offsets, chunks)
 
 
 def scratch_type(dtype: torch.dtype) -> torch.dtype:
@@ -668,10 +651,10 @@ def u_shape(k, v, n_chunks: int, plan: Plan) -> tuple[int, ...]:
     return n_chunks, HV, nv, block_v * CHUNK
 
 
-def s_shape(k, v, n_groups: int, plan: Plan) -> tuple[int, ...]:
+def s_shape(k, v, n_chunks: int, plan: Plan) -> tuple[int, ...]:
     K, (HV, V) = k.shape[3], v.shape[2:]
     block_v, nv, block_k, nk = blocks(K, V, plan)
-    return n_groups, HV, nv, nk, block_v * block_k
+    return n_chunks, HV, nv, nk, block_v * block_k
 
 
 def prepare(q, k, beta, scale: float, l2norm: bool, t: Tables, cu_seqlens, plan: Plan):
@@ -688,20 +671,27 @@ def prepare(q, k, beta, scale: float, l2norm: bool, t: Tables, cu_seqlens, plan:
     rk = k.new_empty(t.n_chunks, H, CHUNK, dtype=torch.float32) if l2norm else None
     rq = k.new_empty(t.n_chunks, H, CHUNK, dtype=torch.float32) if l2norm and plan.stored else None
     if t.n_chunks > 0 and T > 0:
+        constants = {
+            "K": K, "C": CHUNK, "L2NORM": l2norm, "PACKED": cu_seqlens is not None, "WIDE": wide, "EPS": EPS,
+        }  # fmt: skip
         launch(
-            prepare_kernel, (HV + H if plan.stored else HV, t.n_chunks),
-            (
-                q, k, beta, a, a if p is None else p, a if rq is None else rq, a if rk is None else rk, cu_seqlens, t.chunks,
-                scale, T, t.nt, H, HV, q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
-                beta.stride(0), beta.stride(1), beta.stride(2),
-            ),
+            prepare_kernel, (HV, t.n_chunks),
+            (k, beta, a, a if rk is None else rk, cu_seqlens, t.chunks),
+            (T, t.nt, H, HV, *k.stride()[:3], *beta.stride()[:3]),
             {
-                "K": K, "BK": min(plan.prepare.block_v, blocks(K, K, plan)[2]), "C": CHUNK, "L2NORM": l2norm,
-                "PACKED": cu_seqlens is not None, "WIDE": wide, "FP16": l2norm and not wide,
-                "PRECISION": "tf32x3" if wide else "tf32", "EPS": EPS, "BETA_MIN": BETA_MIN,
+                **constants, "BK": min(plan.prepare.block_v, blocks(K, K, plan)[2]), "FP16": l2norm and not wide,
+                "PRECISION": "tf32x3" if wide else "tf32", "BETA_MIN": BETA_MIN,
             },
-            {"num_warps": plan.prepare.num_warps, "num_stages": plan.prepare.num_stages, "maxnreg": plan.prepare.maxnreg},
+            {"num_warps": plan.prepare.num_warps, "num_stages": plan.prepare.num_stages},
         )  # fmt: skip
+        if plan.stored:
+            launch(
+                scores_kernel, (H, t.n_chunks),
+                (q, k, p, a if rq is None else rq, cu_seqlens, t.chunks),
+                (scale, T, t.nt, H, *q.stride()[:3], *k.stride()[:3]),
+                {**constants, "BK": min(plan.scores.block_v, blocks(K, K, plan)[2]), "PRECISION": precision(k.dtype)},
+                {"num_warps": plan.scores.num_warps, "num_stages": plan.scores.num_stages},
+            )  # fmt: skip
     return a, p, rq, rk
 
 
@@ -714,7 +704,7 @@ def scan(q, k, v, prepared, h0, scale, t: Tables, cu_seqlens, plan: Plan, *, out
     scratch = scratch_type(k.dtype)
     o = new(B, T, HV, V, dtype=v.dtype) if output else None
     u = new(u_shape(k, v, t.n_chunks, plan), dtype=scratch) if save else None
-    s = new(s_shape(k, v, t.n_groups, plan), dtype=scratch) if save else None
+    s = new(s_shape(k, v, t.n_chunks, plan), dtype=scratch) if save else None
     ht = new(t.n, HV, K, V, dtype=torch.float32) if final else None
     choice = plan.scan
     block_v, nv, block_k, _ = blocks(K, V, plan)
@@ -725,14 +715,12 @@ def scan(q, k, v, prepared, h0, scale, t: Tables, cu_seqlens, plan: Plan, *, out
             (
                 q, k, v, a, a if p is None else p, a if rq is None else rq, a if rk is None else rk, a if h0 is None else h0,
                 (a if phi is None else phi) if o is None else o, a if u is None else u, a if s is None else s, a if ht is None else ht,
-                cu_seqlens, t.chunk_offsets, t.group_offsets,
-                scale, T, t.nt, t.ng, H, HV, HV,
-                q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
-                v.stride(0), v.stride(1), v.stride(2),
+                cu_seqlens, t.chunk_offsets,
             ),
+            (scale, T, t.nt, H, HV, HV, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
             {
                 "K": K, "V": V, "BK": block_k, "BV": block_v, "C": CHUNK,
-                "GROUP": plan.group // CHUNK, "L2NORM": rk is not None, "PACKED": cu_seqlens is not None, "HAS_H0": h0 is not None,
+                "L2NORM": rk is not None, "PACKED": cu_seqlens is not None, "HAS_H0": h0 is not None,
                 "HAS_HT": final, "OUTPUT": output, "SAVE": save, "PHI": phi is not None, "WIDE": k.dtype != torch.bfloat16,
                 "PRECISION": precision(k.dtype), "EPS": EPS, "STORED": plan.stored, "DEEP": choice.deep,
             },

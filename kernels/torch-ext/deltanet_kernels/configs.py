@@ -28,11 +28,11 @@ class Plan(NamedTuple):
     """All launch choices of one call."""
 
     prepare: Launch  # block_v is the slice of key columns a step loads; one chunk in 16x16 blocks
+    scores: Launch  # P, where it is stored; block_v likewise
     scan: Launch  # forward scan; its block_v is that of the reverse scan and of the gradients' loops too
     reverse: Launch  # reverse scan
     grads: Launch  # chunk-parallel gradients
-    group: int  # tokens between two saved states
-    stored: bool = True  # P by the prepare kernel; else by each scan, which saves 24 KB a chunk
+    stored: bool = True  # P by a kernel of its own; else by each scan, which saves 24 KB a chunk
 
 
 @functools.cache
@@ -60,14 +60,18 @@ def plan(arch: int, K: int, V: int, wide: bool, few: bool) -> Plan:
     d = max(K, V)
     if wide:
         # tf32 operands take twice the shared memory: narrow blocks, whatever the chip
-        return Plan(Launch(32, 1, 1), Launch(16, 4, 1), Launch(16, 4, 1), Launch(16, 4, 1), CHUNK)
+        return Plan(Launch(32, 1, 1), Launch(32, 4, 1), Launch(16, 4, 1), Launch(16, 4, 1), Launch(16, 4, 1))
     # one warp: 16x16 blocks offer no more work, and there is no barrier to wait at (four warps on 64x64: 0.26 ms, not
     # 0.21, at 8 x 4096 x 16 x 128)
     prepare = Launch(128 if K <= 128 else 64, 1, 1)
+    scores = Launch(128, 4, 2)
     if arch in (90, 100, 103):
-        if K > 128:
-            # two halves of the state are 128 registers: no room to load ahead; 8 warps hold dq and dk without spilling
-            return Plan(prepare, Launch(64, 4, 1), Launch(64, 4, 1), Launch(64, 8, 1), CHUNK)
+        if K > 128 and arch == 90:
+            # two halves of the state are 128 registers; 8 warps on 128 columns need no more of them, and all of shared
+            # memory to load ahead
+            return Plan(prepare, scores, Launch(128, 8, 2), Launch(128, 8, 2), Launch(128, 8, 1))
+        if K > 128:  # compiled, not measured
+            return Plan(prepare, scores, Launch(64, 4, 1), Launch(64, 4, 1), Launch(64, 8, 1))
         # d = 64: three programs a multiprocessor, without spills. d = 128: all registers
         grads = Launch(64, 4, 1, maxnreg=168) if d <= 64 else Launch(64, 4, 1)
         if few:
@@ -75,11 +79,11 @@ def plan(arch: int, K: int, V: int, wide: bool, few: bool) -> Plan:
             # the chain from state to state is all that counts, so P is computed elsewhere (0.12 ms, not 0.27, at
             # 1 x 4096 x 16 x 128)
             scan = Launch(64, 4, 3, deep=True)
-            return Plan(prepare, scan, scan, grads, CHUNK)
+            return Plan(prepare, scores, scan, scan, grads)
         if arch != 90:  # compiled, not measured: the form that spills least
-            return Plan(prepare, Launch(64, 4, 2), Launch(64, 4, 2), grads, CHUNK)
+            return Plan(prepare, scores, Launch(64, 4, 2), Launch(64, 4, 2), grads)
         # two stages, so that two programs share a multiprocessor and memory's bandwidth is what counts
-        return Plan(prepare, Launch(64, 4, 2), Launch(64, 4, 2, deep=True), grads, CHUNK, stored=False)
+        return Plan(prepare, scores, Launch(64, 4, 2), Launch(64, 4, 2, deep=True), grads, stored=False)
     # compiled, not measured: blocks that fit 99 KB; at d = 256 and 32 columns the reverse scan took 112 KB
     block_v = 16 if d > 128 else 32
-    return Plan(prepare, Launch(block_v, 4, 1), Launch(block_v, 4, 1), Launch(block_v, 8 if d > 128 else 4, 1), CHUNK)
+    return Plan(prepare, scores, Launch(block_v, 4, 1), Launch(block_v, 4, 1), Launch(block_v, 8 if d > 128 else 4, 1))

@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 
 from ._checks import check_arguments
+from ._launch import launch
 
 
 __all__ = ["delta_rule_step", "fused_recurrent_delta_rule"]
@@ -469,13 +470,15 @@ def _launch_forward(q, k, v, beta, scale, h0, cu_seqlens, output_final_state, no
     rk = torch.empty(B, T, H, **fp32) if save and norm else None
     h0 = None if h0 is None else h0.contiguous()
     BV = LOOP_BLOCK
-    with torch.cuda.device_of(q):
-        _fwd_kernel[(triton.cdiv(V, BV) * N * HV,)](
-            q, k, v, beta, h0, cu_seqlens, o, e, rq, rk, ht,
-            scale, T, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *beta.stride(),
-            H=H, HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=BV, NORM=norm, EPS=NORM_EPS,
-            num_warps=LOOP_WARPS,
-        )  # fmt: skip
+    launch(
+        _fwd_kernel, (triton.cdiv(V, BV) * N * HV,),
+        (q, k, v, beta, h0, cu_seqlens, o, e, rq, rk, ht),
+        (scale, T, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *beta.stride()),
+        {
+            "H": H, "HV": HV, "K": K, "V": V, "BK": triton.next_power_of_2(K), "BV": BV, "NORM": norm, "EPS": NORM_EPS,
+        },
+        {"num_warps": LOOP_WARPS},
+    )  # fmt: skip
     return o, ht, e, rq, rk
 
 
@@ -500,19 +503,27 @@ def _launch_backward(q, k, v, beta, e, rq, rk, do, dht, scale, h0, cu_seqlens, n
     dk = torch.empty(B, T, H, K, device=k.device, dtype=k.dtype)
     sizes = {"H": H, "HV": HV, "K": K, "V": V, "NORM": norm}
     strides = (*q.stride()[:3], *k.stride()[:3], *beta.stride(), *do.stride()[:3])
-    with torch.cuda.device_of(q):
-        _bwd_dv_kernel[(NV * N * HV,)](
-            q, k, beta, e, do, rq, rk, dht, cu_seqlens, dv, dbeta, dh0, scale, B, T, *strides,
-            **sizes, BK=triton.next_power_of_2(K), BV=BV, num_warps=LOOP_WARPS,
-        )  # fmt: skip
-        _bwd_dqk_kernel[(triton.cdiv(K, BR) * N * HV, 2)](
-            q, k, beta, e, do, dv, rq, rk, h0, dht, cu_seqlens, dq_hv, dk_s, dk_g, scale, T, *strides,
-            **sizes, BR=BR, BV=triton.next_power_of_2(V), num_warps=LOOP_WARPS,
-        )  # fmt: skip
-        _bwd_rows_kernel[(triton.cdiv(T, 16) * H, B)](
-            q, k, rq, rk, dq_hv, dk_s, dk_g, dq, dk, T, *q.stride()[:3], *k.stride()[:3],
-            H=H, G=HV // H, K=K, BT=16, BK=triton.next_power_of_2(K), NORM=norm, num_warps=4,
-        )  # fmt: skip
+    launch(
+        _bwd_dv_kernel, (NV * N * HV,),
+        (q, k, beta, e, do, rq, rk, dht, cu_seqlens, dv, dbeta, dh0),
+        (scale, B, T, *strides),
+        {**sizes, "BK": triton.next_power_of_2(K), "BV": BV},
+        {"num_warps": LOOP_WARPS},
+    )  # fmt: skip
+    launch(
+        _bwd_dqk_kernel, (triton.cdiv(K, BR) * N * HV, 2),
+        (q, k, beta, e, do, dv, rq, rk, h0, dht, cu_seqlens, dq_hv, dk_s, dk_g),
+        (scale, T, *strides),
+        {**sizes, "BR": BR, "BV": triton.next_power_of_2(V)},
+        {"num_warps": LOOP_WARPS},
+    )  # fmt: skip
+    launch(
+        _bwd_rows_kernel, (triton.cdiv(T, 16) * H, B),
+        (q, k, rq, rk, dq_hv, dk_s, dk_g, dq, dk),
+        (T, *q.stride()[:3], *k.stride()[:3]),
+        {"H": H, "G": HV // H, "K": K, "BT": 16, "BK": triton.next_power_of_2(K), "NORM": norm},
+        {"num_warps": 4},
+    )  # fmt: skip
     return dq, dk, dv.to(v.dtype), dbeta.sum(0).to(beta.dtype), dh0
 
 
@@ -521,17 +532,23 @@ def _launch_step(q, k, v, beta, state, scale, norm):
     B, _, H, K = q.shape
     HV, V = v.shape[2:]
     o = torch.empty(B, 1, HV, V, device=v.device, dtype=v.dtype)
-    BK = triton.next_power_of_2(K)
-    BV = STEP_BLOCK if B * HV * triton.cdiv(V, STEP_BLOCK) >= _multiprocessors(q.device) else STEP_BLOCK_FEW
-    with torch.cuda.device_of(q):
-        _step_kernel[(triton.cdiv(V, BV) * B * HV,)](
-            q, k, v, beta, state, o, scale,
-            q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2),
-            beta.stride(0), beta.stride(2), *state.stride()[:3],
-            H=H, HV=HV, K=K, V=V, BK=BK, BV=BV, NORM=norm, EPS=NORM_EPS,
-            num_warps=_step_warps(BK, BV),
-        )  # fmt: skip
+    BK, BV, columns, warps = _step_blocks(K, V, B * HV, q.device)
+    launch(
+        _step_kernel, (columns * B * HV,),
+        (q, k, v, beta, state, o),
+        (scale, *[s for x in (q, k, v, beta) for s in x.stride()[0:3:2]], *state.stride()[:3]),
+        {"H": H, "HV": HV, "K": K, "V": V, "BK": BK, "BV": BV, "NORM": norm, "EPS": NORM_EPS},
+        {"num_warps": warps},
+    )  # fmt: skip
     return o
+
+
+@functools.cache
+def _step_blocks(K: int, V: int, rows: int, device: torch.device) -> tuple[int, int, int, int]:
+    """Key rows and value columns of a program, programs along V, warps: `rows` states on this device."""
+    BK = triton.next_power_of_2(K)
+    BV = STEP_BLOCK if rows * triton.cdiv(V, STEP_BLOCK) >= _multiprocessors(device) else STEP_BLOCK_FEW
+    return BK, BV, triton.cdiv(V, BV), _step_warps(BK, BV)
 
 
 def _step_warps(BK: int, BV: int) -> int:

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from . import chunk_backward, chunk_forward
+from ._launch import launch
 from .chunk_forward import Tables
 from .configs import CHUNK, Plan
 
@@ -84,10 +85,15 @@ def chain_kernel(
 def _chain(n, phi, first, s: int, reverse: bool) -> torch.Tensor:
     N, HV, K, V = n.shape
     out = torch.empty_like(n)
-    chain_kernel[(triton.cdiv(V, 16), N // s * HV)](
-        n, phi, n if first is None else first, out, HV,
-        K=K, V=V, BK=max(16, triton.next_power_of_2(K)), BV=16, S=s, HAS_FIRST=first is not None, REVERSE=reverse,
-        num_warps=4, num_stages=1,
+    launch(
+        chain_kernel, (-(-V // 16), N // s * HV),
+        (n, phi, n if first is None else first, out),
+        (HV,),
+        {
+            "K": K, "V": V, "BK": max(16, triton.next_power_of_2(K)), "BV": 16, "S": s, "HAS_FIRST": first is not None,
+            "REVERSE": reverse,
+        },
+        {"num_warps": 4, "num_stages": 1},
     )  # fmt: skip
     return out
 

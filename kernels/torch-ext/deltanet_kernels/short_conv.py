@@ -19,11 +19,14 @@ a gradient; h the state; bos and eos the first token of a sequence and the one a
 Everything is accumulated in fp32; offsets into tensors are int64.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
+
+from ._launch import launch
 
 
 __all__ = ["short_conv", "short_conv_step"]
@@ -409,6 +412,7 @@ def _sizes(xs, cu_seqlens):
     return B, T, N, _three([x.shape[2] for x in xs], missing=0)
 
 
+@functools.cache
 def _block(sizes, largest):
     """(channels a block, blocks over all tensors)."""
     BD = min(largest, max(16, triton.next_power_of_2(max(sizes))))
@@ -428,23 +432,28 @@ def _launch_forward(xs, weights, silu, initial_state, output_final_state, cu_seq
     ys = [torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in xs]
     BD, blocks = _block(Ds, FORWARD_BLOCK_D)
     final_state = None
-    with torch.cuda.device_of(xs[0]):
-        _fwd_kernel[(blocks, triton.cdiv(T, FORWARD_BLOCK_T), B)](
-            *_three(xs), *_three(weights), h, cu_seqlens, *_three(ys), T, N, *Ds, *_strides(xs),
-            W=W, SILU=silu, BT=FORWARD_BLOCK_T, BD=BD, num_warps=FORWARD_WARPS,
-        )  # fmt: skip
-        if output_final_state:
-            final_state = torch.empty(N, sum(Ds), W - 1, device=xs[0].device, dtype=xs[0].dtype)
-            _launch_state(xs, weights, xs, h, cu_seqlens, final_state, silu, backward=False)
+    launch(
+        _fwd_kernel, (blocks, triton.cdiv(T, FORWARD_BLOCK_T), B),
+        (*_three(xs), *_three(weights), h, cu_seqlens, *_three(ys)),
+        (T, N, *Ds, *_strides(xs)),
+        {"W": W, "SILU": silu, "BT": FORWARD_BLOCK_T, "BD": BD},
+        {"num_warps": FORWARD_WARPS},
+    )  # fmt: skip
+    if output_final_state:
+        final_state = torch.empty(N, sum(Ds), W - 1, device=xs[0].device, dtype=xs[0].dtype)
+        _launch_state(xs, weights, xs, h, cu_seqlens, final_state, silu, backward=False)
     return ys, final_state
 
 
 def _launch_state(xs, weights, dys, h, cu_seqlens, out, silu, backward):
     _, T, N, Ds = _sizes(xs, cu_seqlens)
     BD, blocks = _block(Ds, STEP_BLOCK_D)
-    _state_kernel[(blocks, N)](
-        *_three(xs), *_three(weights), *_three(dys), h, cu_seqlens, out, T, N, *Ds, *_strides(xs), *_strides(dys),
-        W=weights[0].shape[1], SILU=silu, BACKWARD=backward, BD=BD, num_warps=STEP_WARPS,
+    launch(
+        _state_kernel, (blocks, N),
+        (*_three(xs), *_three(weights), *_three(dys), h, cu_seqlens, out),
+        (T, N, *Ds, *_strides(xs), *_strides(dys)),
+        {"W": weights[0].shape[1], "SILU": silu, "BACKWARD": backward, "BD": BD},
+        {"num_warps": STEP_WARPS},
     )  # fmt: skip
 
 
@@ -460,15 +469,16 @@ def _launch_backward(xs, weights, dys, silu, initial_state, cu_seqlens, needs_st
     dw = torch.empty(B * segments, sum(Ds), W, device=xs[0].device, dtype=torch.float32)
     BD, blocks = _block(Ds, BACKWARD_BLOCK_D)
     dh = None
-    with torch.cuda.device_of(xs[0]):
-        _bwd_kernel[(blocks, segments, B)](
-            *_three(xs), *_three(contiguous), *_three(dys), h, cu_seqlens, *_three(dxs), dw,
-            T, N, *Ds, *_strides(xs), *_strides(dys),
-            W=W, SILU=silu, BT=BACKWARD_SEGMENT, BD=BD, num_warps=BACKWARD_WARPS,
-        )  # fmt: skip
-        if needs_state:
-            dh = torch.empty_like(h)
-            _launch_state(xs, contiguous, dys, h, cu_seqlens, dh, silu, backward=True)
+    launch(
+        _bwd_kernel, (blocks, segments, B),
+        (*_three(xs), *_three(contiguous), *_three(dys), h, cu_seqlens, *_three(dxs), dw),
+        (T, N, *Ds, *_strides(xs), *_strides(dys)),
+        {"W": W, "SILU": silu, "BT": BACKWARD_SEGMENT, "BD": BD},
+        {"num_warps": BACKWARD_WARPS},
+    )  # fmt: skip
+    if needs_state:
+        dh = torch.empty_like(h)
+        _launch_state(xs, contiguous, dys, h, cu_seqlens, dh, silu, backward=True)
     dws = dw.sum(0).split([w.shape[0] for w in weights])
     # clone: an operator's outputs may not share memory
     return dxs, [d.to(w.dtype, copy=True) for d, w in zip(dws, weights, strict=True)], dh
@@ -480,11 +490,13 @@ def _launch_step(xs, weights, state, silu):
     xs, weights = [_rows(x) for x in xs], [w.contiguous() for w in weights]
     ys = [torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in xs]
     BD, blocks = _block(Ds, STEP_BLOCK_D)
-    with torch.cuda.device_of(xs[0]):
-        _step_kernel[(blocks, B)](
-            *_three(xs), *_three(weights), state, *_three(ys), *Ds, *(x.stride(0) for x in _three(xs)),
-            state.stride(0), W=weights[0].shape[1], SILU=silu, BD=BD, num_warps=STEP_WARPS,
-        )  # fmt: skip
+    launch(
+        _step_kernel, (blocks, B),
+        (*_three(xs), *_three(weights), state, *_three(ys)),
+        (*Ds, *[x.stride(0) for x in _three(xs)], state.stride(0)),
+        {"W": weights[0].shape[1], "SILU": silu, "BD": BD},
+        {"num_warps": STEP_WARPS},
+    )  # fmt: skip
     return ys
 
 
