@@ -42,7 +42,15 @@ def main(arch: int, d: int, dtype: str = "bf16") -> dict:
     for few in (False, True):
         plan = configs.plan(arch, d, d, wide, few)
         precision = {"PRECISION": "tf32x3" if wide else "tf32"}
-        common = {"K": d, "C": configs.CHUNK, "L2NORM": True, "PACKED": False, "WIDE": wide, **precision}
+        common = {
+            "K": d,
+            "C": configs.CHUNK,
+            "L2NORM": True,
+            "PACKED": False,
+            "EVEN": False,
+            "WIDE": wide,
+            **precision,
+        }
         scan = {**common, "V": d, "BK": min(128, pad), "BV": min(plan.scan.block_v, pad)}
         name = "few" if few else "many"
         state = {
@@ -60,7 +68,6 @@ def main(arch: int, d: int, dtype: str = "bf16") -> dict:
             "HAS_DHT": False,
             "HAS_DH0": False,
             "SAVE": True,
-            "EPS": 1e-6,
             "STORED": plan.stored,
             "DEEP": plan.reverse.deep,
         }
@@ -70,7 +77,7 @@ def main(arch: int, d: int, dtype: str = "bf16") -> dict:
     scores = common | {"BK": min(plan.scores.block_v, pad), "EPS": 1e-6}
     found["scores"] = compile_and_read(forward.scores_kernel, scores, plan.scores, arch, dtype)
     block_v, _, block_k, nk = forward.blocks(d, d, plan)
-    grads = common | {"V": d, "BK": block_k, "NK": nk, "BV": block_v, "G": 1, "EPS": 1e-6, "BETA_MIN": 2.0**-30}
+    grads = common | {"V": d, "BK": block_k, "NK": nk, "BV": block_v, "G": 1}
     found["grads"] = compile_and_read(backward.grads_kernel, grads, plan.grads, arch, dtype)
     return found
 

@@ -85,6 +85,7 @@ def _backward(q, k, v, beta, h0, cu_seqlens, saved, do, dht, scale: float, l2nor
             t = chunk_forward.tables(*q.shape[:2], cu_seqlens)
             _gradients(ins, saved, dht, out, dh0, scale, t, cu_seqlens, plan)
     else:
+        plan = plan._replace(stored=True)  # a scan without output computes neither P nor the norms of q
         t = chunk_forward.tables(*q.shape[:2], cu_seqlens)
         H, HV = q.shape[2], v.shape[2]
         slices = next(i for i in (4, 3, 2, 1) if H % i == 0)
@@ -105,11 +106,11 @@ def _backward(q, k, v, beta, h0, cu_seqlens, saved, do, dht, scale: float, l2nor
 
 
 def _gradients(ins, saved, dht, out, dh0, scale, t, cu_seqlens, plan) -> None:
-    q, k, beta, do = ins
-    *prepared, u, states = saved
+    q, k, _, do = ins
+    a, p, rq, rk, u, states = saved
     dq, dk, dv, dbeta = out
-    ds = chunk_backward.reverse(q, k, do, prepared, dht, dv, dh0, scale, t, cu_seqlens, plan)
-    chunk_backward.grads(q, k, beta, do, u, dv, states, ds, prepared[3], dq, dk, dbeta, scale, t, cu_seqlens, plan)
+    ds = chunk_backward.reverse(q, k, do, (a, p, rq, rk), dht, dv, dh0, scale, t, cu_seqlens, plan)
+    chunk_backward.grads(q, k, do, a, u, dv, states, ds, rq, rk, dq, dk, dbeta, scale, t, cu_seqlens, plan)
 
 
 class _ChunkDeltaRule(torch.autograd.Function):
@@ -167,7 +168,7 @@ def _(q, k, v, beta, h0, cu_seqlens, scale, l2norm, final, save):
                 (chunks, H, C, C) if plan.stored else (0,),
                 dtype=scratch if plan.stored else torch.float32,
             ),
-            k.new_empty(norms if plan.stored else (0,), dtype=torch.float32),
+            k.new_empty(norms, dtype=torch.float32),
             k.new_empty(norms, dtype=torch.float32),
             k.new_empty(chunk_forward.u_shape(k, v, chunks, plan), dtype=scratch),
             k.new_empty(chunk_forward.s_shape(k, v, chunks, plan), dtype=scratch),

@@ -6,7 +6,7 @@ Letters as in `chunk_forward.py`; a d before a name is a gradient. U is saved ti
     R = lower(dO U^T)    dq^ = scale (dO S^T + R K)                                                             grads
     E = -strictly_lower(rk dV U^T)
     rk dk^ = -rk (dV S^T) + U dS^T + (scale rq R)^T Q + (E + E^T) K
-    dbeta = diag(dV U^T) / (rk beta^2)
+    dbeta = rk diag(dV U^T) / diag(A)^2
     d of x^ = x / |x|:  dx = r (dx^ - x^ <x^, dx^>)
 
 The second half needs only the state entering a chunk and the gradient of the one leaving it: given U and dV, both
@@ -19,14 +19,12 @@ import triton.language as tl
 
 from ._launch import launch
 from .chunk_forward import (
-    BETA_MIN,
-    EPS,
     Tables,
+    _below,
     _load_tile,
     _load_tile_t,
     _load_tiles,
     _locate,
-    _squares,
     _store_fragments,
     blocks,
     precision,
@@ -41,7 +39,7 @@ from .configs import CHUNK, Plan
 
 @triton.jit
 def reverse_kernel(
-    # inputs; a, p, rq and rk as the prepare kernel wrote them; p and rq only with STORED
+    # inputs; a, p, rq and rk as forward left them; p only with STORED
     q, k, do, a, p, rq, rk, dht,
     # outputs; ds, in tiles like s: gradient of the state leaving a chunk
     dv, ds, dh0,
@@ -52,9 +50,8 @@ def reverse_kernel(
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, d_sb, d_st, d_sh,
     # constants
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    L2NORM: tl.constexpr, PACKED: tl.constexpr, HAS_DHT: tl.constexpr, HAS_DH0: tl.constexpr,
-    SAVE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, EPS: tl.constexpr,
-    STORED: tl.constexpr, DEEP: tl.constexpr,
+    L2NORM: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr, HAS_DHT: tl.constexpr, HAS_DH0: tl.constexpr,
+    SAVE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STORED: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
     """Runs one sequence, value head and block of BV value columns from the last chunk to the first. DEEP as forward.
 
@@ -80,9 +77,9 @@ def reverse_kernel(
     o_k1 = tl.arange(0, BK)
     o_k2 = BK + tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
-    m_k1 = o_k1 < K
-    m_k2 = o_k2 < K
-    m_v = o_v < V
+    m_k1 = _below(o_k1, K, K >= BK)
+    m_k2 = _below(o_k2, K, K % BK == 0)
+    m_v = _below(o_v, V, V % BV == 0)
 
     last = tl.zeros([], tl.int64) + NT - 1
     bos += last * C
@@ -110,7 +107,7 @@ def reverse_kernel(
     if DEEP:
         b_i = (o_c[:, None] == o_c[None, :]).to(CT)
     for i_r in range(NT):
-        m_t = (NT - 1 - i_r) * C + o_c < T
+        m_t = _below((NT - 1 - i_r) * C + o_c, T, EVEN)
         b_k1 = _load_tile(k, o_c, k_st, o_k1, m_t, m_k1).to(CT)
         b_q1 = _load_tile(q, o_c, q_st, o_k1, m_t, m_k1).to(CT)
         if K > BK:
@@ -124,26 +121,15 @@ def reverse_kernel(
         if STORED:
             b_p = tl.load(p + o_c[:, None] * C + o_c[None, :])
         else:
-            # P = lower(Q K^T), and the norms of q
+            # P = lower(Q K^T)
             b_p = tl.dot(b_q1, tl.trans(b_k1), input_precision=PRECISION)
-            b_rq = tl.full([C], scale, tl.float32)
-            if L2NORM:
-                b_rq = _squares(b_q1)
             if K > BK:
                 b_p = tl.dot(b_q2, tl.trans(b_k2), b_p, input_precision=PRECISION)
-                if L2NORM:
-                    b_rq += _squares(b_q2)
-            if L2NORM:
-                b_rq = tl.rsqrt(b_rq + EPS) * scale
             b_p = tl.where(o_c[:, None] >= o_c[None, :], b_p, 0.0).to(CT)
         # dO' = scale rq dO; a stored P holds the factor, so there dO itself meets P
         b_do = tl.dot(b_do, b_i, input_precision="ieee") if DEEP else b_do.to(tl.float32)
-        if STORED:
-            b_dq = (b_do * (tl.load(rq + o_c) * scale)[None, :]).to(CT) if L2NORM else (b_do * scale).to(CT)
-            b_do = b_do.to(CT)
-        else:
-            b_dq = (b_do * b_rq[None, :]).to(CT)
-            b_do = b_dq
+        b_dq = (b_do * (tl.load(rq + o_c) * scale)[None, :]).to(CT) if L2NORM else (b_do * scale).to(CT)
+        b_do = b_do.to(CT) if STORED else b_dq
         b_c1 = b_s1.to(CT)
         if SAVE:
             _store_fragments(ds, b_c1, BV, BK)
@@ -197,18 +183,17 @@ def _norm_backward(b_d, b_x, b_r, L2NORM: tl.constexpr):
 @triton.jit
 def grads_kernel(
     # inputs; dv as the reverse scan wrote it, in the scratch type
-    q, k, beta, do, u, dv, s, ds, rk,
+    q, k, do, a, u, dv, s, ds, rq, rk,
     # outputs
     dq, dk, dbeta,
     # packed sequences
     cu_seqlens, chunks,
     # sizes and strides
     scale, T, NT, H, H_ALL, HV_ALL,
-    q_sb, q_st, q_sh, k_sb, k_st, k_sh, b_sb, b_st, b_sh, d_sb, d_st, d_sh,
+    q_sb, q_st, q_sh, k_sb, k_st, k_sh, d_sb, d_st, d_sh,
     # constants; G the value heads of a key head
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, NK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    G: tl.constexpr, L2NORM: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    EPS: tl.constexpr, BETA_MIN: tl.constexpr,
+    G: tl.constexpr, L2NORM: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk and key head. Even programs compute dq, odd ones dk and dbeta.
 
@@ -229,8 +214,8 @@ def grads_kernel(
     chunk = i_t.to(tl.int64)
     o_c = tl.arange(0, C)
     o_k = tl.arange(0, NK * BK)
-    m_t = t_0 + o_c < T
-    m_k = o_k < K
+    m_t = _below(t_0 + o_c, T, EVEN)
+    m_k = _below(o_k, K, K % BK == 0)
     q += i_b * q_sb + bos * q_st + i_h * q_sh
     k += i_b * k_sb + bos * k_st + i_h * k_sh
     row = i_b * T_all + bos
@@ -240,7 +225,7 @@ def grads_kernel(
     s += ((chunk * HV + i_h * G) * NV) * NK * BV * BK
     b_rq = tl.full([C], 1.0, tl.float32)
     if L2NORM:
-        b_rq = tl.rsqrt(_squares(_load_tile(q, o_c, q_st, o_k, m_t, m_k)) + EPS)
+        b_rq = tl.load(rq + (chunk * H + i_h) * C + o_c)
     b_sq = b_rq * scale
     m_o = m_t[:, None] & m_k[None, :]
 
@@ -250,7 +235,7 @@ def grads_kernel(
             b_r = tl.zeros([C, C], tl.float32)
             for i_v in range(0, V, BV):
                 o_v = i_v + tl.arange(0, BV)
-                b_do = _load_tile(do + i_g * d_sh, o_c, d_st, o_v, m_t, o_v < V).to(CT)
+                b_do = _load_tile(do + i_g * d_sh, o_c, d_st, o_v, m_t, _below(o_v, V, V % BV == 0)).to(CT)
                 b_u = _load_tiles(u + (i_g * NV + i_v // BV) * BV * C, 1, BV, C)
                 b_s = _load_tiles(s + (i_g * NV + i_v // BV) * NK * BV * BK, NK, BV, BK)
                 b_r = tl.dot(b_do, b_u, b_r, input_precision=PRECISION)
@@ -266,7 +251,7 @@ def grads_kernel(
         ds += ((chunk * HV + i_h * G) * NV) * NK * BV * BK
         b_rk = tl.full([C], 1.0, tl.float32)
         if L2NORM:
-            b_rk = tl.load(rk + (chunk * H + i_h) * C + o_c, mask=m_t, other=1.0)
+            b_rk = tl.load(rk + (chunk * H + i_h) * C + o_c)
         b_dk = tl.zeros([C, NK * BK], tl.float32)
         for i_g in range(G):
             # of the four terms only dV S^T carries rk, so what stands in the accumulator is divided by it meanwhile
@@ -274,17 +259,17 @@ def grads_kernel(
             b_e = tl.zeros([C, C], tl.float32)
             for i_v in range(0, V, BV):
                 o_v = i_v + tl.arange(0, BV)
-                b_v = _load_tile(dv + i_g * V, o_c, HV_ALL * V, o_v, m_t, o_v < V)
+                b_v = _load_tile(dv + i_g * V, o_c, HV_ALL * V, o_v, m_t, _below(o_v, V, V % BV == 0))
                 b_u = _load_tiles(u + (i_g * NV + i_v // BV) * BV * C, 1, BV, C)
                 b_s = _load_tiles(s + (i_g * NV + i_v // BV) * NK * BV * BK, NK, BV, BK)
                 b_e = tl.dot(b_v, b_u, b_e, input_precision=PRECISION)
                 b_dk = tl.dot(b_v, b_s, b_dk, input_precision=PRECISION)
             b_dk *= (-b_rk)[:, None]
-            p_b = beta + i_b * b_sb + (bos + o_c) * b_st + (i_h * G + i_g) * b_sh
-            b_b = tl.load(p_b, mask=m_t, other=1.0).to(tl.float32)
-            b_b = tl.where(tl.abs(b_b) < BETA_MIN, BETA_MIN, b_b)
-            # divided twice: beta^2 would leave fp32's range where beta is near its bound
-            b_g = tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_e, 0.0), 1) / b_b / b_b / b_rk
+            # by A's diagonal rk beta as it was rounded, not by rk beta^2: U and dV carry that rounding (0.0060 -> 0.0050);
+            # twice, because its square would leave fp32's range where beta is near its bound
+            p_a = a + ((chunk * HV + i_h * G + i_g) * C + o_c) * C + o_c
+            b_a = tl.load(p_a, mask=m_t, other=1.0).to(tl.float32)
+            b_g = tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_e, 0.0), 1) / b_a * b_rk / b_a
             b_e = tl.where(o_c[:, None] > o_c[None, :], b_e * -b_rk[:, None], 0.0).to(CT)
             b_k = _load_tile(k, o_c, k_st, o_k, m_t, m_k).to(CT)
             b_dk = tl.dot(b_e, b_k, b_dk, input_precision=PRECISION)
@@ -293,7 +278,7 @@ def grads_kernel(
             b_r = tl.zeros([C, C], tl.float32)
             for i_v in range(0, V, BV):
                 o_v = i_v + tl.arange(0, BV)
-                b_do = _load_tile(do + i_g * d_sh, o_c, d_st, o_v, m_t, o_v < V).to(CT)
+                b_do = _load_tile(do + i_g * d_sh, o_c, d_st, o_v, m_t, _below(o_v, V, V % BV == 0)).to(CT)
                 b_u = _load_tiles(u + (i_g * NV + i_v // BV) * BV * C, 1, BV, C)
                 b_s = _load_tiles(ds + (i_g * NV + i_v // BV) * NK * BV * BK, NK, BV, BK)
                 b_u = tl.trans(b_u)
@@ -334,15 +319,15 @@ def reverse(q, k, do, prepared, dht, dv, dh0, scale, t: Tables, cu_seqlens, plan
             ),
             {
                 "K": K, "V": V, "BK": block_k, "BV": block_v, "C": CHUNK,
-                "L2NORM": rk is not None, "PACKED": cu_seqlens is not None, "HAS_DHT": dht is not None, "HAS_DH0": dh0 is not None,
-                "SAVE": save, "STORED": plan.stored, "DEEP": choice.deep, "WIDE": k.dtype != torch.bfloat16, "PRECISION": precision(k.dtype), "EPS": EPS,
+                "L2NORM": rk is not None, "PACKED": cu_seqlens is not None, "EVEN": t.even, "HAS_DHT": dht is not None, "HAS_DH0": dh0 is not None,
+                "SAVE": save, "STORED": plan.stored, "DEEP": choice.deep, "WIDE": k.dtype != torch.bfloat16, "PRECISION": precision(k.dtype),
             },
             {"num_warps": choice.num_warps, "num_stages": choice.num_stages},
         )  # fmt: skip
     return ds
 
 
-def grads(q, k, beta, do, u, dv, s, ds, rk, dq, dk, dbeta, scale, t: Tables, cu_seqlens, plan: Plan):
+def grads(q, k, do, a, u, dv, s, ds, rq, rk, dq, dk, dbeta, scale, t: Tables, cu_seqlens, plan: Plan):
     """Writes dq, dk and dbeta, whose heads may be a slice of more."""
     B, T, H, K = k.shape
     HV, V = do.shape[2:]
@@ -352,17 +337,17 @@ def grads(q, k, beta, do, u, dv, s, ds, rk, dq, dk, dbeta, scale, t: Tables, cu_
         launch(
             grads_kernel, (2 * H, t.n_chunks),
             (
-                q, k, beta, do, u, dv, s, ds, u if rk is None else rk, dq, dk, dbeta,
+                q, k, do, a, u, dv, s, ds, u if rq is None else rq, u if rk is None else rk, dq, dk, dbeta,
                 cu_seqlens, t.chunks,
             ),
             (
                 scale, T, t.nt, H, dk.stride(1) // K, dv.stride(1) // V,
-                *q.stride()[:3], *k.stride()[:3], *beta.stride()[:3], *do.stride()[:3],
+                *q.stride()[:3], *k.stride()[:3], *do.stride()[:3],
             ),
             {
                 "K": K, "V": V, "BK": block_k, "NK": nk, "BV": block_v, "C": CHUNK, "G": HV // H,
-                "L2NORM": rk is not None, "PACKED": cu_seqlens is not None, "WIDE": k.dtype != torch.bfloat16,
-                "PRECISION": precision(k.dtype), "EPS": EPS, "BETA_MIN": BETA_MIN,
+                "L2NORM": rk is not None, "PACKED": cu_seqlens is not None, "EVEN": t.even, "WIDE": k.dtype != torch.bfloat16,
+                "PRECISION": precision(k.dtype),
             },
             {"num_warps": choice.num_warps, "num_stages": choice.num_stages, "maxnreg": choice.maxnreg},
         )  # fmt: skip

@@ -59,6 +59,13 @@ def index_kernel(
 
 
 @triton.jit
+def _below(o, n, ALWAYS: tl.constexpr):
+    """o < n; where that always holds, as a constant, so that no load or store carries a predicate (a tenth of a scan's
+    instructions, and it is their number that a lone program waits for)."""
+    return tl.full(o.shape, True, tl.int1) if ALWAYS else o < n
+
+
+@triton.jit
 def _load_tile(p, o_r, stride, o_c, m_r, m_c):
     """Tile [rows, columns], zero outside the masks."""
     return tl.load(p + o_r[:, None] * stride + o_c[None, :], mask=m_r[:, None] & m_c[None, :], other=0.0)
@@ -86,13 +93,13 @@ def _load_tile_t(p, o_r, stride, o_c, m_r, m_c):
 
 @triton.jit
 def _store_fragments(p, b, R: tl.constexpr, N: tl.constexpr):
-    """Scratch tile [R, N] in the order in which a warp group's accumulator holds it: 16 bytes a thread, no shuffle.
+    """Scratch tile [R, N] in the order in which a warp group holds it as a left operand: 16 bytes a thread, no moves.
 
     Row-major order would need a pass through shared memory and two barriers for every 2 KB. Row bits are (warp, half,
-    8 rows), column bits (block of 32, 4, 4, pair); only the speed depends on the layout, the result never does.
+    8 rows), column bits (block of 16, half, 4, pair); only the speed depends on the layout, the result never does.
     """
-    b = tl.reshape(b, [R // 16, 2, 8, N // 32, 4, 4, 2])
-    b = tl.reshape(tl.permute(b, [3, 1, 0, 2, 5, 4, 6]), [R * N // 256, 256])
+    b = tl.reshape(b, [R // 16, 2, 8, N // 16, 2, 4, 2])
+    b = tl.reshape(tl.permute(b, [3, 0, 2, 5, 4, 1, 6]), [R * N // 256, 256])
     o = tl.arange(0, R * N // 256)[:, None] * 256 + tl.arange(0, 256)[None, :]
     tl.store(p + o, b.to(p.dtype.element_ty))
 
@@ -101,8 +108,8 @@ def _store_fragments(p, b, R: tl.constexpr, N: tl.constexpr):
 def _load_tiles(p, NC: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
     """Reads NC neighbouring tiles that `_store_fragments` wrote, as [R, NC * N]."""
     o = tl.arange(0, NC * R * N // 256)[:, None] * 256 + tl.arange(0, 256)[None, :]
-    b = tl.reshape(tl.load(p + o), [NC, N // 32, 2, R // 16, 8, 4, 4, 2])
-    return tl.reshape(tl.permute(b, [3, 2, 4, 0, 1, 6, 5, 7]), [R, NC * N])
+    b = tl.reshape(tl.load(p + o), [NC, N // 16, R // 16, 8, 4, 2, 2, 2])
+    return tl.reshape(tl.permute(b, [2, 6, 3, 0, 1, 5, 4, 7]), [R, NC * N])
 
 
 @triton.jit
@@ -189,13 +196,13 @@ def _store_lower(p, b, C: tl.constexpr):
 
 
 @triton.jit
-def _load_blocks(p, t_0, st, o_k, T, K, CT: tl.constexpr):
+def _load_blocks(p, t_0, st, o_k, m_k, T, EVEN: tl.constexpr, CT: tl.constexpr):
     """A chunk's rows in four blocks of 16: all loads before the first use, so that memory is waited for once."""
     o_t = tl.arange(0, 16)
-    x0 = _load_tile(_bits(p), o_t, st, o_k, t_0 + o_t < T, o_k < K)
-    x1 = _load_tile(_bits(p), o_t + 16, st, o_k, t_0 + 16 + o_t < T, o_k < K)
-    x2 = _load_tile(_bits(p), o_t + 32, st, o_k, t_0 + 32 + o_t < T, o_k < K)
-    x3 = _load_tile(_bits(p), o_t + 48, st, o_k, t_0 + 48 + o_t < T, o_k < K)
+    x0 = _load_tile(_bits(p), o_t, st, o_k, _below(t_0 + o_t, T, EVEN), m_k)
+    x1 = _load_tile(_bits(p), o_t + 16, st, o_k, _below(t_0 + 16 + o_t, T, EVEN), m_k)
+    x2 = _load_tile(_bits(p), o_t + 32, st, o_k, _below(t_0 + 32 + o_t, T, EVEN), m_k)
+    x3 = _load_tile(_bits(p), o_t + 48, st, o_k, _below(t_0 + 48 + o_t, T, EVEN), m_k)
     x0 = x0.to(p.dtype.element_ty, bitcast=True).to(CT)
     x1 = x1.to(p.dtype.element_ty, bitcast=True).to(CT)
     x2 = x2.to(p.dtype.element_ty, bitcast=True).to(CT)
@@ -204,7 +211,9 @@ def _load_blocks(p, t_0, st, o_k, T, K, CT: tl.constexpr):
 
 
 @triton.jit
-def _gram(p, st, t_0, T, K: tl.constexpr, BK: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr):
+def _gram(
+    p, st, t_0, T, K: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr
+):
     """K K^T of one chunk: the ten 16x16 blocks on and below the diagonal, row by row."""
     b00 = tl.zeros([16, 16], tl.float32)
     b10 = tl.zeros([16, 16], tl.float32)
@@ -217,7 +226,8 @@ def _gram(p, st, t_0, T, K: tl.constexpr, BK: tl.constexpr, CT: tl.constexpr, PR
     b32 = tl.zeros([16, 16], tl.float32)
     b33 = tl.zeros([16, 16], tl.float32)
     for i_k in range((K + BK - 1) // BK):
-        x0, x1, x2, x3 = _load_blocks(p, t_0, st, i_k * BK + tl.arange(0, BK), T, K, CT)
+        o_k = i_k * BK + tl.arange(0, BK)
+        x0, x1, x2, x3 = _load_blocks(p, t_0, st, o_k, _below(o_k, K, K % BK == 0), T, EVEN, CT)
         y0 = tl.trans(x0)
         y1 = tl.trans(x1)
         y2 = tl.trans(x2)
@@ -265,7 +275,7 @@ def scores_kernel(
     # sizes and strides
     scale, T, NT, H, q_sb, q_st, q_sh, k_sb, k_st, k_sh,
     # constants
-    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, L2NORM: tl.constexpr, PACKED: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, L2NORM: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     """P = scale rq lower(Q K^T) and the norms of q, of one chunk and key head."""
@@ -276,7 +286,7 @@ def scores_kernel(
         return
     CT: tl.constexpr = tl.float32 if WIDE else tl.bfloat16
     o_c = tl.arange(0, C)
-    m_t = i_c * C + o_c < T
+    m_t = _below(i_c * C + o_c, T, EVEN)
     bos += i_c * C
     q += i_b * q_sb + bos * q_st + i_h * q_sh
     k += i_b * k_sb + bos * k_st + i_h * k_sh
@@ -284,8 +294,9 @@ def scores_kernel(
     b_r = tl.zeros([C], tl.float32)
     for i_k in range((K + BK - 1) // BK):
         o_k = i_k * BK + tl.arange(0, BK)
-        b_q = _load_tile(q, o_c, q_st, o_k, m_t, o_k < K).to(CT)
-        b_k = _load_tile(k, o_c, k_st, o_k, m_t, o_k < K).to(CT)
+        m_k = _below(o_k, K, K % BK == 0)
+        b_q = _load_tile(q, o_c, q_st, o_k, m_t, m_k).to(CT)
+        b_k = _load_tile(k, o_c, k_st, o_k, m_t, m_k).to(CT)
         b_p = tl.dot(b_q, tl.trans(b_k), b_p, input_precision=PRECISION)
         if L2NORM:
             b_r += _squares(b_q)
@@ -310,7 +321,7 @@ def prepare_kernel(
     # sizes and strides
     T, NT, H, HV, k_sb, k_st, k_sh, b_sb, b_st, b_sh,
     # constants
-    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, L2NORM: tl.constexpr, PACKED: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, L2NORM: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr,
     WIDE: tl.constexpr, FP16: tl.constexpr, PRECISION: tl.constexpr, EPS: tl.constexpr, BETA_MIN: tl.constexpr,
 ):  # fmt: skip
     """A = rk (I + strictly_lower(beta rk rk' K K^T))^-1 diag(beta) of one chunk and value head, on 16x16 blocks.
@@ -336,7 +347,7 @@ def prepare_kernel(
     b_b1 = _load_beta(p_b, 1, o_t, t_0, b_st, T, BETA_MIN)
     b_b2 = _load_beta(p_b, 2, o_t, t_0, b_st, T, BETA_MIN)
     b_b3 = _load_beta(p_b, 3, o_t, t_0, b_st, T, BETA_MIN)
-    m00, m10, m11, m20, m21, m22, m30, m31, m32, m33 = _gram(p_k, k_st, t_0, T, K, BK, CT, PRECISION)
+    m00, m10, m11, m20, m21, m22, m30, m31, m32, m33 = _gram(p_k, k_st, t_0, T, K, BK, EVEN, CT, PRECISION)
     if L2NORM:
         r0 = _norm_of(m00, EPS)
         r1 = _norm_of(m11, EPS)
@@ -420,10 +431,10 @@ def prepare_kernel(
 
 @triton.jit
 def scan_kernel(
-    # inputs; a, p, rq and rk as the prepare kernel wrote them; p and rq only with STORED
-    q, k, v, a, p, rq, rk, h0,
-    # outputs; u and s, in tiles (`_store_fragments`), only with SAVE
-    o, u, s, ht,
+    # inputs; a and rk as the prepare kernel wrote them; p only with STORED
+    q, k, v, a, p, rk, h0,
+    # outputs; u and s, in tiles (`_store_fragments`), only with SAVE; rq too, which with STORED is an input
+    o, u, s, rq, ht,
     # packed sequences
     cu_seqlens, chunk_offsets,
     # sizes and strides
@@ -431,7 +442,7 @@ def scan_kernel(
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     # constants
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    L2NORM: tl.constexpr, PACKED: tl.constexpr, HAS_H0: tl.constexpr, HAS_HT: tl.constexpr, OUTPUT: tl.constexpr,
+    L2NORM: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr, HAS_H0: tl.constexpr, HAS_HT: tl.constexpr, OUTPUT: tl.constexpr,
     SAVE: tl.constexpr, PHI: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, EPS: tl.constexpr,
     STORED: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
@@ -464,9 +475,9 @@ def scan_kernel(
     o_k1 = tl.arange(0, BK)
     o_k2 = BK + tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
-    m_k1 = o_k1 < K
-    m_k2 = o_k2 < K
-    m_v = o_v < V
+    m_k1 = _below(o_k1, K, K >= BK)
+    m_k2 = _below(o_k2, K, K % BK == 0)
+    m_v = _below(o_v, V, V % BV == 0 and not PHI)
 
     q += i_b * q_sb + bos * q_st + i_h * q_sh
     k += i_b * k_sb + bos * k_st + i_h * k_sh
@@ -484,7 +495,7 @@ def scan_kernel(
         V_LOAD = 0
         V_HT = K
         ht = o
-    m_load = o_v < V_LOAD
+    m_load = _below(o_v, V_LOAD, V % BV == 0 and not PHI)
     u += ((chunk_0 * HV + i_hv) * NV + i_v) * BV * C
     a += (chunk_0 * HV + i_hv) * C * C
     p += (chunk_0 * H + i_h) * C * C
@@ -506,7 +517,7 @@ def scan_kernel(
     if DEEP:
         b_i = (o_c[:, None] == o_c[None, :]).to(CT)
     for i_c in range(NT):
-        m_t = i_c * C + o_c < T
+        m_t = _below(i_c * C + o_c, T, EVEN)
         b_k1 = _load_tile(k, o_c, k_st, o_k1, m_t, m_k1).to(CT)
         if K > BK:
             b_k2 = _load_tile(k, o_c, k_st, o_k2, m_t, m_k2).to(CT)
@@ -530,7 +541,10 @@ def scan_kernel(
                     if L2NORM:
                         b_rq += _squares(b_q2)
                 if L2NORM:
-                    b_rq = tl.rsqrt(b_rq + EPS) * scale
+                    b_rq = tl.rsqrt(b_rq + EPS)
+                    if SAVE:
+                        tl.store(rq + o_c, b_rq)
+                    b_rq *= scale
                 b_p = tl.where(o_c[:, None] <= o_c[None, :], b_p, 0.0).to(CT)
         b_c1 = b_s1.to(CT)
         if SAVE:
@@ -600,6 +614,7 @@ class Tables(NamedTuple):
     n: int  # sequences
     n_chunks: int  # programs over chunks; an upper bound for packed sequences, whose lengths only the device knows
     nt: int  # chunks a sequence (dense)
+    even: bool  # every chunk is known to be full
     chunk_offsets: torch.Tensor | None = None
     chunks: torch.Tensor | None = None
 
@@ -607,7 +622,7 @@ class Tables(NamedTuple):
 def tables(B: int, T: int, cu_seqlens: torch.Tensor | None) -> Tables:
     if cu_seqlens is None:
         nt = -(-T // CHUNK)
-        return Tables(B, B * nt, nt)
+        return Tables(B, B * nt, nt, T % CHUNK == 0)
     n = cu_seqlens.numel() - 1
     n_chunks = T // CHUNK + n
     offsets, chunks = torch.empty(n + 1 + 2 * n_chunks, dtype=torch.int32, device=cu_seqlens.device).split(
@@ -621,7 +636,7 @@ def tables(B: int, T: int, cu_seqlens: torch.Tensor | None) -> Tables:
         {"C": CHUNK, "BLOCK": 128},
         {"num_warps": 1},
     )
-    return Tables(n, n_chunks, 0, offsets, chunks)
+    return Tables(n, n_chunks, 0, False, offsets, chunks)
 
 
 def scratch_type(dtype: torch.dtype) -> torch.dtype:
@@ -660,7 +675,7 @@ def s_shape(k, v, n_chunks: int, plan: Plan) -> tuple[int, ...]:
 def prepare(q, k, beta, scale: float, l2norm: bool, t: Tables, cu_seqlens, plan: Plan):
     """A [chunks, HV, C, C], P [chunks, H, C, C], and the reciprocal norms of q and k [chunks, H, C] (or None).
 
-    P and the norms of q only where the plan stores them.
+    P only where the plan stores it; else the norms of q are left to the scan to fill.
     """
     B, T, H, K = k.shape
     HV = beta.shape[2]
@@ -669,10 +684,10 @@ def prepare(q, k, beta, scale: float, l2norm: bool, t: Tables, cu_seqlens, plan:
     p = k.new_empty(t.n_chunks, H, CHUNK, CHUNK, dtype=scratch_type(k.dtype)) if plan.stored else None
     # two tensors, not two halves of one: an operator's outputs may not share memory
     rk = k.new_empty(t.n_chunks, H, CHUNK, dtype=torch.float32) if l2norm else None
-    rq = k.new_empty(t.n_chunks, H, CHUNK, dtype=torch.float32) if l2norm and plan.stored else None
+    rq = k.new_empty(t.n_chunks, H, CHUNK, dtype=torch.float32) if l2norm else None
     if t.n_chunks > 0 and T > 0:
         constants = {
-            "K": K, "C": CHUNK, "L2NORM": l2norm, "PACKED": cu_seqlens is not None, "WIDE": wide, "EPS": EPS,
+            "K": K, "C": CHUNK, "L2NORM": l2norm, "PACKED": cu_seqlens is not None, "EVEN": t.even, "WIDE": wide, "EPS": EPS,
         }  # fmt: skip
         launch(
             prepare_kernel, (HV, t.n_chunks),
@@ -713,14 +728,15 @@ def scan(q, k, v, prepared, h0, scale, t: Tables, cu_seqlens, plan: Plan, *, out
         launch(
             scan_kernel, (columns, HV, t.n),
             (
-                q, k, v, a, a if p is None else p, a if rq is None else rq, a if rk is None else rk, a if h0 is None else h0,
-                (a if phi is None else phi) if o is None else o, a if u is None else u, a if s is None else s, a if ht is None else ht,
+                q, k, v, a, a if p is None else p, a if rk is None else rk, a if h0 is None else h0,
+                (a if phi is None else phi) if o is None else o, a if u is None else u, a if s is None else s,
+                a if rq is None else rq, a if ht is None else ht,
                 cu_seqlens, t.chunk_offsets,
             ),
             (scale, T, t.nt, H, HV, HV, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
             {
                 "K": K, "V": V, "BK": block_k, "BV": block_v, "C": CHUNK,
-                "L2NORM": rk is not None, "PACKED": cu_seqlens is not None, "HAS_H0": h0 is not None,
+                "L2NORM": rk is not None, "PACKED": cu_seqlens is not None, "EVEN": t.even, "HAS_H0": h0 is not None,
                 "HAS_HT": final, "OUTPUT": output, "SAVE": save, "PHI": phi is not None, "WIDE": k.dtype != torch.bfloat16,
                 "PRECISION": precision(k.dtype), "EPS": EPS, "STORED": plan.stored, "DEEP": choice.deep,
             },
