@@ -61,7 +61,6 @@ def main(arch: int, d: int, dtype: str = "bf16") -> dict:
             "SAVE": True,
             "EPS": 1e-6,
             "STORED": plan.stored,
-            "DEEP": plan.scan.deep,
         }
         found[f"scan, {name}"] = compile_and_read(forward.scan_kernel, scan | state, plan.scan, arch, dtype)
         state = {
@@ -77,7 +76,7 @@ def main(arch: int, d: int, dtype: str = "bf16") -> dict:
     scores = common | {"BK": min(plan.scores.block_v, pad), "EPS": 1e-6}
     found["scores"] = compile_and_read(forward.scores_kernel, scores, plan.scores, arch, dtype)
     block_v, _, block_k, nk = forward.blocks(d, d, plan)
-    grads = common | {"V": d, "BK": block_k, "NK": nk, "BV": block_v, "G": 1}
+    grads = common | {"V": d, "BK": block_k, "NK": nk, "BV": block_v, "W": min(block_v, plan.grads.block_v), "G": 1}
     found["grads"] = compile_and_read(backward.grads_kernel, grads, plan.grads, arch, dtype)
     return found
 

@@ -22,8 +22,8 @@ from .chunk_forward import (
     Tables,
     _below,
     _load_tile,
+    _load_rows,
     _load_tile_t,
-    _load_tiles,
     _locate,
     _store_fragments,
     blocks,
@@ -91,8 +91,8 @@ def reverse_kernel(
     p += ((chunk_0 + last) * H + i_h) * C * C
     rq += ((chunk_0 + last) * H + i_h) * C
     rk += ((chunk_0 + last) * H + i_h) * C
-    NV = tl.cdiv(V, BV)
-    NK = tl.cdiv(K, BK)
+    NV: tl.constexpr = (V + BV - 1) // BV
+    NK: tl.constexpr = (K + BK - 1) // BK
     ds += (((chunk_0 + last) * HV + i_hv) * NV + i_v) * NK * BV * BK
     p_h = (i_n.to(tl.int64) * HV_ALL + i_hv) * K * V
 
@@ -191,8 +191,8 @@ def grads_kernel(
     # sizes and strides
     scale, T, NT, H, H_ALL, HV_ALL,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, d_sb, d_st, d_sh,
-    # constants; G the value heads of a key head
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, NK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    # constants; BV the value columns of a tile, W of a step, G the value heads of a key head
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, NK: tl.constexpr, BV: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
     G: tl.constexpr, L2NORM: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk and key head. Even programs compute dq, odd ones dk and dbeta.
@@ -233,11 +233,11 @@ def grads_kernel(
         b_dq = tl.zeros([C, NK * BK], tl.float32)
         for i_g in range(G):
             b_r = tl.zeros([C, C], tl.float32)
-            for i_v in range(0, V, BV):
-                o_v = i_v + tl.arange(0, BV)
-                b_do = _load_tile(do + i_g * d_sh, o_c, d_st, o_v, m_t, _below(o_v, V, V % BV == 0)).to(CT)
-                b_u = _load_tiles(u + (i_g * NV + i_v // BV) * BV * C, 1, BV, C)
-                b_s = _load_tiles(s + (i_g * NV + i_v // BV) * NK * BV * BK, NK, BV, BK)
+            for i_v in range(0, V, W):
+                o_v = i_v + tl.arange(0, W)
+                b_do = _load_tile(do + i_g * d_sh, o_c, d_st, o_v, m_t, _below(o_v, V, V % W == 0)).to(CT)
+                b_u = _load_rows(u + (i_g * NV + i_v // BV) * BV * C, i_v % BV, 1, W, BV, C)
+                b_s = _load_rows(s + (i_g * NV + i_v // BV) * NK * BV * BK, i_v % BV, NK, W, BV, BK)
                 b_r = tl.dot(b_do, b_u, b_r, input_precision=PRECISION)
                 b_dq = tl.dot(b_do, b_s, b_dq, input_precision=PRECISION)
             b_k = _load_tile(k, o_c, k_st, o_k, m_t, m_k).to(CT)
@@ -257,11 +257,11 @@ def grads_kernel(
             # of the four terms only dV S^T carries rk, so what stands in the accumulator is divided by it meanwhile
             b_dk *= (-1.0 / b_rk)[:, None]
             b_e = tl.zeros([C, C], tl.float32)
-            for i_v in range(0, V, BV):
-                o_v = i_v + tl.arange(0, BV)
-                b_v = _load_tile(dv + i_g * V, o_c, HV_ALL * V, o_v, m_t, _below(o_v, V, V % BV == 0))
-                b_u = _load_tiles(u + (i_g * NV + i_v // BV) * BV * C, 1, BV, C)
-                b_s = _load_tiles(s + (i_g * NV + i_v // BV) * NK * BV * BK, NK, BV, BK)
+            for i_v in range(0, V, W):
+                o_v = i_v + tl.arange(0, W)
+                b_v = _load_tile(dv + i_g * V, o_c, HV_ALL * V, o_v, m_t, _below(o_v, V, V % W == 0))
+                b_u = _load_rows(u + (i_g * NV + i_v // BV) * BV * C, i_v % BV, 1, W, BV, C)
+                b_s = _load_rows(s + (i_g * NV + i_v // BV) * NK * BV * BK, i_v % BV, NK, W, BV, BK)
                 b_e = tl.dot(b_v, b_u, b_e, input_precision=PRECISION)
                 b_dk = tl.dot(b_v, b_s, b_dk, input_precision=PRECISION)
             b_dk *= (-b_rk)[:, None]
@@ -276,11 +276,11 @@ def grads_kernel(
             b_dk = tl.dot(tl.trans(b_e), b_k, b_dk, input_precision=PRECISION)
             # transposed from the start: R^T = U dO^T
             b_r = tl.zeros([C, C], tl.float32)
-            for i_v in range(0, V, BV):
-                o_v = i_v + tl.arange(0, BV)
-                b_do = _load_tile(do + i_g * d_sh, o_c, d_st, o_v, m_t, _below(o_v, V, V % BV == 0)).to(CT)
-                b_u = _load_tiles(u + (i_g * NV + i_v // BV) * BV * C, 1, BV, C)
-                b_s = _load_tiles(ds + (i_g * NV + i_v // BV) * NK * BV * BK, NK, BV, BK)
+            for i_v in range(0, V, W):
+                o_v = i_v + tl.arange(0, W)
+                b_do = _load_tile(do + i_g * d_sh, o_c, d_st, o_v, m_t, _below(o_v, V, V % W == 0)).to(CT)
+                b_u = _load_rows(u + (i_g * NV + i_v // BV) * BV * C, i_v % BV, 1, W, BV, C)
+                b_s = _load_rows(ds + (i_g * NV + i_v // BV) * NK * BV * BK, i_v % BV, NK, W, BV, BK)
                 b_u = tl.trans(b_u)
                 b_r = tl.dot(b_u, tl.trans(b_do), b_r, input_precision=PRECISION)
                 b_dk = tl.dot(b_u, b_s, b_dk, input_precision=PRECISION)
@@ -345,7 +345,7 @@ def grads(q, k, do, a, u, dv, s, ds, rq, rk, dq, dk, dbeta, scale, t: Tables, cu
                 *q.stride()[:3], *k.stride()[:3], *do.stride()[:3],
             ),
             {
-                "K": K, "V": V, "BK": block_k, "NK": nk, "BV": block_v, "C": CHUNK, "G": HV // H,
+                "K": K, "V": V, "BK": block_k, "NK": nk, "BV": block_v, "W": min(block_v, choice.block_v), "C": CHUNK, "G": HV // H,
                 "L2NORM": rk is not None, "PACKED": cu_seqlens is not None, "EVEN": t.even, "WIDE": k.dtype != torch.bfloat16,
                 "PRECISION": precision(k.dtype),
             },

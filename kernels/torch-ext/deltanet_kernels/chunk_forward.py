@@ -6,9 +6,9 @@ the L2 norm), folded in as row scalars so that normalised copies are never store
 
     M = strictly_lower(beta rk rk' K K^T)    A = rk (I + M)^-1 diag(beta)          prepare, one program a chunk
     P = scale rq lower(Q K^T)                                                        prepare, or scan (Plan.stored)
-    X = V - rk (K S)    U = A X    O = scale rq (Q S) + P U    S' = S + K^T U                                  scan
+    U = A V - A (rk K S)    O = scale rq (Q S) + P U    S' = S + K^T U                                         scan
 
-The scan keeps the state transposed, S^T [V, K], as an accumulator: each product of the chain S -> X -> U -> S then
+The scan keeps the state transposed, S^T [V, K], as an accumulator: each product of the chain S -> K S -> U -> S then
 takes its left operand from registers and its right one from shared memory, and nothing on the critical path makes a
 round trip through shared memory (`kernels/README.md`, "Transposed scan").
 """
@@ -93,7 +93,7 @@ def _load_tile_t(p, o_r, stride, o_c, m_r, m_c):
 
 @triton.jit
 def _store_fragments(p, b, R: tl.constexpr, N: tl.constexpr):
-    """Scratch tile [R, N] in the order in which a warp group holds it as a left operand: 16 bytes a thread, no moves.
+    """Scratch tile [R, N] in the order in which warps hold it as a left operand: 16 bytes a thread, no moves.
 
     Row-major order would need a pass through shared memory and two barriers for every 2 KB. Row bits are (warp, half,
     8 rows), column bits (block of 16, half, 4, pair); only the speed depends on the layout, the result never does.
@@ -105,11 +105,13 @@ def _store_fragments(p, b, R: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def _load_tiles(p, NC: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
-    """Reads NC neighbouring tiles that `_store_fragments` wrote, as [R, NC * N]."""
-    o = tl.arange(0, NC * R * N // 256)[:, None] * 256 + tl.arange(0, 256)[None, :]
-    b = tl.reshape(tl.load(p + o), [NC, N // 16, R // 16, 8, 4, 2, 2, 2])
-    return tl.reshape(tl.permute(b, [2, 6, 3, 0, 1, 5, 4, 7]), [R, NC * N])
+def _load_rows(p, i_r, NC: tl.constexpr, W: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
+    """Rows i_r to i_r + W of NC neighbouring tiles [R, N] that `_store_fragments` wrote, as [W, NC * N]."""
+    o = tl.arange(0, NC * W * N // 256)
+    o = i_r * 16 + o // (W // 16) * (R * 16) + o % (W // 16) * 256
+    b = tl.load(p + o[:, None] + tl.arange(0, 256)[None, :])
+    b = tl.reshape(b, [NC, N // 16, W // 16, 8, 4, 2, 2, 2])
+    return tl.reshape(tl.permute(b, [2, 6, 3, 0, 1, 5, 4, 7]), [W, NC * N])
 
 
 @triton.jit
@@ -444,14 +446,12 @@ def scan_kernel(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     L2NORM: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr, HAS_H0: tl.constexpr, HAS_HT: tl.constexpr, OUTPUT: tl.constexpr,
     SAVE: tl.constexpr, PHI: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, EPS: tl.constexpr,
-    STORED: tl.constexpr, DEEP: tl.constexpr,
+    STORED: tl.constexpr,
 ):  # fmt: skip
     """Runs one sequence, value head and block of BV value columns from the first chunk to the last.
 
     HV_ALL is the number of heads in h0 and ht, of which a call may hold a slice (`recompute`).
     PHI (segments): blocks of columns beyond V start from the identity with v = 0; their final state goes to o.
-    DEEP: V is transposed by the tensor cores, exactly. Through registers it costs eight barriers a chunk and a wait for
-    its load, but less shared memory.
     Keys wider than BK = 128 are held as two halves, 1 and 2, so that only one bf16 copy of the state lives at a time.
     """
     i_v = tl.program_id(0)
@@ -484,9 +484,9 @@ def scan_kernel(
     v += i_b * v_sb + bos * v_st + i_hv * v_sh
     if OUTPUT:
         o += ((i_b * T_all + bos) * HV + i_hv) * V
-    # scratch tiles: u [chunks, HV, V blocks, BV * C], s [chunks, HV, V blocks, K halves, BV * BK]
-    NV = tl.cdiv(V, BV)
-    NK = tl.cdiv(K, BK)
+    # scratch: u in tiles [BV, C], s in tiles [BV, BK], the halves of the keys side by side
+    NV: tl.constexpr = (V + BV - 1) // BV
+    NK: tl.constexpr = (K + BK - 1) // BK
     V_LOAD = V
     V_HT = V
     if PHI and i_v >= NV:
@@ -514,17 +514,12 @@ def scan_kernel(
         if K > BK:
             b_s2 += _load_tile_t(h0 + p_h, o_k2, V, o_v, m_k2, m_v)
 
-    if DEEP:
-        b_i = (o_c[:, None] == o_c[None, :]).to(CT)
     for i_c in range(NT):
         m_t = _below(i_c * C + o_c, T, EVEN)
         b_k1 = _load_tile(k, o_c, k_st, o_k1, m_t, m_k1).to(CT)
         if K > BK:
             b_k2 = _load_tile(k, o_c, k_st, o_k2, m_t, m_k2).to(CT)
-        if DEEP:
-            b_v = tl.trans(_load_tile(v, o_c, v_st, o_v, m_t, m_load).to(CT))
-        else:
-            b_v = _load_tile_t(v, o_c, v_st, o_v, m_t, m_load)
+        b_v = _load_tile_t(v, o_c, v_st, o_v, m_t, m_load).to(CT)
         b_a = tl.load(a + o_c[:, None] * C + o_c[None, :])
         if OUTPUT:
             b_q1 = _load_tile(q, o_c, q_st, o_k1, m_t, m_k1).to(CT)
@@ -552,8 +547,7 @@ def scan_kernel(
             if K > BK:
                 _store_fragments(s + BV * BK, b_s2.to(CT), BV, BK)
 
-        # X^T = V^T - rk (S^T K^T)
-        b_y = tl.dot(b_v, b_i, input_precision="ieee") if DEEP else b_v.to(tl.float32)
+        # (-rk K S)^T
         b_x = tl.dot(b_c1, tl.trans(b_k1), input_precision=PRECISION)
         if OUTPUT:
             b_o = tl.dot(b_c1, tl.trans(b_q1), input_precision=PRECISION)
@@ -562,9 +556,10 @@ def scan_kernel(
             b_x = tl.dot(b_c2, tl.trans(b_k2), b_x, input_precision=PRECISION)
             if OUTPUT:
                 b_o = tl.dot(b_c2, tl.trans(b_q2), b_o, input_precision=PRECISION)
-        b_x = b_y - b_x * tl.load(rk + o_c)[None, :] if L2NORM else b_y - b_x
-        # U^T = X^T A^T
-        b_u = tl.dot(b_x.to(CT), tl.trans(b_a), input_precision=PRECISION).to(CT)
+        b_x = b_x * -tl.load(rk + o_c)[None, :] if L2NORM else -b_x
+        # U^T = V^T A^T + (-rk K S)^T A^T
+        b_u = tl.dot(b_v, tl.trans(b_a), input_precision=PRECISION)
+        b_u = tl.dot(b_x.to(CT), tl.trans(b_a), b_u, input_precision=PRECISION).to(CT)
         # S^T <- S^T + U^T K
         b_s1 = tl.dot(b_u, b_k1, b_s1, input_precision=PRECISION)
         if K > BK:
@@ -651,7 +646,7 @@ def precision(dtype: torch.dtype) -> str:
 
 @functools.cache
 def blocks(K: int, V: int, plan: Plan) -> tuple[int, int, int, int]:
-    """The tiles of u, s and ds: value columns of a scan program, their number, key columns of a half, their number.
+    """Value columns of a scan program, number of such programs, key columns of a half, number of halves.
 
     Cached, because Triton's own cdiv and next_power_of_2 took a quarter of the host's time in a forward + backward.
     """
@@ -663,13 +658,13 @@ def blocks(K: int, V: int, plan: Plan) -> tuple[int, int, int, int]:
 def u_shape(k, v, n_chunks: int, plan: Plan) -> tuple[int, ...]:
     HV, V = v.shape[2:]
     block_v, nv, _, _ = blocks(k.shape[3], V, plan)
-    return n_chunks, HV, nv, block_v * CHUNK
+    return n_chunks, HV, nv * block_v, CHUNK
 
 
 def s_shape(k, v, n_chunks: int, plan: Plan) -> tuple[int, ...]:
     K, (HV, V) = k.shape[3], v.shape[2:]
     block_v, nv, block_k, nk = blocks(K, V, plan)
-    return n_chunks, HV, nv, nk, block_v * block_k
+    return n_chunks, HV, nv * block_v, nk * block_k
 
 
 def prepare(q, k, beta, scale: float, l2norm: bool, t: Tables, cu_seqlens, plan: Plan):
@@ -738,7 +733,7 @@ def scan(q, k, v, prepared, h0, scale, t: Tables, cu_seqlens, plan: Plan, *, out
                 "K": K, "V": V, "BK": block_k, "BV": block_v, "C": CHUNK,
                 "L2NORM": rk is not None, "PACKED": cu_seqlens is not None, "EVEN": t.even, "HAS_H0": h0 is not None,
                 "HAS_HT": final, "OUTPUT": output, "SAVE": save, "PHI": phi is not None, "WIDE": k.dtype != torch.bfloat16,
-                "PRECISION": precision(k.dtype), "EPS": EPS, "STORED": plan.stored, "DEEP": choice.deep,
+                "PRECISION": precision(k.dtype), "EPS": EPS, "STORED": plan.stored,
             },
             {"num_warps": choice.num_warps, "num_stages": choice.num_stages},
         )  # fmt: skip

@@ -29,7 +29,7 @@ class Plan(NamedTuple):
 
     prepare: Launch  # block_v is the slice of key columns a step loads; one chunk in 16x16 blocks
     scores: Launch  # P, where it is stored; block_v likewise
-    scan: Launch  # forward scan; its block_v is that of the reverse scan and of the gradients' loops too
+    scan: Launch  # forward scan; its block_v is that of the reverse scan too
     reverse: Launch  # reverse scan
     grads: Launch  # chunk-parallel gradients
     stored: bool = True  # P by a kernel of its own; else by each scan, which saves 24 KB a chunk
@@ -69,7 +69,7 @@ def plan(arch: int, K: int, V: int, wide: bool, few: bool) -> Plan:
         if K > 128 and arch == 90:
             # two halves of the state are 128 registers; 8 warps on 128 columns need no more of them, and all of shared
             # memory to load ahead
-            return Plan(prepare, scores, Launch(128, 8, 2), Launch(128, 8, 2), Launch(128, 8, 1))
+            return Plan(prepare, scores, Launch(128, 8, 2), Launch(128, 8, 2), Launch(64, 8, 1))
         if K > 128:  # compiled, not measured
             return Plan(prepare, scores, Launch(64, 4, 1), Launch(64, 4, 1), Launch(64, 8, 1))
         # d = 64: three programs a multiprocessor, without spills. d = 128: all registers
