@@ -37,6 +37,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_deltanet import prepare_cache
 from .configuration_deltanet import DeltaNetConfig
+from .cuda_graph import GraphedStep, can_be_captured
 from .delta_rule import delta_rule, delta_rule_step
 from .liger_deltanet import apply_liger_kernel_to_deltanet
 from .short_conv import short_conv, short_conv_step
@@ -633,6 +634,12 @@ class DeltaNetForCausalLM(DeltaNetPreTrainedModel, GenerationMixin):
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs):
         # `generate` makes the masks itself where the cache could be compiled: by default with Transformers' linear mask.
         return create_masks(config, inputs_embeds, attention_mask, past_key_values, position_ids)
+
+    def get_compiled_call(self, compile_config):
+        # What `generate` calls for each token with a static cache. Whoever passes a `compile_config` gets torch.compile.
+        if compile_config is None and can_be_captured(self):
+            return GraphedStep(self.__call__)
+        return super().get_compiled_call(compile_config)
 
     @can_return_tuple
     @auto_docstring
