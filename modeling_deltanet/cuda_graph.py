@@ -75,11 +75,13 @@ def _kind(x):
     """All of an input that a recorded step depends on, but for a tensor's contents."""
     if isinstance(x, torch.Tensor):
         return x.shape, x.dtype, x.device
-    return [_state(vars(layer)) for layer in x.layers] if isinstance(x, Cache) else x
+    return [_state(layer) for layer in x.layers] if isinstance(x, Cache) else x
 
 
-def _state(x):
-    """What a cache layer's attributes are to the host: addresses and numbers."""
-    if isinstance(x, torch.Tensor):
-        return x.data_ptr()
-    return {name: _state(value) for name, value in x.items()} if isinstance(x, dict) else x
+def _state(layer) -> list:
+    """What a cache layer's attributes are to the host: addresses and numbers. (In one go, as it is asked for each token.)"""
+    return [
+        x.data_ptr() if isinstance(x, torch.Tensor) else x
+        for attribute in vars(layer).values()
+        for x in (attribute.values() if isinstance(attribute, dict) else (attribute,))
+    ]

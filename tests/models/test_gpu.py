@@ -144,7 +144,9 @@ def test_a_compiled_step_with_a_static_cache_is_one_cuda_graph(layer_types):
     torch._dynamo.reset()
     counters.clear()
     for _ in range(2):
-        got = model.generate(ids, cache_implementation="static", max_cache_len=100, compile_config=CompileConfig(), **options)
+        got = model.generate(
+            ids, cache_implementation="static", max_cache_len=100, compile_config=CompileConfig(), **options
+        )
     assert counters["stats"]["unique_graphs"] == 1
     assert counters["inductor"]["cudagraph_skips"] == 0
     # bf16 rounds differently where kernels are fused: the first tokens are the same all the same
