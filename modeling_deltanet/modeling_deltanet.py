@@ -165,10 +165,11 @@ class DeltaNetLinearAttention(nn.Module):
             )
         inputs = *qkv, b, g, attention_mask, past_key_values, cu_seqlens, position_embeddings
         o = checkpoint(self._mix, *inputs, use_reentrant=False) if recompute else self._mix(*inputs)
-        return o.view(B, T, -1)
+        # Not part of what is computed again: compiled, the product itself would be (seen in torch 2.13's partitioner).
+        return self.o_proj(o).view(B, T, -1)
 
     def _mix(self, q, k, v, b, g, attention_mask, past_key_values, cu_seqlens, position_embeddings) -> torch.Tensor:
-        """What comes after the projections of the input: from the convolution to the output projection."""
+        """What lies between the projections of the input and of the output."""
         T = q.shape[1]
         state = None if past_key_values is None else past_key_values.get_recurrent_state(self.layer_idx)
         # v always passes through SiLU; where q and k do too, the three share it.
@@ -214,7 +215,7 @@ class DeltaNetLinearAttention(nn.Module):
         o = self.o_norm(o)
         if g is not None:
             o = o * F.silu(g.unflatten(-1, (-1, self.head_v_dim)))
-        return self.o_proj(o.flatten(-2))
+        return o.flatten(-2)
 
     @force_accelerate_hooks(["q_conv1d", "k_conv1d", "v_conv1d"])
     def _convolve(self, xs, activation, attention_mask, past_key_values, cu_seqlens):
@@ -416,7 +417,7 @@ class DeltaNetDecoderLayer(GradientCheckpointingLayer):
     def _recomputes(self, hidden_states: torch.Tensor, past_key_values: Cache | None) -> bool:
         """Whether backward computes again what lies between a linear mixer's projections, and between the MLP's.
 
-        Of the 24 activations `[B, T, D]` that a layer of the 1.3B size would keep, 12.5 are left, and what is computed again
+        Of the 24 activations `[B, T, D]` that a layer of the 1.3B size would keep, 13.5 are left, and what is computed again
         has no matrix product of a projection. On a CPU memory is not what is short. A cache would be written twice. A layer
         that is computed again as a whole (by Transformers' gradient checkpointing) need not do so with its parts.
         """

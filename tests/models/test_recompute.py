@@ -59,7 +59,8 @@ def kept_by(layer, x, **inputs) -> int:
 
 
 def numbers_between_the_projections(model, B, T) -> int:
-    """What a linear layer has to keep: what goes into its norms and out of them, and what comes out of its projections."""
+    """What a linear layer has to keep: what goes into its norms and out of them, what comes out of
+    its projections, and what goes into the mixer's last one."""
     config = model.config
     key_dim, value_dim = (
         heads * size
@@ -70,12 +71,12 @@ def numbers_between_the_projections(model, B, T) -> int:
     )
     # (a CPU's norm also keeps what it has divided by, and the quotient before it is scaled)
     norms = 2 * (3 * config.hidden_size + 1)
-    projections = 2 * key_dim + value_dim + config.linear_num_value_heads + 2 * config.intermediate_size
+    projections = 2 * key_dim + 2 * value_dim + config.linear_num_value_heads + 2 * config.intermediate_size
     return B * T * (norms + projections)
 
 
 @pytest.mark.parametrize("kernels", [False, True], ids=["torch", "kernels"])
-def test_a_layer_keeps_the_outputs_of_its_norms_and_projections(recomputing, kernels, monkeypatch):
+def test_a_layer_keeps_what_its_norms_and_projections_need(recomputing, kernels, monkeypatch):
     """Training would need twice the memory: a convolution, a state or an activation would be kept after all."""
     model = tiny_model(layer_types=[LINEAR]).train()
     if kernels:
