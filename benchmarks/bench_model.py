@@ -3,11 +3,20 @@
     python benchmarks/bench_model.py                                     # all of it, the 1.3B size
     python benchmarks/bench_model.py --only train --models ours-liger fla --out benchmarks/results/h200_train.json
     python benchmarks/bench_model.py --only train --models ours-liger --checkpoint-every 3   # recompute every 3rd layer
-    python benchmarks/bench_model.py --only decode --models ours ours-compiled --out benchmarks/results/h200_decode.json
+    python benchmarks/bench_model.py --only train --models ours-liger ours-liger-keep        # what recomputation costs
+    python benchmarks/bench_model.py --only decode --models ours-static llama-static --limit 120
 
-A model's name may be followed by `-liger` (Liger's kernels, as `use_liger_kernel=True` puts them in) and `-compiled`
-(torch.compile with fullgraph; in decoding, a static cache, which makes `generate` compile its step). Each line is printed,
-and written to --out, as soon as it is there; a model that fails is a line with its error.
+What may follow a model's name:
+
+    -liger        training: Liger's kernels, as `use_liger_kernel=True` puts them in
+    -keep         training, ours: nothing is computed again; -keepmixer, -keepmlp: not these parts of a layer
+    -compiled     training: torch.compile with fullgraph; decoding: a static cache and Transformers' CompileConfig()
+    -static       decoding: a static cache, and what `generate` then does by itself: ours replays a CUDA graph of the eager
+                  step, others' steps are compiled
+    -cudagraphs   decoding: a static cache, and torch's backend of that name: Dynamo's graph, captured without Inductor
+
+Each line is measured in a process of its own, so that what fails, or takes longer than --limit, loses that line only. It is
+printed, and written to --out, as soon as it is there.
 
 All models have bf16 weights drawn at random and see the same random tokens. Training is forward, loss, backward and a
 fused AdamW step, without recomputation unless asked for. The peer `fla` is left out, with a line that says so, where it
@@ -16,8 +25,8 @@ is not installed.
 
 import argparse
 import datetime
-import gc
 import json
+import multiprocessing
 import statistics
 import sys
 import time
@@ -29,7 +38,7 @@ import triton
 from rich.console import Console
 from rich.table import Table
 from torch._dynamo.utils import counters
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.liger import apply_liger_kernel
 
 from modeling_deltanet import DeltaNetConfig, DeltaNetForCausalLM
@@ -44,6 +53,16 @@ except ImportError:
 
 H200_BF16_TFLOPS = 989  # dense peak of the data sheet, the denominator of model FLOP utilisation
 console = Console(width=140)
+
+# The parts of a layer that keep everything, where backward would compute them again.
+KEEP = {"keep": ("linear_attn", "mlp"), "keepmixer": ("linear_attn",), "keepmlp": ("mlp",)}
+# What `generate` is told about compilation.
+DECODE = {
+    "static": {},
+    "compiled": {"compile_config": CompileConfig()},
+    "cudagraphs": {"compile_config": CompileConfig(backend="cudagraphs", mode=None)},
+}
+EXTRAS = {"train": {"liger", "compiled", *KEEP}, "decode": set(DECODE)}
 
 
 def make_model(name: str, size: str):
@@ -76,6 +95,10 @@ def make_model(name: str, size: str):
             model = DeltaNetForCausalLM._from_config(config, dtype=torch.bfloat16)
     if "liger" in extras:
         apply_liger_kernel(model, {})
+    for part in (part for extra in extras for part in KEEP.get(extra, ())):
+        for module in (getattr(layer, part) for layer in model.model.layers if hasattr(layer, part)):
+            # a layer's last word to its parts is whether to recompute
+            module.forward = lambda *inputs, forward=module.forward: forward(*inputs[:-1])
     return model
 
 
@@ -118,8 +141,10 @@ def bench_decode(name, args):
     model = make_model(name, args.size).eval()
     ids = torch.randint(5, model.config.vocab_size, (args.decode_batch, args.prompt), device="cuda")
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    if name.endswith("compiled"):
-        options |= {"cache_implementation": "static", "max_cache_len": args.prompt + 16 + args.new_tokens}
+    for extra in name.split("-")[1:]:
+        options |= {"cache_implementation": "static", "max_cache_len": args.prompt + 16 + args.new_tokens} | DECODE[
+            extra
+        ]
 
     def generate(new_tokens):
         torch.cuda.synchronize()
@@ -142,9 +167,39 @@ def bench_decode(name, args):
     }
 
 
+BENCHES = {"train": bench_train, "decode": bench_decode}
+
+
+def measure(task, name, args) -> dict:
+    """A line, from a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=send_line, args=(sender, task, name, args))
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(args.limit):
+            return {"model": name, "error": f"not done after {args.limit} s"}
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        return {"model": name, "error": f"its process ended with {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def send_line(sender, task, name, args) -> None:
+    try:
+        row = BENCHES[task](name, args)
+    except (RuntimeError, ImportError, ValueError) as error:
+        row = {"model": name, "error": f"{type(error).__name__}: {error}"[:300]}
+    sender.send(row)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ["ours", "ours-liger", "ours-compiled", "fla", "llama", "llama-liger", "llama-compiled"]
+    names = ["ours", "ours-liger", "ours-compiled", "ours-static", "fla", "llama", "llama-liger", "llama-compiled"]
     parser.add_argument("--only", choices=["train", "decode"], help="one of the two measurements (default both)")
     parser.add_argument("--models", nargs="+", default=names, help=f"default {' '.join(names)}")
     parser.add_argument("--size", default="1.3B", help="preset, 340M or 1.3B (default 1.3B)")
@@ -161,6 +216,7 @@ def main():
         metavar="N",
         help="recompute every Nth layer in training (default none)",
     )
+    parser.add_argument("--limit", type=float, default=300, help="seconds that a line may take (default 300)")
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -168,11 +224,12 @@ def main():
     models = args.models
     for name in models:
         family, *extras = name.split("-")
-        if family not in ("ours", "fla", "llama") or not set(extras) <= {"liger", "compiled"}:
-            parser.error(f"no model {name!r}: ours, fla or llama, with -liger and -compiled behind it")
-    if fla is None and "fla" in models:
+        known = set.union(*EXTRAS.values())
+        if family not in ("ours", "fla", "llama") or not set(extras) <= known:
+            parser.error(f"no model {name!r}: ours, fla or llama, and behind it {', '.join(sorted(known))}")
+    if fla is None and any(name.startswith("fla") for name in models):
         console.print("fla is not installed: left out")
-        models = [name for name in models if name != "fla"]
+        models = [name for name in models if not name.startswith("fla")]
 
     results = {
         "gpu": torch.cuda.get_device_name(),
@@ -183,24 +240,16 @@ def main():
         "date": datetime.date.today().isoformat(),
         "command": "python " + " ".join(sys.argv),
     }
-    for task, bench in (("train", bench_train), ("decode", bench_decode)):
+    for task, extras in EXTRAS.items():
         if args.only not in (None, task):
             continue
         results[task] = []
         for name in models:
-            if task == "decode" and "liger" in name:
-                continue  # a matter of training only
-            try:
-                row = bench(name, args)
-            except (RuntimeError, ImportError) as error:  # the other models' lines shall not be lost
-                row = {"model": name, "error": f"{type(error).__name__}: {error}"[:300]}
+            if not set(name.split("-")[1:]) <= extras:
+                continue  # a matter of the other task only
+            row = measure(task, name, args)
             results[task].append(row)
             console.print(task, {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
-            gc.collect()
-            torch._dynamo.reset()
-            counters.clear()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
             if args.out:
                 args.out.write_text(json.dumps(results, indent=1) + "\n")
         columns = max((list(row) for row in results[task]), key=len, default=[])

@@ -1,7 +1,7 @@
 """Liger's Triton kernels in a DeltaNet, if one asks for them: `TrainingArguments(use_liger_kernel=True)`, as for Llama.
 
-They save memory in training: the loss is computed without ever holding the logits of all tokens, and SwiGLU keeps its
-two inputs and not the activation between them. (Norms need none: torch's own kernel keeps as little as Liger's.)
+They save memory in training: the loss is computed without ever holding the logits of all tokens, and SwiGLU's gradients
+take the place of its inputs. (Norms need none: torch's own kernel keeps as little as Liger's.)
 """
 
 import functools
@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 try:  # (here, and not where they are used: remote code may import what is not installed only within a `try`)
-    from liger_kernel.transformers import LigerSwiGLUMLP
+    from liger_kernel.transformers.functional import liger_swiglu
     from liger_kernel.transformers.model.loss_utils import LigerForCausalLMLoss
 except ImportError:
     pass
@@ -28,7 +28,7 @@ def apply_liger_kernel_to_deltanet(fused_linear_cross_entropy: bool = True, swig
         raise ValueError("apply_liger_kernel_to_deltanet needs a model, got None")
     if swiglu and model.config.hidden_act in ("silu", "swish"):
         for layer in getattr(model, model.base_model_prefix, model).layers:
-            layer.mlp.forward = MethodType(LigerSwiGLUMLP.forward, layer.mlp)
+            layer.mlp.glu = liger_swiglu
     if fused_linear_cross_entropy and hasattr(model, "lm_head"):
         model.forward = MethodType(_without_logits(type(model).forward), model)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -36,6 +37,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_deltanet import prepare_cache
 from .configuration_deltanet import DeltaNetConfig
+from .cuda_graph import GraphedStep, can_be_captured
 from .delta_rule import delta_rule, delta_rule_step
 from .liger_deltanet import apply_liger_kernel_to_deltanet
 from .short_conv import short_conv, short_conv_step
@@ -141,38 +143,51 @@ class DeltaNetLinearAttention(nn.Module):
         past_key_values: Cache | None = None,
         cu_seqlens: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        recompute: bool = False,
     ) -> torch.Tensor:
         """Mix `[B, T, D]` along time.
 
         `attention_mask` `[B, T]` is 0 where a token is padding: such a token writes nothing, and no convolution sees it.
         `cu_seqlens` `[N + 1]` holds the borders of packed documents on the flattened time axis of all B rows.
         `position_embeddings` are the rotary cosines and sines, `[B, T, K]`, which only `linear_use_rope` reads.
+        `recompute`, without a cache: backward computes again all that lies between the projections (see the layer).
         """
         B, T, _ = hidden_states.shape
         if cu_seqlens is not None:
             hidden_states = hidden_states.flatten(0, 1).unsqueeze(0)
-
-        state = None if past_key_values is None else past_key_values.get_recurrent_state(self.layer_idx)
         qkv = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        b = None if self.b_proj is None else self.b_proj(hidden_states)
+        g = None if self.g_proj is None else self.g_proj(hidden_states)
+        if self.use_rope:
+            # As many rows of angles as there are rows of q, which packing has flattened into one.
+            position_embeddings = tuple(
+                x.expand(B, -1, -1).reshape(*hidden_states.shape[:2], -1) for x in position_embeddings
+            )
+        inputs = *qkv, b, g, attention_mask, past_key_values, cu_seqlens, position_embeddings
+        o = checkpoint(self._mix, *inputs, use_reentrant=False) if recompute else self._mix(*inputs)
+        # Not part of what is computed again: compiled, the product itself would be (seen in torch 2.13's partitioner).
+        return self.o_proj(o).view(B, T, -1)
+
+    def _mix(self, q, k, v, b, g, attention_mask, past_key_values, cu_seqlens, position_embeddings) -> torch.Tensor:
+        """What lies between the projections of the input and of the output."""
+        T = q.shape[1]
+        state = None if past_key_values is None else past_key_values.get_recurrent_state(self.layer_idx)
         # v always passes through SiLU; where q and k do too, the three share it.
         activation = "silu" if self.qk_activation == "silu" else None
         if self.conv_size is not None:
-            qkv = self._convolve(qkv, activation, attention_mask, past_key_values, cu_seqlens)
+            q, k, v = self._convolve((q, k, v), activation, attention_mask, past_key_values, cu_seqlens)
         elif activation == "silu":
-            qkv = (F.silu(x) for x in qkv)
-        q, k, v = qkv
+            q, k, v = F.silu(q), F.silu(k), F.silu(v)
         if activation is None:
             v = F.silu(v)
         q, k = (self._features(x.unflatten(-1, (-1, self.head_k_dim))) for x in (q, k))
         v = v.unflatten(-1, (-1, self.head_v_dim))
         if self.use_rope:
-            # As many rows of angles as there are rows of q, which packing has flattened into one.
-            cos, sin = (x.expand(B, -1, -1).reshape(*q.shape[:2], -1) for x in position_embeddings)
             # Under autocast the angles are fp32 and q, k and v are not.
-            q, k = (rotate(x, cos, sin, heads_dim=2).to(v.dtype) for x in (q, k))
+            q, k = (rotate(x, *position_embeddings, heads_dim=2).to(v.dtype) for x in (q, k))
 
-        if self.b_proj is not None:
-            beta = self.b_proj(hidden_states).sigmoid()
+        if b is not None:
+            beta = b.sigmoid()
             if self.allow_neg_eigval:
                 beta = 2 * beta
         else:
@@ -198,9 +213,9 @@ class DeltaNetLinearAttention(nn.Module):
             past_key_values.update_recurrent_state(state, self.layer_idx, new_tokens=T)
 
         o = self.o_norm(o)
-        if self.g_proj is not None:
-            o = o * F.silu(self.g_proj(hidden_states).unflatten(-1, (-1, self.head_v_dim)))
-        return self.o_proj(o.flatten(-2)).view(B, T, -1)
+        if g is not None:
+            o = o * F.silu(g.unflatten(-1, (-1, self.head_v_dim)))
+        return o.flatten(-2)
 
     @force_accelerate_hooks(["q_conv1d", "k_conv1d", "v_conv1d"])
     def _convolve(self, xs, activation, attention_mask, past_key_values, cu_seqlens):
@@ -348,8 +363,18 @@ class DeltaNetMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x: torch.Tensor, recompute: bool = False) -> torch.Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        # Backward computes again what `down_proj` reads (see the layer), not the product by `down_proj`'s own weight:
+        # torch stops as soon as it has what it needs.
+        return checkpoint(self._down, gate, up, use_reentrant=False) if recompute else self._down(gate, up)
+
+    def _down(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.glu(gate, up))
+
+    def glu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """The gated activation, which Liger's kernel replaces."""
+        return self.act_fn(gate) * up
 
 
 class DeltaNetDecoderLayer(GradientCheckpointingLayer):
@@ -375,18 +400,29 @@ class DeltaNetDecoderLayer(GradientCheckpointingLayer):
         cu_seqlens: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        recompute = self._recomputes(hidden_states, past_key_values)
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
         if self.layer_type == "linear_attention":
             hidden_states = self.linear_attn(
-                hidden_states, attention_mask, past_key_values, cu_seqlens, position_embeddings
+                hidden_states, attention_mask, past_key_values, cu_seqlens, position_embeddings, recompute
             )
         else:
             hidden_states, _ = self.self_attn(
                 hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
             )
         hidden_states = residual + hidden_states
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), recompute)
+
+    def _recomputes(self, hidden_states: torch.Tensor, past_key_values: Cache | None) -> bool:
+        """Whether backward computes again what lies between a linear mixer's projections, and between the MLP's.
+
+        Of the 24 activations `[B, T, D]` that a layer of the 1.3B size would keep, 13.5 are left, and what is computed again
+        has no matrix product of a projection. On a CPU memory is not what is short. A cache would be written twice. A layer
+        that is computed again as a whole (by Transformers' gradient checkpointing) need not do so with its parts.
+        """
+        checkpointed = self.gradient_checkpointing and self.training
+        return hidden_states.is_cuda and torch.is_grad_enabled() and past_key_values is None and not checkpointed
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, error_msgs):
         # PEFT loads an adapter with strict=False: one for another architecture would leave this layer without any.
@@ -599,6 +635,12 @@ class DeltaNetForCausalLM(DeltaNetPreTrainedModel, GenerationMixin):
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs):
         # `generate` makes the masks itself where the cache could be compiled: by default with Transformers' linear mask.
         return create_masks(config, inputs_embeds, attention_mask, past_key_values, position_ids)
+
+    def get_compiled_call(self, compile_config):
+        # What `generate` calls for each token with a static cache. Whoever passes a `compile_config` gets torch.compile.
+        if compile_config is None and can_be_captured(self):
+            return GraphedStep(self.__call__)
+        return super().get_compiled_call(compile_config)
 
     @can_return_tuple
     @auto_docstring

@@ -21,8 +21,8 @@ from ._launch import launch
 from .chunk_forward import (
     Tables,
     _below,
-    _load_tile,
     _load_rows,
+    _load_tile,
     _load_tile_t,
     _locate,
     _store_fragments,
