@@ -81,29 +81,30 @@ def kernels_for(x: torch.Tensor, refused: str | None = None):
     if x.dtype == torch.float64:
         refused = "fp64"
     if refused is not None:
-        _warn_once(f"DeltaNet computes with torch on this GPU: its Triton kernels do not take {refused}")
+        _say_once(
+            logging.WARNING, f"DeltaNet computes with torch on this GPU: its Triton kernels do not take {refused}"
+        )
         return None
     return _load_kernels()
 
 
-_warn_once = functools.cache(logger.warning)
-
-
-@torch.compiler.assume_constant_result  # Dynamo would trace the import and break at the log's line
 def _load_kernels():
-    return _import_kernels()
-
-
-@functools.cache
-def _import_kernels():
     """The kernel package, or None without triton. Only a missing package is forgiven: a broken one must be heard."""
     try:
         import deltanet_kernels
     except ImportError as error:
-        logger.warning("DeltaNet computes with torch on this GPU, not with its Triton kernels: %s", error)
+        _say_once(logging.WARNING, f"DeltaNet computes with torch on this GPU, not with its Triton kernels: {error}")
         return None
-    logger.info("DeltaNet computes with the Triton kernels of %s", deltanet_kernels.__file__)
+    _say_once(logging.INFO, f"DeltaNet computes with the Triton kernels of {deltanet_kernels.__file__}")
     return deltanet_kernels
+
+
+def _say_once(level: int, message: str) -> None:
+    if not torch.compiler.is_compiling():  # torch.compile would break the graph there
+        _log_once(level, message)
+
+
+_log_once = functools.cache(logger.log)
 
 
 def torch_chunk_delta_rule(

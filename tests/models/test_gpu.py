@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 from modeling_deltanet import DeltaNetConfig, DeltaNetForCausalLM, cuda_graph
-from modeling_deltanet.delta_rule import _import_kernels
+from modeling_deltanet.delta_rule import _log_once
 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -166,7 +166,7 @@ def test_an_offloaded_cache_gives_the_same_text(layer_types):
 
 def test_the_log_says_once_which_path_runs(caplog):
     """A silent fall back to torch would be a slow model that nobody understands."""
-    _import_kernels.cache_clear()
+    _log_once.cache_clear()
     model = make_model().eval()
     with caplog.at_level(logging.INFO, logger="modeling_deltanet.delta_rule"):
         for _ in range(2):

@@ -186,7 +186,6 @@ def test_a_broken_kernel_package_is_heard(monkeypatch):
 
     original = __import__
     monkeypatch.setattr("builtins.__import__", broken)
-    delta_rule_module._import_kernels.cache_clear()
     with pytest.raises(RuntimeError, match="bad kernel"):
         delta_rule_module._load_kernels()
 
