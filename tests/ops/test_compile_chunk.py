@@ -17,11 +17,12 @@ from deltanet_kernels import configs  # noqa: E402
 # hold 128 registers of state; `few` reads three stages ahead. Everything else: at most a few words.
 ACCEPTED = {
     (80, 128): {"grads": 80},
-    (86, 256): {"scan, many": 64, "scan, few": 64},
+    (86, 256): {"scan, many": 80, "scan, few": 80},
+    (90, 64): {"grads": 80},
     (90, 128): {"scan, many": 80, "scan, few": 192, "reverse, few": 96},
     (90, 256): {"scan, many": 320, "scan, few": 320, "reverse, many": 240, "reverse, few": 240},
     (100, 64): {"grads": 96, "reverse, many": 160, "reverse, few": 128},
-    (100, 128): {"scan, few": 96, "reverse, many": 480, "reverse, few": 320},
+    (100, 128): {"scan, many": 96, "scan, few": 96, "reverse, many": 480, "reverse, few": 320},
     (100, 256): {"scan, many": 128, "scan, few": 128},
 }
 SMALL = 48

@@ -525,21 +525,23 @@ def scan_kernel(
             b_q1 = _load_tile(q, o_c, q_st, o_k1, m_t, m_k1).to(CT)
             if K > BK:
                 b_q2 = _load_tile(q, o_c, q_st, o_k2, m_t, m_k2).to(CT)
-            if not STORED:
-                # P^T = upper(K Q^T), and the norms of q
-                b_p = tl.dot(b_k1, tl.trans(b_q1), input_precision=PRECISION)
-                b_rq = tl.full([C], scale, tl.float32)
+            if STORED:
                 if L2NORM:
-                    b_rq = _squares(b_q1)
+                    b_rq = tl.load(rq + o_c)
+            else:
+                # P^T = upper(K Q^T)
+                b_p = tl.dot(b_k1, tl.trans(b_q1), input_precision=PRECISION)
                 if K > BK:
                     b_p = tl.dot(b_k2, tl.trans(b_q2), b_p, input_precision=PRECISION)
-                    if L2NORM:
-                        b_rq += _squares(b_q2)
+                b_rq = tl.full([C], 1.0, tl.float32)
                 if L2NORM:
-                    b_rq = tl.rsqrt(b_rq + EPS)
+                    # the norms of q, as Q Q^T's diagonal: the tensor cores have the time, the sums of squares did not
+                    b_g = tl.dot(b_q1, tl.trans(b_q1), input_precision=PRECISION)
+                    if K > BK:
+                        b_g = tl.dot(b_q2, tl.trans(b_q2), b_g, input_precision=PRECISION)
+                    b_rq = tl.rsqrt(tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_g, 0.0), 1) + EPS)
                     if SAVE:
                         tl.store(rq + o_c, b_rq)
-                    b_rq *= scale
                 b_p = tl.where(o_c[:, None] <= o_c[None, :], b_p, 0.0).to(CT)
         b_c1 = b_s1.to(CT)
         if SAVE:
@@ -570,14 +572,11 @@ def scan_kernel(
         # O^T = scale rq (S^T Q^T) + U^T P^T; a P of this kernel lacks the factor
         if OUTPUT:
             if STORED:
-                if L2NORM:
-                    b_o *= (tl.load(rq + o_c) * scale)[None, :]
-                else:
-                    b_o *= scale
+                b_o *= (b_rq * scale)[None, :] if L2NORM else scale
                 b_p = tl.load(p + o_c[:, None] * C + o_c[None, :])
                 b_o = tl.dot(b_u, tl.trans(b_p), b_o, input_precision=PRECISION)
             else:
-                b_o = tl.dot(b_u, b_p, b_o, input_precision=PRECISION) * b_rq[None, :]
+                b_o = tl.dot(b_u, b_p, b_o, input_precision=PRECISION) * (b_rq * scale)[None, :]
             p_o = o + o_c[None, :] * (HV * V) + o_v[:, None]
             tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_t[None, :] & m_v[:, None])
 
@@ -716,7 +715,7 @@ def scan(q, k, v, prepared, h0, scale, t: Tables, cu_seqlens, plan: Plan, *, out
     u = new(u_shape(k, v, t.n_chunks, plan), dtype=scratch) if save else None
     s = new(s_shape(k, v, t.n_chunks, plan), dtype=scratch) if save else None
     ht = new(t.n, HV, K, V, dtype=torch.float32) if final else None
-    choice = plan.scan
+    choice = plan.scan if phi is None else plan.entry
     block_v, nv, block_k, _ = blocks(K, V, plan)
     if t.n > 0:
         columns = nv if phi is None else nv - (-K // block_v)
@@ -735,6 +734,6 @@ def scan(q, k, v, prepared, h0, scale, t: Tables, cu_seqlens, plan: Plan, *, out
                 "HAS_HT": final, "OUTPUT": output, "SAVE": save, "PHI": phi is not None, "WIDE": k.dtype != torch.bfloat16,
                 "PRECISION": precision(k.dtype), "EPS": EPS, "STORED": plan.stored,
             },
-            {"num_warps": choice.num_warps, "num_stages": choice.num_stages},
+            {"num_warps": choice.num_warps, "num_stages": choice.num_stages, "maxnreg": choice.maxnreg},
         )  # fmt: skip
     return o, u, s, ht
