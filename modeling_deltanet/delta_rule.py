@@ -175,8 +175,9 @@ class _ChunkDeltaRule(torch.autograd.Function):
             U[n].baddbmm_(W[n], state, alpha=-1)
             state.baddbmm_(k[n].mT, U[n])
 
-        # 4. All outputs at once: O = Q S + lower(Q K^T) U.
-        o = (q @ S).baddbmm_((q @ k.mT).tril_(), U)
+        # 4. All outputs at once: O = Q S + lower(Q K^T) U. (Not in place: compiled by torch 2.11, an output that an in-place
+        # call returned has no gradient.)
+        o = torch.baddbmm(q @ S, (q @ k.mT).tril_(), U)
         ctx.save_for_backward(q, k, v, beta, KK, A, W, S, U)
         ctx.chunk_borders = chunk_borders
         return o, final_state
