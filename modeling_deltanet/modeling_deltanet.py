@@ -64,7 +64,11 @@ class DeltaNetRMSNorm(nn.Module):
         # One kernel on a GPU, which keeps its input and no fp32 copy of it; but both must have one dtype (under autocast
         # the weight is fp32 and the input may be bf16).
         dtype = torch.promote_types(hidden_states.dtype, self.weight.dtype)
-        return F.rms_norm(hidden_states.to(dtype), self.weight.shape, self.weight.to(dtype), self.variance_epsilon)
+        return self.rms_norm(hidden_states.to(dtype), self.weight.to(dtype), self.variance_epsilon)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """The norm of tensors of one dtype, which Liger's kernel replaces."""
+        return F.rms_norm(x, weight.shape, weight, eps)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"

@@ -7,8 +7,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.integrations.liger import apply_liger_kernel
 
 
-# Liger's SwiGLU does not run in Triton's interpreter (0.8.5: 'float' object has no attribute 'to').
-WITHOUT_GPU = {"swiglu": False}
+# Liger's norm and SwiGLU do not run in Triton's interpreter (0.8.5: 'float' object has no attribute 'to').
+WITHOUT_GPU = {"rms_norm": False, "swiglu": False}
 
 
 def loss_and_gradients(model, x, **options):
@@ -78,7 +78,7 @@ def test_a_head_that_is_not_a_plain_linear_keeps_its_logits():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=str)
 def test_all_of_liger_on_a_gpu(dtype, tolerance):
-    """The fused SwiGLU, which runs on a GPU only, would change what is learned."""
+    """The fused SwiGLU and norm, which run on a GPU only, would change what is learned."""
     x, results = tokens(2, 70).cuda(), []
     for liger in (False, True):
         model = tiny_model(hidden_size=128, intermediate_size=256, linear_num_key_heads=2).to("cuda", dtype).train()

@@ -529,17 +529,16 @@ def scan_kernel(
                 if L2NORM:
                     b_rq = tl.load(rq + o_c)
             else:
-                # P^T = upper(K Q^T)
+                # P^T = upper(K Q^T), and the norms of q
                 b_p = tl.dot(b_k1, tl.trans(b_q1), input_precision=PRECISION)
                 if K > BK:
                     b_p = tl.dot(b_k2, tl.trans(b_q2), b_p, input_precision=PRECISION)
                 b_rq = tl.full([C], 1.0, tl.float32)
                 if L2NORM:
-                    # the norms of q, as Q Q^T's diagonal: the tensor cores have the time, the sums of squares did not
-                    b_g = tl.dot(b_q1, tl.trans(b_q1), input_precision=PRECISION)
+                    b_rq = _squares(b_q1)
                     if K > BK:
-                        b_g = tl.dot(b_q2, tl.trans(b_q2), b_g, input_precision=PRECISION)
-                    b_rq = tl.rsqrt(tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_g, 0.0), 1) + EPS)
+                        b_rq += _squares(b_q2)
+                    b_rq = tl.rsqrt(b_rq + EPS)
                     if SAVE:
                         tl.store(rq + o_c, b_rq)
                 b_p = tl.where(o_c[:, None] <= o_c[None, :], b_p, 0.0).to(CT)
