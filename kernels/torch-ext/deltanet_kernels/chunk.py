@@ -43,7 +43,7 @@ def _forward(q, k, v, beta, h0, cu_seqlens, scale: float, l2norm: bool, final: b
     prepared = chunk_forward.prepare(q, k, beta, scale, l2norm, t, cu_seqlens, plan)
     phi = None
     if s > 1:
-        h0, phi = segments.entry_states(k, v, prepared, h0, scale, t, plan, s, save)
+        h0, phi = segments.entry_states(k, v, prepared, h0, scale, t, plan, s)
     o, u, states, ht = chunk_forward.scan(
         q, k, v, prepared, h0, scale, t, cu_seqlens, plan, output=True, save=save, final=final
     )

@@ -322,7 +322,7 @@ def reverse(q, k, do, prepared, dht, dv, dh0, scale, t: Tables, cu_seqlens, plan
                 "L2NORM": rk is not None, "PACKED": cu_seqlens is not None, "EVEN": t.even, "HAS_DHT": dht is not None, "HAS_DH0": dh0 is not None,
                 "SAVE": save, "STORED": plan.stored, "DEEP": choice.deep, "WIDE": k.dtype != torch.bfloat16, "PRECISION": precision(k.dtype),
             },
-            {"num_warps": choice.num_warps, "num_stages": choice.num_stages, "maxnreg": choice.maxnreg},
+            {"num_warps": choice.num_warps, "num_stages": choice.num_stages},
         )  # fmt: skip
     return ds
 

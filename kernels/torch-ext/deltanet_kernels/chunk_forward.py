@@ -714,7 +714,7 @@ def scan(q, k, v, prepared, h0, scale, t: Tables, cu_seqlens, plan: Plan, *, out
     u = new(u_shape(k, v, t.n_chunks, plan), dtype=scratch) if save else None
     s = new(s_shape(k, v, t.n_chunks, plan), dtype=scratch) if save else None
     ht = new(t.n, HV, K, V, dtype=torch.float32) if final else None
-    choice = plan.scan if phi is None else plan.entry
+    choice = plan.scan
     block_v, nv, block_k, _ = blocks(K, V, plan)
     if t.n > 0:
         columns = nv if phi is None else nv - (-K // block_v)
@@ -733,6 +733,6 @@ def scan(q, k, v, prepared, h0, scale, t: Tables, cu_seqlens, plan: Plan, *, out
                 "HAS_HT": final, "OUTPUT": output, "SAVE": save, "PHI": phi is not None, "WIDE": k.dtype != torch.bfloat16,
                 "PRECISION": precision(k.dtype), "EPS": EPS, "STORED": plan.stored,
             },
-            {"num_warps": choice.num_warps, "num_stages": choice.num_stages, "maxnreg": choice.maxnreg},
+            {"num_warps": choice.num_warps, "num_stages": choice.num_stages},
         )  # fmt: skip
     return o, u, s, ht

@@ -29,8 +29,7 @@ class Plan(NamedTuple):
 
     prepare: Launch  # block_v is the slice of key columns a step loads; one chunk in 16x16 blocks
     scores: Launch  # P, where it is stored; block_v likewise
-    scan: Launch  # forward scan; its block_v is that of the other scans too
-    entry: Launch  # forward scan without output, which finds where segments start from (`segments.py`)
+    scan: Launch  # forward scan; its block_v is that of the reverse scan too
     reverse: Launch  # reverse scan
     grads: Launch  # chunk-parallel gradients
     stored: bool = True  # P by a kernel of its own; else by each scan, which saves 24 KB a chunk
@@ -62,7 +61,7 @@ def plan(arch: int, K: int, V: int, wide: bool, few: bool) -> Plan:
     if wide:
         # tf32 operands take twice the shared memory: narrow blocks, whatever the chip
         scan = Launch(16, 4, 1)
-        return Plan(Launch(32, 1, 1), Launch(32, 4, 1), scan, scan, scan, Launch(16, 4, 1))
+        return Plan(Launch(32, 1, 1), Launch(32, 4, 1), scan, scan, Launch(16, 4, 1))
     # one warp: 16x16 blocks offer no more work, and there is no barrier to wait at (four warps on 64x64: 0.26 ms, not
     # 0.21, at 8 x 4096 x 16 x 128)
     prepare = Launch(128 if K <= 128 else 64, 1, 1)
@@ -71,25 +70,21 @@ def plan(arch: int, K: int, V: int, wide: bool, few: bool) -> Plan:
         if K > 128 and arch == 90:
             # two halves of the state are 128 registers; 8 warps on 128 columns need no more of them, and all of shared
             # memory to load ahead
-            scan = Launch(128, 8, 2)
-            return Plan(prepare, scores, scan, scan, scan, Launch(64, 8, 1))
+            return Plan(prepare, scores, Launch(128, 8, 2), Launch(128, 8, 2), Launch(64, 8, 1))
         if K > 128:  # compiled, not measured
-            scan = Launch(64, 4, 1)
-            return Plan(prepare, scores, scan, scan, scan, Launch(64, 8, 1))
-        # 168 registers without spilling: three programs a multiprocessor. At d = 128 gradients need all
-        entry = Launch(64, 4, 2, maxnreg=168)
+            return Plan(prepare, scores, Launch(64, 4, 1), Launch(64, 4, 1), Launch(64, 8, 1))
+        # d = 64: three programs a multiprocessor. d = 128: all registers
         grads = Launch(64, 4, 1, maxnreg=168) if d <= 64 else Launch(64, 4, 1)
         if few:
             # alone on its multiprocessor a program must hide the loads itself: three stages; the chain from state to
             # state is all that counts, so P is computed elsewhere (0.12 ms, not 0.27, at 1 x 4096 x 16 x 128)
-            return Plan(prepare, scores, Launch(64, 4, 3), entry, Launch(64, 4, 3, deep=True), grads)
+            return Plan(prepare, scores, Launch(64, 4, 3), Launch(64, 4, 3, deep=True), grads)
         if arch != 90:  # compiled, not measured: the form that spills least
-            scan = Launch(64, 4, 2)
-            return Plan(prepare, scores, scan, scan, scan, grads)
+            return Plan(prepare, scores, Launch(64, 4, 2), Launch(64, 4, 2), grads)
         # as many stages as let two programs share a multiprocessor, where memory's bandwidth is what counts
         # (d = 64: 0.176 ms with three, 0.215 with two)
         scan = Launch(64, 4, 3 if d <= 64 else 2)
-        return Plan(prepare, scores, scan, entry, Launch(64, 4, 2, deep=True), grads, stored=False)
+        return Plan(prepare, scores, scan, Launch(64, 4, 2, deep=True), grads, stored=False)
     # compiled, not measured: blocks that fit 99 KB; at d = 256 and 32 columns the reverse scan took 112 KB
     scan = Launch(16 if d > 128 else 32, 4, 1)
-    return Plan(prepare, scores, scan, scan, scan, scan._replace(num_warps=8 if d > 128 else 4))
+    return Plan(prepare, scores, scan, scan, scan._replace(num_warps=8 if d > 128 else 4))

@@ -73,21 +73,20 @@ def chain_kernel(
         i_s = i_b * S + (S - 1 - i if REVERSE else i)
         p = (i_s * HV + i_hv) * K
         tl.store(out + p * V + o, b_s, mask=m)
-        if i < S - 1:
-            if REVERSE:
-                p_phi = phi + p * K + o_k[:, None] + o_k[None, :] * K
-            else:
-                p_phi = phi + p * K + o_k[:, None] * K + o_k[None, :]
-            b_phi = tl.load(p_phi, mask=(o_k < K)[:, None] & (o_k < K)[None, :], other=0.0)
-            b_n = tl.load(n + p * V + o, mask=m, other=0.0)
-            b_s = tl.dot(b_phi, b_s, b_n, input_precision="tf32x3")
+        if REVERSE:
+            p_phi = phi + p * K + o_k[:, None] + o_k[None, :] * K
+        else:
+            p_phi = phi + p * K + o_k[:, None] * K + o_k[None, :]
+        b_phi = tl.load(p_phi, mask=(o_k < K)[:, None] & (o_k < K)[None, :], other=0.0)
+        b_n = tl.load(n + p * V + o, mask=m, other=0.0)
+        b_s = tl.dot(b_phi, b_s, b_n, input_precision="tf32x3")
 
 
-def _chain(n, phi, first, s: int, reverse: bool, B: int) -> torch.Tensor:
-    HV, K, V = n.shape[1:]
-    out = n.new_empty(B * s, HV, K, V)
+def _chain(n, phi, first, s: int, reverse: bool) -> torch.Tensor:
+    N, HV, K, V = n.shape
+    out = torch.empty_like(n)
     launch(
-        chain_kernel, (-(-V // 16), B * HV),
+        chain_kernel, (-(-V // 16), N // s * HV),
         (n, phi, n if first is None else first, out),
         (HV,),
         {
@@ -99,24 +98,18 @@ def _chain(n, phi, first, s: int, reverse: bool, B: int) -> torch.Tensor:
     return out
 
 
-def entry_states(k, v, prepared, h0, scale: float, t: Tables, plan: Plan, s: int, save: bool):
-    """S_in of every segment, [B * s, HV, K, V], and Phi [B * s, HV, K, K].
-
-    Only backward reads the last segment's Phi, and nothing its N: without `save`, one sequence goes without both.
-    """
+def entry_states(k, v, prepared, h0, scale: float, t: Tables, plan: Plan, s: int):
+    """S_in of every segment, [B * s, HV, K, V], and Phi [B * s, HV, K, K]."""
     K, HV = k.shape[3], v.shape[2]
-    B = t.n // s
-    if B == 1 and not save:
-        t = t._replace(n=s - 1)
     phi = k.new_empty(t.n, HV, K, K, dtype=torch.float32)
     *_, n = chunk_forward.scan(
         k, k, v, prepared, None, scale, t, None, plan, output=False, save=False, final=True, phi=phi
     )
-    return _chain(n, phi, h0, s, False, B), phi
+    return _chain(n, phi, h0, s, False), phi
 
 
 def exit_gradients(q, k, do, prepared, phi, dht, scale: float, t: Tables, plan: Plan, s: int) -> torch.Tensor:
     """dS_out of every segment, [B * s, HV, K, V]."""
     n = k.new_empty(t.n, do.shape[2], k.shape[3], do.shape[3], dtype=torch.float32)
     chunk_backward.reverse(q, k, do, prepared, None, n, n, scale, t, None, plan, save=False)
-    return _chain(n, phi, dht, s, True, t.n // s)
+    return _chain(n, phi, dht, s, True)
