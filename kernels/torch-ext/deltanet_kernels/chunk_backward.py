@@ -192,8 +192,9 @@ def grads_kernel(
     scale, T, NT, H, H_ALL, HV_ALL,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, d_sb, d_st, d_sh,
     # constants; BV the value columns of a tile, W of a step, G the value heads of a key head
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, NK: tl.constexpr, BV: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
-    G: tl.constexpr, L2NORM: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, NK: tl.constexpr, BV: tl.constexpr, W: tl.constexpr,
+    C: tl.constexpr, G: tl.constexpr, L2NORM: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk and key head. Even programs compute dq, odd ones dk and dbeta.
 
@@ -265,8 +266,8 @@ def grads_kernel(
                 b_e = tl.dot(b_v, b_u, b_e, input_precision=PRECISION)
                 b_dk = tl.dot(b_v, b_s, b_dk, input_precision=PRECISION)
             b_dk *= (-b_rk)[:, None]
-            # by A's diagonal rk beta as it was rounded, not by rk beta^2: U and dV carry that rounding (0.0060 -> 0.0050);
-            # twice, because its square would leave fp32's range where beta is near its bound
+            # by A's diagonal rk beta as it was rounded, not by rk beta^2: U and dV carry that rounding (error 0.0048, not
+            # 0.0060); twice, because its square would leave fp32's range where beta is near its bound
             p_a = a + ((chunk * HV + i_h * G + i_g) * C + o_c) * C + o_c
             b_a = tl.load(p_a, mask=m_t, other=1.0).to(tl.float32)
             b_g = tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_e, 0.0), 1) / b_a * b_rk / b_a
@@ -319,8 +320,9 @@ def reverse(q, k, do, prepared, dht, dv, dh0, scale, t: Tables, cu_seqlens, plan
             ),
             {
                 "K": K, "V": V, "BK": block_k, "BV": block_v, "C": CHUNK,
-                "L2NORM": rk is not None, "PACKED": cu_seqlens is not None, "EVEN": t.even, "HAS_DHT": dht is not None, "HAS_DH0": dh0 is not None,
-                "SAVE": save, "STORED": plan.stored, "DEEP": choice.deep, "WIDE": k.dtype != torch.bfloat16, "PRECISION": precision(k.dtype),
+                "L2NORM": rk is not None, "PACKED": cu_seqlens is not None, "EVEN": t.even, "HAS_DHT": dht is not None,
+                "HAS_DH0": dh0 is not None, "SAVE": save, "STORED": plan.stored, "DEEP": choice.deep,
+                "WIDE": k.dtype != torch.bfloat16, "PRECISION": precision(k.dtype),
             },
             {"num_warps": choice.num_warps, "num_stages": choice.num_stages},
         )  # fmt: skip
@@ -345,8 +347,9 @@ def grads(q, k, do, a, u, dv, s, ds, rq, rk, dq, dk, dbeta, scale, t: Tables, cu
                 *q.stride()[:3], *k.stride()[:3], *do.stride()[:3],
             ),
             {
-                "K": K, "V": V, "BK": block_k, "NK": nk, "BV": block_v, "W": min(block_v, choice.block_v), "C": CHUNK, "G": HV // H,
-                "L2NORM": rk is not None, "PACKED": cu_seqlens is not None, "EVEN": t.even, "WIDE": k.dtype != torch.bfloat16,
+                "K": K, "V": V, "BK": block_k, "NK": nk, "BV": block_v, "W": min(block_v, choice.block_v), "C": CHUNK,
+                "G": HV // H, "L2NORM": rk is not None, "PACKED": cu_seqlens is not None, "EVEN": t.even,
+                "WIDE": k.dtype != torch.bfloat16,
                 "PRECISION": precision(k.dtype),
             },
             {"num_warps": choice.num_warps, "num_stages": choice.num_stages, "maxnreg": choice.maxnreg},

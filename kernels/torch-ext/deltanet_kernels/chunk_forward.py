@@ -1,11 +1,11 @@
-"""Chunked delta rule, forward: index -> prepare -> scan.
+"""Chunked delta rule, forward: index -> prepare -> scores -> scan.
 
 Legend. B batch, T time, H key heads, HV value heads, K and V head sizes, C chunk (64), N sequences.
 i_ index, o_ offset, p_ pointer, m_ mask, b_ block held by a program. rk, rq: reciprocal norms of k and q (1 without
 the L2 norm), folded in as row scalars so that normalised copies are never stored.
 
     M = strictly_lower(beta rk rk' K K^T)    A = rk (I + M)^-1 diag(beta)          prepare, one program a chunk
-    P = scale rq lower(Q K^T)                                                        prepare, or scan (Plan.stored)
+    P = scale rq lower(Q K^T)                                                         scores, or scan (Plan.stored)
     U = A V - A (rk K S)    O = scale rq (Q S) + P U    S' = S + K^T U                                         scan
 
 The scan keeps the state transposed, S^T [V, K], as an accumulator: each product of the chain S -> K S -> U -> S then
@@ -60,8 +60,8 @@ def index_kernel(
 
 @triton.jit
 def _below(o, n, ALWAYS: tl.constexpr):
-    """o < n; where that always holds, as a constant, so that no load or store carries a predicate (a tenth of a scan's
-    instructions, and it is their number that a lone program waits for)."""
+    """o < n; where that always holds, as a constant, so that no load or store carries a predicate: a tenth of a scan's
+    instructions, and registers that it spilled."""
     return tl.full(o.shape, True, tl.int1) if ALWAYS else o < n
 
 
@@ -443,8 +443,8 @@ def scan_kernel(
     scale, T, NT, H, HV, HV_ALL,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     # constants
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    L2NORM: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr, HAS_H0: tl.constexpr, HAS_HT: tl.constexpr, OUTPUT: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, L2NORM: tl.constexpr,
+    PACKED: tl.constexpr, EVEN: tl.constexpr, HAS_H0: tl.constexpr, HAS_HT: tl.constexpr, OUTPUT: tl.constexpr,
     SAVE: tl.constexpr, PHI: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, EPS: tl.constexpr,
     STORED: tl.constexpr,
 ):  # fmt: skip
@@ -680,7 +680,8 @@ def prepare(q, k, beta, scale: float, l2norm: bool, t: Tables, cu_seqlens, plan:
     rq = k.new_empty(t.n_chunks, H, CHUNK, dtype=torch.float32) if l2norm else None
     if t.n_chunks > 0 and T > 0:
         constants = {
-            "K": K, "C": CHUNK, "L2NORM": l2norm, "PACKED": cu_seqlens is not None, "EVEN": t.even, "WIDE": wide, "EPS": EPS,
+            "K": K, "C": CHUNK, "L2NORM": l2norm, "PACKED": cu_seqlens is not None, "EVEN": t.even, "WIDE": wide,
+            "EPS": EPS,
         }  # fmt: skip
         launch(
             prepare_kernel, (HV, t.n_chunks),
