@@ -21,14 +21,13 @@ ACCEPTED = {
     (90, 64): {"grads": 80},
     (90, 128): {"scan, many": 80, "scan, few": 192, "reverse, few": 96},
     (90, 256): {"scan, many": 320, "scan, few": 320, "reverse, many": 240, "reverse, few": 240},
-    (100, 64): {"grads": 96, "reverse, many": 160, "reverse, few": 128},
-    (100, 128): {"scan, many": 96, "scan, few": 96, "reverse, many": 480, "reverse, few": 320},
-    (100, 256): {"scan, many": 128, "scan, few": 128},
+    (100, 128): {"scan, many": 128, "scan, few": 160, "reverse, many": 480, "reverse, few": 320},
+    (100, 256): {"scan, many": 320, "scan, few": 320},
 }
 SMALL = 48
 
 
-@pytest.mark.parametrize("arch, d", [(90, 64), (90, 128), (90, 256), (80, 128), (86, 256), (89, 96), (100, 128)])
+@pytest.mark.parametrize("arch, d", [(90, 64), (90, 128), (90, 256), (80, 128), (86, 256), (89, 96), (100, 128), (100, 256)])
 def test_launch_table(arch, d, tmp_path):
     """A user of this chip and head size gets kernels that start, and as fast as they were measured."""
     here = Path(__file__).parent
@@ -40,5 +39,5 @@ def test_launch_table(arch, d, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     for name, (registers, spilled, shared) in json.loads(done.stdout.splitlines()[-1]).items():
         assert shared <= configs.shared_memory_limit(arch), (name, shared)
-        assert registers <= 255
+        assert 32 < registers <= 255, (name, "a kernel of few registers is empty")
         assert spilled <= ACCEPTED.get((arch, d), {}).get(name, SMALL), (name, spilled)
