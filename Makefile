@@ -19,7 +19,7 @@ quickstart: $(VENV)/.installed  ## train, reload, fine-tune with LoRA and genera
 	$(RUN) examples/quickstart.py $(ARGS)
 
 test: $(VENV)/.installed  ## everything a machine without a GPU can run
-	$(RUN) -m pytest -m "not gpu" $(ARGS)
+	$(RUN) -m pytest -m "not gpu" -n 2 --dist worksteal $(ARGS)
 
 test-gpu: $(VENV)/.installed  ## what needs a CUDA device
 	$(RUN) -m pytest -m gpu $(ARGS)

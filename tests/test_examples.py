@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -93,6 +94,11 @@ def test_lora_fine_tuning(pretrained, tmp_path):
     assert (tmp_path / "lora" / "merged" / "model.safetensors").exists()
 
 
-def test_help_shows_how_to_start():
+def test_help_shows_how_to_start(monkeypatch, capsys):
     """A newcomer would have to read the source."""
-    assert "    accelerate launch --num_processes 8 examples/pretrain.py" in run("pretrain.py", "--help")
+    monkeypatch.syspath_prepend(EXAMPLES)  # as Python does for a script
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--help"])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_path(str(EXAMPLES / "pretrain.py"), run_name="__main__")
+    assert done.value.code == 0
+    assert "    accelerate launch --num_processes 8 examples/pretrain.py" in capsys.readouterr().out

@@ -6,23 +6,15 @@ import pytest
 from folders import REPO, add_card, write_checkpoint
 from huggingface_hub import constants
 from loopback import TOKEN, loopback_hub
+from tiny import marks_for_remote_code_undone
 
-import modeling_deltanet
 from deltanet_conversion.push import prepare
-
-
-AUTO_CLASSES = {
-    cls: cls._auto_class for name in modeling_deltanet.__all__
-    if hasattr(cls := getattr(modeling_deltanet, name), "_auto_class")
-}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def unmarked():
-    """Publishing marks the classes for remote code, for the life of the process: other suites must not see it."""
-    yield
-    for cls, auto_class in AUTO_CLASSES.items():
-        cls._auto_class = auto_class
+    with marks_for_remote_code_undone():
+        yield
 
 
 @pytest.fixture

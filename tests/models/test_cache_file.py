@@ -24,10 +24,11 @@ import sys, torch
 from modeling_deltanet import load_cache
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-cache = load_cache(sys.argv[2], model.config)
-with torch.no_grad():
-    torch.save(model(torch.load(sys.argv[3]), past_key_values=cache).logits, sys.argv[4])
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder + "/model")
+    cache = load_cache(folder + "/document.safetensors", model.config)
+    with torch.no_grad():
+        torch.save(model(torch.load(folder + "/ids.pt"), past_key_values=cache).logits, folder + "/logits.pt")
 """
 
 
@@ -36,19 +37,26 @@ def read(model, ids, cache=None):
         return model(ids, past_key_values=cache, use_cache=True)
 
 
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """case -> logits after a document: of the process that has read it, and of another that has its cache from a file."""
+    root, wanted = tmp_path_factory.mktemp("answers"), {}
+    for case, fields in CASES.items():
+        model, folder = tiny_model(**fields), root / case
+        ids = torch.randint(1, VOCAB, (2, 40))
+        model.save_pretrained(folder / "model")
+        cache = read(model, ids[:, :30]).past_key_values
+        save_cache(cache, folder / "document.safetensors", model.config)
+        wanted[case] = read(model, ids[:, 30:], cache).logits
+        torch.save(ids[:, 30:], folder / "ids.pt")
+    subprocess.run([sys.executable, "-c", RESUME, *(str(root / case) for case in CASES)], check=True)
+    return {case: (torch.load(root / case / "logits.pt"), logits) for case, logits in wanted.items()}
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_another_process_goes_on_where_this_one_stopped(case, tmp_path):
+def test_another_process_goes_on_where_this_one_stopped(answers, case):
     """A document is read once; a question about it may come tomorrow, and must get the same answer."""
-    model = tiny_model(**CASES[case])
-    ids = torch.randint(1, VOCAB, (2, 40))
-    cache = read(model, ids[:, :30]).past_key_values
-    save_cache(cache, tmp_path / "document.safetensors", model.config)
-    wanted = read(model, ids[:, 30:], cache).logits
-    model.save_pretrained(tmp_path / "model")
-    torch.save(ids[:, 30:], tmp_path / "ids.pt")
-    arguments = [str(tmp_path / name) for name in ("model", "document.safetensors", "ids.pt", "logits.pt")]
-    subprocess.run([sys.executable, "-c", RESUME, *arguments], check=True)
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), wanted)
+    assert torch.equal(*answers[case])
 
 
 @pytest.mark.parametrize("layer_types", [[LINEAR] * 2, [LINEAR, SLIDING]], ids=["linear", "sliding"])

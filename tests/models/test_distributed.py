@@ -1,8 +1,11 @@
 """More than one process, on the engines that exist: tensor and pipeline parallelism of Transformers, accelerate's DDP and
 FSDP2. Each is compared with one process on the same global batch.
 
-`run` starts this file twice, as `torchrun` would (gloo on the loopback device): both processes go through the function
+`run` starts this file twice, as `torchrun` would (gloo on the loopback device): both processes go through the functions
 that it names, and what they return comes back by rank. (`device_map` and offload hooks: test_modeling.py.)
+
+Two starts in all, because each takes many times as long as what it is for: one for Transformers' engines and one for
+accelerate's, whose state is the process's.
 """
 
 import os
@@ -15,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from tiny import FULL, LINEAR, VARIANTS, tiny_model, tokens
 from torch.distributed.tensor import DTensor
@@ -30,8 +34,8 @@ PROCESSES = 2
 TOLERANCE = {"atol": 5e-5, "rtol": 1e-4}
 
 
-def run(function, folder: Path, *arguments: str) -> list:
-    """What `function(folder, *arguments)`, one of this file's, returns in each of two processes."""
+def run(folder: Path, *functions) -> list[dict]:
+    """function -> what `function(folder)`, one of this file's, returns; of each of two processes."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -45,7 +49,7 @@ def run(function, folder: Path, *arguments: str) -> list:
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": str(Path(modeling_deltanet.__file__).parents[1]),
     }
-    command = [sys.executable, __file__, function.__name__, str(folder), *arguments]
+    command = [sys.executable, __file__, str(folder), *(function.__name__ for function in functions)]
     logs = [folder / f"rank{rank}.log" for rank in range(PROCESSES)]
     processes = []
     try:
@@ -53,14 +57,15 @@ def run(function, folder: Path, *arguments: str) -> list:
             ranked = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             with log.open("w") as file:
                 processes.append(subprocess.Popen(command, env=ranked, stdout=file, stderr=subprocess.STDOUT))
-        codes = [process.wait(timeout=120) for process in processes]
+        codes = [process.wait(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()
     output = "\n".join(log.read_text() for log in logs)
     assert codes == [0] * PROCESSES, output
     assert "not be applied" not in output and "not applied" not in output, output  # Transformers' word on its plans
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(PROCESSES)]
+    ranks = [torch.load(folder / f"rank{rank}.pt") for rank in range(PROCESSES)]
+    return [{function: results[function.__name__] for function in functions} for results in ranks]
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
@@ -136,21 +141,12 @@ def use_tensor_parallel(folder: Path) -> dict:
     return results
 
 
-@pytest.fixture(scope="module")
-def tensor_parallel(tmp_path_factory):
-    """The folder of the saved models, and what each of two processes made of them."""
-    folder = tmp_path_factory.mktemp("tensor_parallel")
-    for name, overrides in (TENSOR_PARALLEL | INDIVISIBLE).items():
-        tiny_model(**overrides).save_pretrained(folder / name)
-    return folder, run(use_tensor_parallel, folder)
-
-
 @pytest.mark.parametrize("variant", TENSOR_PARALLEL)
-def test_tensor_parallel_equals_one_process(tensor_parallel, variant):
+def test_tensor_parallel_equals_one_process(transformers_engines, variant):
     """A model that is too large for one device would say, or learn, something else on two."""
-    folder, ranks = tensor_parallel
+    folder, ranks = transformers_engines
     expected = use(AutoModelForCausalLM.from_pretrained(folder / variant))
-    for actual in (rank[variant] for rank in ranks):
+    for actual in (rank[use_tensor_parallel][variant] for rank in ranks):
         torch.testing.assert_close(actual["logits"], expected["logits"], **TOLERANCE)
         assert all(map(torch.equal, actual["generated"], expected["generated"]))
         torch.testing.assert_close(actual["loss"], expected["loss"], **TOLERANCE)
@@ -158,11 +154,11 @@ def test_tensor_parallel_equals_one_process(tensor_parallel, variant):
 
 
 @pytest.mark.parametrize("variant", TENSOR_PARALLEL)
-def test_tensor_parallel_splits_what_is_large(tensor_parallel, variant):
+def test_tensor_parallel_splits_what_is_large(transformers_engines, variant):
     """Two devices would each hold whole mixers and whole states: the model would need as much memory as on one."""
-    folder, ranks = tensor_parallel
+    folder, ranks = transformers_engines
     model = AutoModelForCausalLM.from_pretrained(folder / variant)
-    for actual in (rank[variant] for rank in ranks):
+    for actual in (rank[use_tensor_parallel][variant] for rank in ranks):
         for name, size in held(model).items():
             is_whole = "norm" in name or name.endswith("o_proj.bias")
             assert actual["held"][name] == (size if is_whole else size // PROCESSES), name
@@ -173,9 +169,9 @@ def test_tensor_parallel_splits_what_is_large(tensor_parallel, variant):
 
 
 @pytest.mark.parametrize("variant", TENSOR_PARALLEL)
-def test_tensor_parallel_saves_a_whole_model(tensor_parallel, variant):
+def test_tensor_parallel_saves_a_whole_model(transformers_engines, variant):
     """A model trained on two devices would be saved as the half that one of them holds."""
-    folder, _ = tensor_parallel
+    folder, _ = transformers_engines
     saved, original = (
         dict(AutoModelForCausalLM.from_pretrained(folder / name).named_parameters())
         for name in (f"{variant}-saved", variant)
@@ -184,19 +180,19 @@ def test_tensor_parallel_saves_a_whole_model(tensor_parallel, variant):
 
 
 @pytest.mark.parametrize("name", INDIVISIBLE)
-def test_tensor_parallel_refuses_to_split_a_head(tensor_parallel, name):
+def test_tensor_parallel_refuses_to_split_a_head(transformers_engines, name):
     """One head over two devices would end in a shape error somewhere in the first forward."""
-    _, ranks = tensor_parallel
+    _, ranks = transformers_engines
     for rank in ranks:
-        assert rank[name] == f"{name} (1) must be a multiple of the tensor-parallel size (2)"
+        assert rank[use_tensor_parallel][name] == f"{name} (1) must be a multiple of the tensor-parallel size (2)"
 
 
 # Pipeline parallelism: Transformers' engine (5.23) is for inference, it returns no loss.
 
 PIPELINE = {
-    "hybrid": {},
-    "all_linear": {"layer_types": [LINEAR] * 4},
-    "uneven": {"layer_types": [FULL] + [LINEAR] * 2},
+    "pipeline-hybrid": {},
+    "pipeline-all_linear": {"layer_types": [LINEAR] * 4},
+    "pipeline-uneven": {"layer_types": [FULL] + [LINEAR] * 2},
 }
 
 
@@ -217,18 +213,16 @@ def use_pipeline(folder: Path) -> dict:
     return results
 
 
-def test_pipeline_equals_one_process(tmp_path):
+def test_pipeline_equals_one_process(transformers_engines):
     """A model whose layers lie on two devices one after the other would fail, or generate something else."""
-    models = {variant: tiny_model(**overrides) for variant, overrides in PIPELINE.items()}
-    for variant, model in models.items():
-        model.save_pretrained(tmp_path / variant)
-    ranks = run(use_pipeline, tmp_path)
-    for variant, model in models.items():
+    folder, ranks = transformers_engines
+    for variant in PIPELINE:
+        model = AutoModelForCausalLM.from_pretrained(folder / variant)
         expected_logits, expected_tokens = read_and_generate(model)
-        for logits, generated, _ in (rank[variant] for rank in ranks):
+        for logits, generated, _ in (rank[use_pipeline][variant] for rank in ranks):
             torch.testing.assert_close(logits, expected_logits, **TOLERANCE)
             assert torch.equal(generated, expected_tokens)
-        assert sum(rank[variant][2] for rank in ranks) == sum(held(model).values())
+        assert sum(rank[use_pipeline][variant][2] for rank in ranks) == sum(held(model).values())
 
 
 # Data parallelism: the loop that a user of accelerate writes
@@ -250,48 +244,63 @@ def two_steps(
     return torch.stack(losses)
 
 
-def learn(folder: Path, engine: str) -> tuple:
-    if engine == "fsdp2-transformers":
-        plan = DistributedConfig(fsdp_size=PROCESSES)
-        model = AutoModelForCausalLM.from_pretrained(folder / "model", distributed_config=plan)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        losses = two_steps(model, optimizer, torch.distributed.get_rank(), PROCESSES)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(folder / "model")
-        plugin = None
-        if engine == "fsdp2":
-            plugin = FullyShardedDataParallelPlugin(
-                fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
-            )
-        accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
-        if engine == "fsdp2":
-            # accelerate (1.15) takes a plugin for accelerators only, and on CPUs goes on with DDP without a word
-            # (AcceleratorState.__init__). From here on it is its own FSDP2, which does work on a CPU.
-            accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
-        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
-        rank = accelerator.process_index
-        losses = two_steps(model, optimizer, rank, PROCESSES, accelerator.backward, accelerator.clip_grad_norm_)
-        model = accelerator.unwrap_model(model)
+DATA_PARALLEL = {"linear_use_output_gate": True, "use_qk_norm": True}
+
+
+def learned(losses, model) -> tuple:
     return losses, {name: full(p) for name, p in model.named_parameters()}, sum(held(model).values())
 
 
+def learn_fsdp2_transformers(folder: Path) -> tuple:
+    plan = DistributedConfig(fsdp_size=PROCESSES)
+    model = AutoModelForCausalLM.from_pretrained(folder / "data_parallel", distributed_config=plan)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return learned(two_steps(model, optimizer, torch.distributed.get_rank(), PROCESSES), model)
+
+
+def learn_ddp(folder: Path, plugin: FullyShardedDataParallelPlugin | None = None) -> tuple:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    if plugin is not None:
+        # accelerate (1.15) takes a plugin for accelerators only, and on CPUs goes on with DDP without a word
+        # (AcceleratorState.__init__). From here on it is its own FSDP2, which does work on a CPU.
+        accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
+    model = AutoModelForCausalLM.from_pretrained(folder / "data_parallel")
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    rank = accelerator.process_index
+    losses = two_steps(model, optimizer, rank, PROCESSES, accelerator.backward, accelerator.clip_grad_norm_)
+    return learned(losses, accelerator.unwrap_model(model))
+
+
+def learn_fsdp2(folder: Path) -> tuple:
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+    )
+    return learn_ddp(folder, plugin)
+
+
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "fsdp2-transformers"])
-def test_data_parallel_equals_one_process(tmp_path, engine):
+def test_data_parallel_equals_one_process(request, engine):
     """More devices would change what a model learns, not only how fast."""
-    model = tiny_model(linear_use_output_gate=True, use_qk_norm=True)
-    model.save_pretrained(tmp_path / "model")
+    engines, learn = {
+        "ddp": ("accelerate_engines", learn_ddp),
+        "fsdp2": ("accelerate_engines", learn_fsdp2),
+        "fsdp2-transformers": ("transformers_engines", learn_fsdp2_transformers),
+    }[engine]
+    folder, ranks = request.getfixturevalue(engines)
+    model = AutoModelForCausalLM.from_pretrained(folder / "data_parallel")
     size = sum(held(model).values())
     losses = two_steps(model, torch.optim.SGD(model.parameters(), lr=0.1))
     weights = {name: full(p) for name, p in model.named_parameters()}
 
-    ranks = run(learn, tmp_path, engine)
+    ranks = [rank[learn] for rank in ranks]
     torch.testing.assert_close(torch.stack([rank[0] for rank in ranks]).mean(0), losses, atol=1e-5, rtol=0)
     for _, actual, numbers in ranks:
         assert_same_tensors(actual, weights, atol=1e-5, rtol=0)
         assert numbers == (size if engine == "ddp" else size // PROCESSES)
 
 
-def train(folder: Path, batch_size: str) -> tuple[list[float], dict]:
+def train(folder: Path, batch_size: int) -> tuple[list[float], dict]:
     """Train with the Trainer on examples that have different numbers of labels."""
     examples = []
     for i in range(24):
@@ -300,7 +309,7 @@ def train(folder: Path, batch_size: str) -> tuple[list[float], dict]:
         labels[: 3 * i % 16] = -100
         examples.append({"input_ids": ids, "labels": labels})
     arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=3, per_device_train_batch_size=int(batch_size), learning_rate=0.1,
+        output_dir=str(folder), max_steps=3, per_device_train_batch_size=batch_size, learning_rate=0.1,
         lr_scheduler_type="constant", optim="sgd", max_grad_norm=0.5, logging_steps=1, save_strategy="no",
         report_to="none", use_cpu=True, disable_tqdm=True, seed=3,
     )  # fmt: skip
@@ -310,13 +319,37 @@ def train(folder: Path, batch_size: str) -> tuple[list[float], dict]:
     return losses, {name: full(p) for name, p in trainer.model.named_parameters()}
 
 
-def test_trainer_equals_one_process(tmp_path):
+def train_half_batches(folder: Path) -> tuple[list[float], dict]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return train(folder / "trainer", 4)
+
+
+def test_trainer_equals_one_process(accelerate_engines, tmp_path):
     """A Trainer in two processes would weigh tokens by how many labels their process happened to get."""
-    losses, weights = train(tmp_path, "8")
-    for actual_losses, actual_weights in run(train, tmp_path, "4"):
+    _, ranks = accelerate_engines
+    losses, weights = train(tmp_path, 8)
+    for actual_losses, actual_weights in (rank[train_half_batches] for rank in ranks):
         assert actual_losses in ([], pytest.approx(losses, abs=1e-5))  # only the first process keeps a log
         assert_same_tensors(actual_weights, weights, atol=1e-5, rtol=0)
     assert len(losses) == 3
+
+
+# What two processes make of the saved models, by rank, beside the folder of the models
+
+
+@pytest.fixture(scope="module")
+def transformers_engines(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("transformers_engines")
+    for name, overrides in (TENSOR_PARALLEL | INDIVISIBLE | PIPELINE | {"data_parallel": DATA_PARALLEL}).items():
+        tiny_model(**overrides).save_pretrained(folder / name)
+    return folder, run(folder, use_tensor_parallel, use_pipeline, learn_fsdp2_transformers)
+
+
+@pytest.fixture(scope="module")
+def accelerate_engines(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("accelerate_engines")
+    tiny_model(**DATA_PARALLEL).save_pretrained(folder / "data_parallel")
+    return folder, run(folder, learn_ddp, learn_fsdp2, train_half_batches)
 
 
 if __name__ == "__main__":
@@ -324,6 +357,7 @@ if __name__ == "__main__":
     # Both processes compute again in backward what a GPU would; the one that they are compared with keeps everything.
     decide, on_gpu = DeltaNetDecoderLayer._recomputes, SimpleNamespace(is_cuda=True)
     DeltaNetDecoderLayer._recomputes = lambda layer, x, cache: decide(layer, on_gpu, cache)
-    result = globals()[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])
-    torch.save(result, Path(sys.argv[2]) / f"rank{os.environ['RANK']}.pt")
+    folder, *functions = sys.argv[1:]
+    results = {name: globals()[name](Path(folder)) for name in functions}
+    torch.save(results, Path(folder) / f"rank{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()

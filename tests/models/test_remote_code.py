@@ -1,64 +1,62 @@
 """Remote code: what a published folder does where this package is not installed.
 
-The package is left out for real: each script runs in a virtual environment of its own, whose site-packages links to
-everything that is installed here except this package, in an empty folder, without PYTHONPATH.
+The package is left out for real: the scripts run in a virtual environment of its own, whose site-packages links to
+everything that is installed here except this package, in an empty folder, without PYTHONPATH. Two processes run them all,
+each several, because starting one takes longer than any script: the second loads copies of code that the first has written.
 """
 
 import json
 import os
-import shutil
 import site
 import subprocess
-import sys
 import venv
 from pathlib import Path
 
 import pytest
-
-
-OWN = ("modeling_deltanet", "modeling-deltanet", "deltanet_kernels", "deltanet_conversion")
-
-PUBLISH = """
-import sys
-
 import torch
-
-sys.path.insert(0, {tests!r})
-from tiny import tiny_model, tokens
+from tiny import LINEAR, marks_for_remote_code_undone, tiny_model, tokens
 
 import modeling_deltanet
 from modeling_deltanet import DeltaNetForSequenceClassification
 
-modeling_deltanet.register_remote_code()
-x, mask = tokens(2, 20), torch.ones(2, 20, dtype=torch.long)
-mask[0, :6] = 0
-for name, fields in ("hybrid", {{"linear_use_output_gate": True}}), ("all_linear", {{"layer_types": ["linear_attention"] * 2}}):
-    model = tiny_model(**fields)
-    model.save_pretrained(name)
-    with torch.no_grad():
-        logits = model(x, attention_mask=mask).logits
-    text = model.generate(x, attention_mask=mask, max_new_tokens=8, do_sample=False)
-    torch.save({{"x": x, "mask": mask, "logits": logits, "text": text}}, name + ".pt")
-classifier = tiny_model(DeltaNetForSequenceClassification, num_labels=5)
-classifier.save_pretrained("classifier")
-with torch.no_grad():
-    torch.save({{"x": x, "mask": mask, "logits": classifier(x, attention_mask=mask).logits}}, "classifier.pt")
-"""
 
-# What every script in the clean environment begins with.
+OWN = ("modeling_deltanet", "modeling-deltanet", "deltanet_kernels", "deltanet_conversion")
+
+PUBLISHED = {"hybrid": {"linear_use_output_gate": True}, "all_linear": {"layer_types": [LINEAR] * 2}}
+
+# What runs the scripts in the clean environment, and what each of them begins with.
 CLEAN = """
 import importlib.util
 
 for name in ("modeling_deltanet", "deltanet_kernels", "deltanet_conversion"):
     assert importlib.util.find_spec(name) is None, name + " is installed here"
 
-import sys
+import json, traceback
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 def same(a, b):
     torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+outcomes = {}
+for name, script in json.loads(Path("scripts.json").read_text()).items():
+    try:
+        exec(script, dict(globals()))
+        outcomes[name] = "passed"
+    except Exception:  # one test's business: the next script runs all the same
+        outcomes[name] = traceback.format_exc()
+Path("outcomes.json").write_text(json.dumps(outcomes))
+"""
+
+WITHOUT_TRUST = """
+try:
+    AutoModelForCausalLM.from_pretrained("hybrid", trust_remote_code=False)
+except ValueError as error:
+    assert "trust_remote_code" in str(error), error
+else:
+    raise AssertionError("loaded")
 """
 
 USE = """
@@ -84,7 +82,7 @@ made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained("hybrid", tru
 assert type(made).__name__ == "DeltaNetForCausalLM"
 """
 
-REFUSE = """
+USE_COPIES = """
 import json, pathlib
 
 for folder in ("hybrid", "all_linear"):
@@ -136,14 +134,16 @@ with torch.no_grad():
 """
 
 
-def run(python, script: str, folder: Path) -> None:
+def run(python, folder: Path, **scripts: str) -> dict[str, str]:
+    """name -> "passed", or the traceback of the script with this name, which ran in a process that ran all of these."""
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "HF_MODULES_CACHE": str(folder / "modules")}
-    (folder / "script.py").write_text(script)
+    (folder / "scripts.json").write_text(json.dumps(scripts))
     done = subprocess.run(
-        [python, "script.py"], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [python, "-c", CLEAN], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert done.returncode == 0, done.stdout[-4000:]
+    return json.loads((folder / "outcomes.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -165,14 +165,22 @@ def clean_python(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory) -> Path:
-    """A folder with models saved by a process in which the package marked itself for remote code."""
+    """A folder with models that know their code, and what they answer."""
     folder = tmp_path_factory.mktemp("published")
-    # In a process of its own, for the mark stays. It runs what this one has imported, wherever that is.
-    import modeling_deltanet
-
-    package = str(Path(modeling_deltanet.__file__).parent.parent)
-    script = f"import sys; sys.path.insert(0, {package!r})\n" + PUBLISH.format(tests=str(Path(__file__).parent))
-    run(sys.executable, script, folder)
+    x, mask = tokens(2, 20), torch.ones(2, 20, dtype=torch.long)
+    mask[0, :6] = 0
+    with marks_for_remote_code_undone(), torch.no_grad():
+        modeling_deltanet.register_remote_code()
+        for name, fields in PUBLISHED.items():
+            model = tiny_model(**fields)
+            model.save_pretrained(folder / name)
+            logits = model(x, attention_mask=mask).logits
+            text = model.generate(x, attention_mask=mask, max_new_tokens=8, do_sample=False)
+            torch.save({"x": x, "mask": mask, "logits": logits, "text": text}, folder / f"{name}.pt")
+        classifier = tiny_model(DeltaNetForSequenceClassification, num_labels=5)
+        classifier.save_pretrained(folder / "classifier")
+        logits = classifier(x, attention_mask=mask).logits
+        torch.save({"x": x, "mask": mask, "logits": logits}, folder / "classifier.pt")
     return folder
 
 
@@ -187,36 +195,28 @@ def test_the_code_is_written_beside_the_weights(published):
         assert config["auto_map"][auto_class] == "modeling_deltanet." + config["architectures"][0]
 
 
-@pytest.fixture
-def workspace(published, tmp_path) -> Path:
-    shutil.copytree(published, tmp_path / "work")
-    shutil.rmtree(tmp_path / "work" / "modules", ignore_errors=True)
-    return tmp_path / "work"
+@pytest.fixture(scope="module")
+def outcomes(clean_python, published) -> dict[str, str]:
+    """What became of each script. (Trust is asked for before anything has been loaded with it.)"""
+    first = run(clean_python, published, without_trust=WITHOUT_TRUST, use=USE)
+    return first | run(clean_python, published, use_copies=USE_COPIES, lora=LORA)
 
 
-def test_a_process_without_the_package_loads_generates_and_saves_again(clean_python, workspace):
+def test_a_process_without_the_package_loads_generates_and_saves_again(outcomes, published):
     """A user of the Hub would not get the published model: other logits, no generation, or a copy without its code."""
-    run(clean_python, CLEAN + USE, workspace)
+    assert outcomes["use"] == "passed", outcomes["use"]
     for folder in ("hybrid", "all_linear"):
         for name in ("modeling_deltanet.py", "configuration_deltanet.py", "delta_rule.py", "cache_deltanet.py"):
-            copy = workspace / f"{folder}_again" / name
-            assert copy.read_text() == (workspace / folder / name).read_text()
-    run(clean_python, CLEAN + REFUSE, workspace)  # a process of its own: it loads the copies of the code
+            copy = published / f"{folder}_again" / name
+            assert copy.read_text() == (published / folder / name).read_text()
+    assert outcomes["use_copies"] == "passed", outcomes["use_copies"]
 
 
-def test_lora_on_a_published_folder_without_the_package(clean_python, workspace):
+def test_lora_on_a_published_folder_without_the_package(outcomes):
     """A fine-tuner of a published model would train nothing, or could not reload what was trained."""
-    run(clean_python, CLEAN + LORA, workspace)
+    assert outcomes["lora"] == "passed", outcomes["lora"]
 
 
-def test_without_trust_the_code_is_not_run(clean_python, workspace):
+def test_without_trust_the_code_is_not_run(outcomes):
     """Code from the Hub would run without having been asked for."""
-    script = """
-try:
-    AutoModelForCausalLM.from_pretrained("hybrid", trust_remote_code=False)
-except ValueError as error:
-    assert "trust_remote_code" in str(error), error
-else:
-    raise AssertionError("loaded")
-"""
-    run(clean_python, CLEAN + script, workspace)
+    assert outcomes["without_trust"] == "passed", outcomes["without_trust"]

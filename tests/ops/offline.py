@@ -1,7 +1,7 @@
-"""Compiles the token-by-token and convolution kernels for a GPU that is not there: `python offline.py 90 128`.
+"""Compiles the token-by-token and convolution kernels for GPUs that are not there: `python offline.py 90:128 80:256`.
 
-A process of its own, because in the tests' process the kernels belong to the interpreter. Prints one JSON object:
-kernel -> what `resources` says of it.
+A process of its own, because in the tests' process the kernels belong to the interpreter. Prints a JSON object a line, for
+each argument: kernel -> what `resources` says of it.
 """
 
 import importlib
@@ -100,8 +100,9 @@ def main(capability, d, dtype="bf16"):
         constants = {**sizes, **eps, "BK": pad, "BV": columns}
         table[f"step, {columns} columns"] = (recurrent._step_kernel, given, constants, warps)
     compiled = {name: compile_kernel(*row, capability, {"num_warps": warps}) for name, (*row, warps) in table.items()}
-    print(json.dumps({name: resources(kernel) for name, kernel in compiled.items()}))
+    return {name: resources(kernel) for name, kernel in compiled.items()}
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    for capability, d in (case.split(":") for case in sys.argv[1:]):
+        print(json.dumps(main(int(capability), int(d))), flush=True)

@@ -228,20 +228,26 @@ def test_errors_name_what_came():
 SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227}  # of a block, KB
 # The token loops run one warp a program and may take what there is; the others need many warps to hide memory.
 REGISTERS = {"recurrent": 255, "conv": 168, "step": 128}
+COMPILED = [(80, 256), (89, 128), (90, 128), (90, 256), (100, 128)]
 
 
-@pytest.mark.parametrize("capability, d", [(80, 256), (89, 128), (90, 128), (90, 256), (100, 128)])
-def test_compiles_offline(capability, d):
-    """Every kernel of recurrent.py and short_conv.py fits the GPUs we name, and keeps its state in registers."""
+@pytest.fixture(scope="module")
+def compiled():
+    """What one process has compiled: (capability, d) -> kernel -> resources."""
     here = Path(__file__).parent
     paths = [str(Path(recurrent.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
     environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, here / "offline.py", str(capability), str(d)], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    for name, (registers, stack, local, shared) in json.loads(done.stdout).items():
+    command = [sys.executable, here / "offline.py", *(f"{capability}:{d}" for capability, d in COMPILED)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]  # the lines tell how many went well
+    return dict(zip(COMPILED, map(json.loads, done.stdout.splitlines())))
+
+
+@pytest.mark.parametrize("capability, d", COMPILED)
+def test_compiles_offline(compiled, capability, d):
+    """Every kernel of recurrent.py and short_conv.py fits the GPUs we name, and keeps its state in registers."""
+    for name, (registers, stack, local, shared) in compiled[capability, d].items():
         assert stack == 0 and local == 0, f"{name} spills: {stack} bytes of stack, {local} of local memory"
         assert registers <= REGISTERS[name.split()[0].strip(",")], f"{name}: {registers} registers"
         assert shared <= SHARED_MEMORY[capability] * 1024, f"{name}: {shared} bytes of shared memory"
