@@ -27,7 +27,9 @@ ACCEPTED = {
 SMALL = 48
 
 
-@pytest.mark.parametrize("arch, d", [(90, 64), (90, 128), (90, 256), (80, 128), (86, 256), (89, 96), (100, 128), (100, 256)])
+@pytest.mark.parametrize(
+    "arch, d", [(90, 64), (90, 128), (90, 256), (80, 128), (86, 256), (89, 96), (100, 128), (100, 256)]
+)
 def test_launch_table(arch, d, tmp_path):
     """A user of this chip and head size gets kernels that start, and as fast as they were measured."""
     here = Path(__file__).parent
