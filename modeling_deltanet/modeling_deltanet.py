@@ -422,7 +422,8 @@ class DeltaNetDecoderLayer(GradientCheckpointingLayer):
         """Whether backward computes again what lies between a linear mixer's projections, and between the MLP's.
 
         Of the 24 activations `[B, T, D]` that a layer of the 1.3B size would keep, 13.5 are left, and what is computed again
-        has no matrix product of a projection. On a CPU memory is not what is short. A cache would be written twice. A layer
+        has no matrix product of a projection: 53 GB and 536 ms a step of 8 x 4096 tokens on an H200, against 82 GB and 509 ms
+        (with Liger). On a CPU memory is not what is short. A cache would be written twice. A layer
         that is computed again as a whole (by Transformers' gradient checkpointing) need not do so with its parts.
         """
         checkpointed = self.gradient_checkpointing and self.training
