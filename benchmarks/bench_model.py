@@ -142,9 +142,8 @@ def bench_decode(name, args):
     ids = torch.randint(5, model.config.vocab_size, (args.decode_batch, args.prompt), device="cuda")
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     for extra in name.split("-")[1:]:
-        options |= {"cache_implementation": "static", "max_cache_len": args.prompt + 16 + args.new_tokens} | DECODE[
-            extra
-        ]
+        static = {"cache_implementation": "static", "max_cache_len": args.prompt + 16 + args.new_tokens}
+        options |= static | DECODE[extra]
 
     def generate(new_tokens):
         torch.cuda.synchronize()
@@ -221,10 +220,9 @@ def main():
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this benchmark needs a CUDA device")
-    models = args.models
+    models, known = args.models, set.union(*EXTRAS.values())
     for name in models:
         family, *extras = name.split("-")
-        known = set.union(*EXTRAS.values())
         if family not in ("ours", "fla", "llama") or not set(extras) <= known:
             parser.error(f"no model {name!r}: ours, fla or llama, and behind it {', '.join(sorted(known))}")
     if fla is None and any(name.startswith("fla") for name in models):

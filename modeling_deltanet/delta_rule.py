@@ -82,7 +82,7 @@ def kernels_for(x: torch.Tensor, refused: str | None = None):
         refused = "fp64"
     if refused is not None:
         _say_once(
-            logging.WARNING, f"DeltaNet computes with torch on this GPU: its Triton kernels do not take {refused}"
+            logging.WARNING, "DeltaNet computes with torch on this GPU: its Triton kernels do not take %s", refused
         )
         return None
     return _load_kernels()
@@ -93,15 +93,17 @@ def _load_kernels():
     try:
         import deltanet_kernels
     except ImportError as error:
-        _say_once(logging.WARNING, f"DeltaNet computes with torch on this GPU, not with its Triton kernels: {error}")
+        _say_once(
+            logging.WARNING, "DeltaNet computes with torch on this GPU, not with its Triton kernels: %s", str(error)
+        )
         return None
-    _say_once(logging.INFO, f"DeltaNet computes with the Triton kernels of {deltanet_kernels.__file__}")
+    _say_once(logging.INFO, "DeltaNet computes with the Triton kernels of %s", deltanet_kernels.__file__)
     return deltanet_kernels
 
 
-def _say_once(level: int, message: str) -> None:
+def _say_once(level: int, message: str, detail: str) -> None:
     if not torch.compiler.is_compiling():  # torch.compile would break the graph there
-        _log_once(level, message)
+        _log_once(level, message, detail)
 
 
 _log_once = functools.cache(logger.log)

@@ -423,8 +423,8 @@ class DeltaNetDecoderLayer(GradientCheckpointingLayer):
 
         Of the 24 activations `[B, T, D]` that a layer of the 1.3B size would keep, 13.5 are left, and what is computed again
         has no matrix product of a projection: 53 GB and 536 ms a step of 8 x 4096 tokens on an H200, against 82 GB and 509 ms
-        (with Liger). On a CPU memory is not what is short. A cache would be written twice. A layer
-        that is computed again as a whole (by Transformers' gradient checkpointing) need not do so with its parts.
+        (with Liger). On a CPU memory is not what is short. A cache would be written twice. A layer that is computed again as
+        a whole (by Transformers' gradient checkpointing) need not do so with its parts.
         """
         checkpointed = self.gradient_checkpointing and self.training
         return hidden_states.is_cuda and torch.is_grad_enabled() and past_key_values is None and not checkpointed

@@ -81,8 +81,8 @@ def test_without_norm(state):
 def test_every_form_of_the_scans(stored, deep, monkeypatch):
     """Which form runs depends on the chip's size and the head's: each must give the same as the others."""
     plan = configs.plan(90, 64, 32, True, False)
-    scan, reverse = plan.scan._replace(deep=deep), plan.reverse._replace(deep=deep)
-    monkeypatch.setattr(configs, "plan", lambda *_: plan._replace(stored=stored, scan=scan, reverse=reverse))
+    plan = plan._replace(stored=stored, reverse=plan.reverse._replace(deep=deep))
+    monkeypatch.setattr(configs, "plan", lambda *_: plan)
     compare(*make(2, 100, 1, 64, 32, HV=2))
     compare(*make(1, 150, 1, 192, 16, l2norm=False, n=2), l2norm=False, cu_seqlens=[0, 70, 150])
 

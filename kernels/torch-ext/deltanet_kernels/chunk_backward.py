@@ -53,8 +53,9 @@ def reverse_kernel(
     L2NORM: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr, HAS_DHT: tl.constexpr, HAS_DH0: tl.constexpr,
     SAVE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STORED: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
-    """Runs one sequence, value head and block of BV value columns from the last chunk to the first. DEEP as forward.
+    """Runs one sequence, value head and block of BV value columns from the last chunk to the first.
 
+    DEEP: the tensor cores transpose dO, exactly, for more shared memory (0.104 ms, not 0.117, at 1 x 4096 x 16 x 128).
     Without SAVE only dh0 is written (first pass of a segmented scan).
     """
     i_v = tl.program_id(0)
@@ -349,8 +350,7 @@ def grads(q, k, do, a, u, dv, s, ds, rq, rk, dq, dk, dbeta, scale, t: Tables, cu
             {
                 "K": K, "V": V, "BK": block_k, "NK": nk, "BV": block_v, "W": min(block_v, choice.block_v), "C": CHUNK,
                 "G": HV // H, "L2NORM": rk is not None, "PACKED": cu_seqlens is not None, "EVEN": t.even,
-                "WIDE": k.dtype != torch.bfloat16,
-                "PRECISION": precision(k.dtype),
+                "WIDE": k.dtype != torch.bfloat16, "PRECISION": precision(k.dtype),
             },
             {"num_warps": choice.num_warps, "num_stages": choice.num_stages, "maxnreg": choice.maxnreg},
         )  # fmt: skip

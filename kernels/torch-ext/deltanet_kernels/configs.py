@@ -20,7 +20,7 @@ class Launch(NamedTuple):
     block_v: int
     num_warps: int
     num_stages: int
-    deep: bool = False  # scans: the tensor cores transpose V and dO, exactly
+    deep: bool = False  # reverse scan: the tensor cores transpose dO, exactly
     maxnreg: int | None = None  # registers a thread, where more programs beat fewer spills
 
 
@@ -86,5 +86,6 @@ def plan(arch: int, K: int, V: int, wide: bool, few: bool) -> Plan:
         scan = Launch(64, 4, 3 if d <= 64 else 2)
         return Plan(prepare, scores, scan, Launch(64, 4, 2, deep=True), grads, stored=False)
     # compiled, not measured: blocks that fit 99 KB; at d = 256 and 32 columns the reverse scan took 112 KB
-    scan = Launch(16 if d > 128 else 32, 4, 1)
-    return Plan(prepare, scores, scan, scan, scan._replace(num_warps=8 if d > 128 else 4))
+    block_v, warps = (16, 8) if d > 128 else (32, 4)
+    scan = Launch(block_v, 4, 1)
+    return Plan(prepare, scores, scan, scan, Launch(block_v, warps, 1))
