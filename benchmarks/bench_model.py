@@ -27,7 +27,6 @@ import argparse
 import datetime
 import json
 import multiprocessing
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -103,7 +102,10 @@ def make_model(name: str, size: str):
 
 
 def bench_train(name, args):
-    """Tokens a second and peak memory of a training step: the median of --steps after 3, the first step's time apart."""
+    """Tokens a second and peak memory of a training step: --steps in a row after 3, the first step's time apart.
+
+    The host waits for the GPU before and after them and not in between, as in training.
+    """
     model = make_model(name, args.size).train()
     if args.checkpoint_every:
         model.activation_checkpointing_enable(every_n_layers=args.checkpoint_every)
@@ -111,18 +113,20 @@ def bench_train(name, args):
     ids = torch.randint(model.config.vocab_size, (args.batch, args.length), device="cuda")
     forward = torch.compile(model, fullgraph=True) if name.endswith("compiled") else model
 
-    def step():
+    def steps(n):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        forward(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for _ in range(n):
+            forward(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return (time.perf_counter() - start) / n
 
     torch.cuda.reset_peak_memory_stats()
-    first = [step() for _ in range(3)][0]
-    seconds = statistics.median(step() for _ in range(args.steps))
+    first = steps(1)
+    steps(2)
+    seconds = steps(args.steps)
     tokens = args.batch * args.length
     flops = 6 * model.num_parameters(exclude_embeddings=True) * tokens  # what a token costs whatever the mixer
     return {

@@ -691,7 +691,7 @@ def prepare(q, k, beta, scale: float, l2norm: bool, t: Tables, cu_seqlens, plan:
                 **constants, "BK": min(plan.prepare.block_v, blocks(K, K, plan)[2]), "FP16": l2norm and not wide,
                 "PRECISION": "tf32x3" if wide else "tf32", "BETA_MIN": BETA_MIN,
             },
-            {"num_warps": plan.prepare.num_warps, "num_stages": plan.prepare.num_stages},
+            {"num_warps": plan.prepare.num_warps, "num_stages": plan.prepare.num_stages, "maxnreg": plan.prepare.maxnreg},
         )  # fmt: skip
         if plan.stored:
             launch(

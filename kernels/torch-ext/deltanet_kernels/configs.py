@@ -32,6 +32,7 @@ class Plan(NamedTuple):
     scan: Launch  # forward scan; its block_v is that of the reverse scan too
     reverse: Launch  # reverse scan
     grads: Launch  # chunk-parallel gradients
+    entry: Launch | None = None  # forward scan without output (segments), if other than scan
     stored: bool = True  # P by a kernel of its own; else by each scan, which saves 24 KB a chunk
 
 
@@ -64,7 +65,12 @@ def plan(arch: int, K: int, V: int, wide: bool, few: bool) -> Plan:
         return Plan(Launch(32, 1, 1), Launch(32, 4, 1), scan, scan, Launch(16, 4, 1))
     # one warp: 16x16 blocks offer no more work, and there is no barrier to wait at (four warps on 64x64: 0.26 ms, not
     # 0.21, at 8 x 4096 x 16 x 128)
-    prepare = Launch(128 if K <= 128 else 64, 1, 1)
+    # registers held back where that lets more programs share a multiprocessor and spills stay small (d = 64: 0.117 ms, not
+    # 0.135; d = 128: 0.081, not 0.083)
+    if K <= 64:
+        prepare = Launch(64, 1, 1, maxnreg=168)
+    else:
+        prepare = Launch(128, 1, 1, maxnreg=224) if K <= 128 else Launch(64, 1, 1)
     scores = Launch(64, 4, 3)  # 13 us at 1 x 4096 x 16 x 128, not the 19 of 128 columns in two stages
     if arch in (90, 100, 103):
         if K > 128 and arch == 90:
@@ -75,16 +81,17 @@ def plan(arch: int, K: int, V: int, wide: bool, few: bool) -> Plan:
             return Plan(prepare, scores, Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 8, 1))
         # d = 64: three programs a multiprocessor. d = 128: all registers
         grads = Launch(64, 4, 1, maxnreg=168) if d <= 64 else Launch(64, 4, 1)
+        entry = Launch(64, 4, 3)  # without q three stages fit: 0.176 ms, not 0.227, at 1 x 32768 x 16 x 128
         if few:
             # alone on its multiprocessor a program must hide the loads itself: three stages; the chain from state to
             # state is all that counts, so P is computed elsewhere (0.12 ms, not 0.27, at 1 x 4096 x 16 x 128)
-            return Plan(prepare, scores, Launch(64, 4, 3), Launch(64, 4, 3, deep=True), grads)
+            return Plan(prepare, scores, Launch(64, 4, 3), Launch(64, 4, 3, deep=True), grads, entry)
         if arch != 90:  # compiled, not measured: the form that spills least
-            return Plan(prepare, scores, Launch(64, 4, 2), Launch(64, 4, 2), grads)
+            return Plan(prepare, scores, Launch(64, 4, 2), Launch(64, 4, 2), grads, entry)
         # as many stages as let two programs share a multiprocessor, where memory's bandwidth is what counts
         # (d = 64: 0.176 ms with three, 0.215 with two)
         scan = Launch(64, 4, 3 if d <= 64 else 2)
-        return Plan(prepare, scores, scan, Launch(64, 4, 2, deep=True), grads, stored=False)
+        return Plan(prepare, scores, scan, Launch(64, 4, 2, deep=True), grads, entry, stored=False)
     # compiled, not measured: blocks that fit 99 KB; at d = 256 and 32 columns the reverse scan took 112 KB
     block_v, warps = (16, 8) if d > 128 else (32, 4)
     scan = Launch(block_v, 4, 1)

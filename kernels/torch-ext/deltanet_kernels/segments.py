@@ -69,10 +69,10 @@ def chain_kernel(
         b_s = tl.load(first + (i_b * HV + i_hv) * K * V + o, mask=m, other=0.0)
     else:
         b_s = tl.zeros([BK, BV], tl.float32)
-    for i in range(S):
-        i_s = i_b * S + (S - 1 - i if REVERSE else i)
-        p = (i_s * HV + i_hv) * K
-        tl.store(out + p * V + o, b_s, mask=m)
+    STEP: tl.constexpr = -1 if REVERSE else 1
+    p = ((i_b * S + (S - 1 if REVERSE else 0)) * HV + i_hv) * K
+    tl.store(out + p * V + o, b_s, mask=m)
+    for _ in range(S - 1):
         if REVERSE:
             p_phi = phi + p * K + o_k[:, None] + o_k[None, :] * K
         else:
@@ -80,6 +80,8 @@ def chain_kernel(
         b_phi = tl.load(p_phi, mask=(o_k < K)[:, None] & (o_k < K)[None, :], other=0.0)
         b_n = tl.load(n + p * V + o, mask=m, other=0.0)
         b_s = tl.dot(b_phi, b_s, b_n, input_precision="tf32x3")
+        p += STEP * HV * K
+        tl.store(out + p * V + o, b_s, mask=m)
 
 
 def _chain(n, phi, first, s: int, reverse: bool) -> torch.Tensor:
@@ -93,7 +95,7 @@ def _chain(n, phi, first, s: int, reverse: bool) -> torch.Tensor:
             "K": K, "V": V, "BK": max(16, triton.next_power_of_2(K)), "BV": 16, "S": s, "HAS_FIRST": first is not None,
             "REVERSE": reverse,
         },
-        {"num_warps": 4, "num_stages": 1},
+        {"num_warps": 8, "num_stages": 3},  # Phi does not wait for the state: 27 us, not 51, for 8 segments at 32768 tokens
     )  # fmt: skip
     return out
 
@@ -102,8 +104,9 @@ def entry_states(k, v, prepared, h0, scale: float, t: Tables, plan: Plan, s: int
     """S_in of every segment, [B * s, HV, K, V], and Phi [B * s, HV, K, K]."""
     K, HV = k.shape[3], v.shape[2]
     phi = k.new_empty(t.n, HV, K, K, dtype=torch.float32)
+    entry = plan._replace(scan=plan.entry or plan.scan)
     *_, n = chunk_forward.scan(
-        k, k, v, prepared, None, scale, t, None, plan, output=False, save=False, final=True, phi=phi
+        k, k, v, prepared, None, scale, t, None, entry, output=False, save=False, final=True, phi=phi
     )
     return _chain(n, phi, h0, s, False), phi
 
