@@ -79,13 +79,18 @@ def main(capability, d, dtype="bf16"):
         "conv forward": (
             short_conv._fwd_kernel,
             channels,
-            {**conv, "BT": short_conv.FORWARD_BLOCK_T, "BD": short_conv.FORWARD_BLOCK_D},
+            {**conv, "BT": short_conv.FORWARD_SEGMENT, "BD": short_conv.FORWARD_BLOCK_D, "R": short_conv.FORWARD_ROWS},
             short_conv.FORWARD_WARPS,
         ),
         "conv backward": (
             short_conv._bwd_kernel,
             {**channels, "h": None},
-            {**conv, "BT": short_conv.BACKWARD_SEGMENT, "BD": short_conv.BACKWARD_BLOCK_D},
+            {
+                **conv,
+                "BT": short_conv.BACKWARD_SEGMENT,
+                "BD": short_conv.BACKWARD_BLOCK_D,
+                "R": short_conv.BACKWARD_ROWS,
+            },
             short_conv.BACKWARD_WARPS,
         ),
         "conv step": (

@@ -6,16 +6,17 @@ What lies before a sequence comes from its state (its last W - 1 inputs, oldest 
 
     dz_t = dy_t silu'(z_t)        dx_t = sum_j w_j dz_{t+j}        dw_j = sum_t dz_t x_{t-j}
 
-Forward computes a tile of time by channels from W shifted loads: they differ by whole rows, so all but one hit the
-cache, and none waits for another. Backward would need 4 x 4 shifts that way; instead a program walks its segment of
-time from the last row to the first with the last W - 1 rows of dz and of x in registers, so each dz is computed once
-(and again in the W - 1 rows before a segment's end), and dw gathers in registers: one partial sum a segment, added up
-afterwards in a fixed order.
+A program walks a segment of rows (time), R of them loaded before the first is needed, so each element is loaded and
+converted once. Forward walks from the first row to the last with the W - 1 inputs before a row in registers. Backward
+walks from the last to the first with the W - 1 rows of dz after a row, so each dz is computed once (and those of the
+W - 1 rows after a segment once more), and dw gathers in registers: one partial sum a segment, added up afterwards in a
+fixed order.
 
 Legend: B batch, T time, D channels (D0, D1, D2 of up to three tensors, one after another in the state and in dw),
-W width, N sequences (N = B, or len(cu_seqlens) - 1 packed into B = 1). w_j multiplies x_{t-j}: it is column W-1-j of
-the weight [D, W]. In kernels: i_ index, o_ offset, p_ pointer, m_ mask, s_ stride, b_ block value in registers; d for
-a gradient; h the state; bos and eos the first token of a sequence and the one after its last.
+W width, N sequences (N = B, or len(cu_seqlens) - 1 packed into B = 1), BT rows of a segment, BD channels of a program.
+w_j multiplies x_{t-j}: it is column W-1-j of the weight [D, W]. In kernels: i_ index, o_ offset, p_ pointer, m_ mask,
+s_ stride, b_ block value in registers or a tuple of them; d for a gradient; h the state; bos and eos the first token of
+a sequence and the one after its last.
 Everything is accumulated in fp32; offsets into tensors are int64.
 """
 
@@ -34,14 +35,14 @@ __all__ = ["short_conv", "short_conv_step"]
 MAX_TENSORS = 3
 MIN_WIDTH, MAX_WIDTH = 2, 4
 
-# Launch choices. All three kernels are bound by memory.
-# Forward: 16 x 256 elements on 8 warps are 16 a thread, in two 16-byte loads (bf16) for each of the W shifts. With 4
-# warps the int64 addresses of a state take the kernel to 241 registers.
-FORWARD_BLOCK_T, FORWARD_BLOCK_D, FORWARD_WARPS = 16, 256, 8
-# Backward: 4 channels a thread keep w, dw, x and dz (16 fp32 each) and four rows of loads in flight under 128
-# registers. 64 rows a segment: 3 rows in 64 are computed twice, and dw's partial sums are 1/12 of x's bytes in bf16
-# (W fp32 a channel and segment).
-BACKWARD_SEGMENT, BACKWARD_BLOCK_D, BACKWARD_WARPS = 64, 256, 2
+# Launch choices, by instructions an element as compiled for sm_90 (bf16, W = 4, SiLU), not measured. While an H200 moves
+# an element's bytes, it can issue about 28 forward and 42 backward (4.25 TB/s, 1.755 GHz).
+# Forward: 8 channels a thread, so 16-byte loads and stores: 16 instructions, 80 registers.
+FORWARD_SEGMENT, FORWARD_BLOCK_D, FORWARD_WARPS, FORWARD_ROWS = 32, 256, 1, 4
+# Backward: 4 channels a thread, which keep w, dw, x and dz: 35 instructions, 96 registers. 8 channels: 31, but 167
+# registers, 226 in packed sequences. 64 rows a segment: 3 rows in 64 are computed twice, and dw's partial sums are 1/8
+# of x's bytes in bf16 (W fp32 a channel and segment).
+BACKWARD_SEGMENT, BACKWARD_BLOCK_D, BACKWARD_WARPS, BACKWARD_ROWS = 64, 256, 2, 4
 STEP_BLOCK_D, STEP_WARPS = 256, 2
 
 
@@ -49,45 +50,100 @@ STEP_BLOCK_D, STEP_WARPS = 256, 2
 
 
 @triton.jit
-def _find_sequence(cu_seqlens, o_t, N):
-    """The last n with cu_seqlens[n] <= o_t (so never an empty sequence), by halving; o_t a scalar or a block."""
-    i_lo = o_t * 0
-    i_hi = o_t * 0 + N
-    n = N
-    while n > 0:
-        i_mid = (i_lo + i_hi) // 2
-        left = tl.load(cu_seqlens + i_mid) > o_t
-        i_hi = tl.where(left, i_mid, i_hi)
-        i_lo = tl.where(left, i_lo, i_mid)
-        n = n // 2
-    return i_lo
+def _find_sequence(cu_seqlens, t, i_b, T, N):
+    """(n, its first token, the token after its last) for the sequence n of row t."""
+    if cu_seqlens is not None:
+        # The last n with cu_seqlens[n] <= t (so never an empty sequence), by halving.
+        i_n = t * 0
+        i_end = i_n + N
+        n = N
+        while n > 0:
+            i_mid = (i_n + i_end) // 2
+            left = tl.load(cu_seqlens + i_mid) > t
+            i_end = tl.where(left, i_mid, i_end)
+            i_n = tl.where(left, i_n, i_mid)
+            n = n // 2
+        bos, eos = tl.load(cu_seqlens + i_n).to(tl.int64), tl.load(cu_seqlens + i_n + 1).to(tl.int64)
+    else:
+        i_n, bos, eos = i_b, i_b * 0, i_b * 0 + T
+    return i_n, bos, eos
 
 
 @triton.jit
-def _tap(p_x, s_xt, h, s_hn, o_h, i_n, o_t, bos, m, J: tl.constexpr, W: tl.constexpr):
-    """x_{t-J} in fp32: from x within the sequence, from the state before it (zero without one)."""
-    inside = o_t - J >= bos
-    b_x = tl.load(p_x + (o_t - J) * s_xt, mask=m & inside, other=0.0).to(tl.float32)
-    if h is not None and J > 0:
-        p_h = h + i_n * s_hn + o_h * (W - 1) + (W - 1 - J) + (o_t - bos)
-        b_x += tl.load(p_h, mask=m & (o_t - J < bos), other=0.0).to(tl.float32)
+def _weights(p_w, m_d, W: tl.constexpr):
+    """(w_0, ..., w_{W-1}) in fp32."""
+    b_w = ()
+    for J in tl.static_range(W):
+        b_w += (tl.load(p_w + (W - 1 - J), mask=m_d, other=0.0).to(tl.float32),)
+    return b_w
+
+
+@triton.jit
+def _row(p, s_t, t, T, m_d):
+    """Row t of a [T, D] tensor as it was loaded, zeros outside it."""
+    return tl.load(p + t * s_t, mask=m_d & (t >= 0) & (t < T), other=0.0)
+
+
+@triton.jit
+def _from_state(h, s_hn, o_h, i_n, j, m_d, W: tl.constexpr):
+    """The input j rows before sequence i_n in fp32 where m_d; zeros without a state."""
+    if h is not None:
+        b_x = tl.load(h + i_n * s_hn + o_h * (W - 1) + (W - 1 - j), mask=m_d, other=0.0).to(tl.float32)
+    else:
+        b_x = tl.zeros(o_h.shape, tl.float32)
     return b_x
 
 
 @triton.jit
-def _weight(p_w, m_d, J: tl.constexpr, W: tl.constexpr):
-    """w_J in fp32, zeros beyond the width."""
-    if J < W:
-        return tl.load(p_w + (W - 1 - J), mask=m_d, other=0.0).to(tl.float32)
-    return tl.load(p_w, mask=m_d & False, other=0.0).to(tl.float32)
+def _own(b_x, h, s_hn, o_h, i_n, t, bos, m_d, FIRST: tl.constexpr, W: tl.constexpr):
+    """(x_{t-FIRST}, ..., x_{t-W+1}) as given, but those before the sequence of row t from its state, or zeros."""
+    b_own = ()
+    for J in tl.static_range(FIRST, W):
+        b_h = _from_state(h, s_hn, o_h, i_n, J - (t - bos), m_d & (t - J < bos), W)
+        b_own += (tl.where(t - J >= bos, b_x[J - FIRST], b_h),)
+    return b_own
+
+
+@triton.jit
+def _taps(p_x, s_xt, h, s_hn, o_h, i_n, t, bos, m_d, FIRST: tl.constexpr, W: tl.constexpr):
+    """(x_{t-FIRST}, ..., x_{t-W+1}) in fp32: from x within the sequence, from its state before."""
+    b_x = ()
+    for J in tl.static_range(FIRST, W):
+        b_x += (tl.load(p_x + (t - J) * s_xt, mask=m_d & (t - J >= bos), other=0.0).to(tl.float32),)
+    return _own(b_x, h, s_hn, o_h, i_n, t, bos, m_d, FIRST, W)
+
+
+@triton.jit
+def _dot(b_a, b_b):
+    """sum_j a_j b_j over two tuples."""
+    b_sum = b_a[0] * b_b[0]
+    for j in tl.static_range(1, len(b_a)):
+        b_sum += b_a[j] * b_b[j]
+    return b_sum
+
+
+@triton.jit
+def _sigmoid(b_z):
+    """1 / (1 + exp(-z)) as the square of a reciprocal root, so that no instruction guards against subnormals: tl.sigmoid
+    makes forward 21 instructions an element instead of 15 (sm_90)."""
+    b_r = tl.rsqrt(1.0 + tl.exp2(b_z * -1.4426950408889634))
+    return b_r * b_r
 
 
 @triton.jit
 def _dz(b_z, b_dy, SILU: tl.constexpr):
     if SILU:
-        b_s = tl.sigmoid(b_z)
+        b_s = _sigmoid(b_z)
         b_dy = b_dy * b_s * (1.0 + b_z * (1.0 - b_s))
     return b_dy
+
+
+@triton.jit
+def _dz_at(p_x, s_xt, p_dy, s_dyt, h, s_hn, o_h, i_n, t, bos, eos, m_d, b_w, W: tl.constexpr, SILU: tl.constexpr):
+    """dz of row t >= bos from memory alone, zeros from eos on."""
+    m = m_d & (t < eos)
+    b_z = _dot(b_w, _taps(p_x, s_xt, h, s_hn, o_h, i_n, t, bos, m, 0, W))
+    return _dz(b_z, tl.load(p_dy + t * s_dyt, mask=m, other=0.0).to(tl.float32), SILU)
 
 
 @triton.jit(do_not_specialize=["T", "N"])
@@ -97,7 +153,7 @@ def _fwd_kernel(
     # sizes and strides
     T, N, D0, D1, D2, s_x0b, s_x0t, s_x1b, s_x1t, s_x2b, s_x2t,
     # constants
-    W: tl.constexpr, SILU: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    W: tl.constexpr, SILU: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     i_d = tl.program_id(0)
     i_b = tl.program_id(2).to(tl.int64)
@@ -112,90 +168,34 @@ def _fwd_kernel(
         i_d -= n0 + n1
 
     o_d = i_d * BD + tl.arange(0, BD)
-    o_t = (tl.program_id(1) * BT + tl.arange(0, BT)).to(tl.int64)
-    m_d, m_t = o_d < D, o_t < T
-    if cu_seqlens is not None:
-        i_n = _find_sequence(cu_seqlens, o_t, N)
-        bos = tl.load(cu_seqlens + i_n).to(tl.int64)[:, None]
-        i_n = i_n[:, None]
-    else:
-        i_n = i_b
-        bos = i_b * 0
-    m = m_t[:, None] & m_d[None, :]
-    o_h = (o_first + o_d)[None, :]
+    m_d = o_d < D
+    o_h = o_first + o_d
     s_hn = ((D0 + D1 + D2) * (W - 1)).to(tl.int64)
-    p_x += o_d[None, :]
-    b_z = tl.zeros([BT, BD], dtype=tl.float32)
-    for J in tl.static_range(W):
-        b_w = _weight(p_w + o_d * W, m_d, J, W)
-        b_z += b_w[None, :] * _tap(p_x, s_xt, h, s_hn, o_h, i_n, o_t[:, None], bos, m, J, W)
-    b_y = b_z * tl.sigmoid(b_z) if SILU else b_z
-    p_y += (i_b * T + o_t)[:, None] * D + o_d[None, :]
-    tl.store(p_y, b_y.to(p_y.dtype.element_ty), mask=m)
-
-
-@triton.jit
-def _row(p, s_t, t, T, m_d):
-    """Row t of a [T, D] tensor as it was loaded, zeros outside it."""
-    return tl.load(p + t * s_t, mask=m_d & (t >= 0) & (t < T), other=0.0)
-
-
-@triton.jit
-def _own(b_x, h, s_hn, o_h, i_n, t, bos, m_d, J: tl.constexpr, W: tl.constexpr):
-    """Row t - J in fp32 if it belongs to the sequence of row t; else from its state, or zeros."""
-    b_x = tl.where(t - J >= bos, b_x.to(tl.float32), 0.0)
-    if h is not None and J > 0:
-        p_h = h + i_n * s_hn + o_h * (W - 1) + (W - 1 - J) + (t - bos)
-        b_x += tl.load(p_h, mask=m_d & (t - J < bos), other=0.0).to(tl.float32)
-    return b_x
-
-
-@triton.jit
-def _dz_at(p_x, s_xt, p_dy, s_dyt, h, s_hn, o_h, i_n, t, T, bos, m_d, b_w0, b_w1, b_w2, b_w3,
-           W: tl.constexpr, SILU: tl.constexpr):  # fmt: skip
-    """dz of row t, from memory alone."""
-    m = m_d & (t < T)
-    b_z = b_w0 * _tap(p_x, s_xt, h, s_hn, o_h, i_n, t, bos, m, 0, W)
-    b_z += b_w1 * _tap(p_x, s_xt, h, s_hn, o_h, i_n, t, bos, m, 1, W)
-    if W > 2:
-        b_z += b_w2 * _tap(p_x, s_xt, h, s_hn, o_h, i_n, t, bos, m, 2, W)
-    if W > 3:
-        b_z += b_w3 * _tap(p_x, s_xt, h, s_hn, o_h, i_n, t, bos, m, 3, W)
-    return _dz(b_z, _row(p_dy, s_dyt, t, T, m_d).to(tl.float32), SILU)
-
-
-@triton.jit
-def _bwd_row(
-    t, b_x0, b_x1, b_x2, b_x3, b_dy, b_d1, b_d2, b_d3, b_w0, b_w1, b_w2, b_w3, b_g0, b_g1, b_g2, b_g3, i_n, bos, eos,
-    p_dx, D, T, h, s_hn, o_h, cu_seqlens, m_d, W: tl.constexpr, SILU: tl.constexpr,
-):  # fmt: skip
-    """One row of the walk: dx_t from dz_t and the three after it; dw (b_g) takes dz_t times its taps."""
-    if cu_seqlens is not None:
-        while bos > t:
-            i_n -= 1
-            eos = bos
-            bos = tl.load(cu_seqlens + i_n).to(tl.int64)
-    b_x0 = b_x0.to(tl.float32)
-    b_x1 = _own(b_x1, h, s_hn, o_h, i_n, t, bos, m_d, 1, W)
-    b_z = b_w0 * b_x0 + b_w1 * b_x1
-    if W > 2:
-        b_x2 = _own(b_x2, h, s_hn, o_h, i_n, t, bos, m_d, 2, W)
-        b_z += b_w2 * b_x2
-    if W > 3:
-        b_x3 = _own(b_x3, h, s_hn, o_h, i_n, t, bos, m_d, 3, W)
-        b_z += b_w3 * b_x3
-    b_d0 = _dz(b_z, b_dy.to(tl.float32), SILU)
-    b_dx = b_w0 * b_d0 + tl.where(t + 1 < eos, b_w1 * b_d1, 0.0)
-    b_g0 += b_d0 * b_x0
-    b_g1 += b_d0 * b_x1
-    if W > 2:
-        b_dx += tl.where(t + 2 < eos, b_w2 * b_d2, 0.0)
-        b_g2 += b_d0 * b_x2
-    if W > 3:
-        b_dx += tl.where(t + 3 < eos, b_w3 * b_d3, 0.0)
-        b_g3 += b_d0 * b_x3
-    tl.store(p_dx + t * D, b_dx.to(p_dx.dtype.element_ty), mask=m_d & (t < T))
-    return b_d0, b_g0, b_g1, b_g2, b_g3, i_n, bos, eos
+    t = (tl.program_id(1) * BT).to(tl.int64)
+    i_n, bos, eos = _find_sequence(cu_seqlens, t, i_b, T, N)
+    p_x += o_d
+    p_y += o_d
+    b_w = _weights(p_w + o_d * W, m_d, W)
+    b_before = _taps(p_x, s_xt, h, s_hn, o_h, i_n, t, bos, m_d, 1, W)
+    for _ in range(0, BT, R):
+        b_rows = ()
+        for i in tl.static_range(R):
+            b_rows += (_row(p_x, s_xt, t + i, T, m_d),)
+        for i in tl.static_range(R):
+            if cu_seqlens is not None:
+                while (t + i >= eos) & (i_n < N - 1):  # another begins; empty ones are passed over
+                    i_n += 1
+                    eos = tl.load(cu_seqlens + i_n + 1).to(tl.int64)
+                    b_before = ()
+                    for J in tl.static_range(1, W):
+                        b_before += (_from_state(h, s_hn, o_h, i_n, J, m_d, W),)
+            b_x = (b_rows[i].to(tl.float32),) + b_before
+            b_z = _dot(b_w, b_x)
+            b_y = b_z * _sigmoid(b_z) if SILU else b_z
+            # p_y moved on by i_b * T * D beforehand would be stored by single elements: Triton 3.6 loses its alignment.
+            tl.store(p_y + (i_b * T + t + i) * D, b_y.to(p_y.dtype.element_ty), mask=m_d & (t + i < T))
+            b_before = b_x[: W - 1]
+        t += R
 
 
 @triton.jit(do_not_specialize=["T", "N"])
@@ -207,7 +207,7 @@ def _bwd_kernel(
     # sizes and strides
     T, N, D0, D1, D2, s_x0b, s_x0t, s_x1b, s_x1t, s_x2b, s_x2t, s_dy0b, s_dy0t, s_dy1b, s_dy1t, s_dy2b, s_dy2t,
     # constants
-    W: tl.constexpr, SILU: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    W: tl.constexpr, SILU: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     i_d = tl.program_id(0)
     i_b = tl.program_id(2).to(tl.int64)
@@ -230,66 +230,46 @@ def _bwd_kernel(
     s_hn = ((D0 + D1 + D2) * (W - 1)).to(tl.int64)
     p_x += o_d
     p_dy += o_d
-    p_dx += i_b * T * D + o_d
-    b_w0 = _weight(p_w + o_d * W, m_d, 0, W)
-    b_w1 = _weight(p_w + o_d * W, m_d, 1, W)
-    b_w2 = _weight(p_w + o_d * W, m_d, 2, W)
-    b_w3 = _weight(p_w + o_d * W, m_d, 3, W)
-
+    p_dx += o_d
+    b_w = _weights(p_w + o_d * W, m_d, W)
     t = (tl.program_id(1) * BT + BT - 1).to(tl.int64)
-    if cu_seqlens is not None:
-        i_n = _find_sequence(cu_seqlens, t, N).to(tl.int64)
-        bos = tl.load(cu_seqlens + i_n).to(tl.int64)
-        eos = tl.load(cu_seqlens + i_n + 1).to(tl.int64)
-    else:
-        i_n = i_b
-        bos = i_b * 0
-        eos = bos + T
-    # The rows after the segment reach back into it.
-    b_d1 = _dz_at(p_x, s_xt, p_dy, s_dyt, h, s_hn, o_h, i_n, t + 1, T, bos, m_d, b_w0, b_w1, b_w2, b_w3, W, SILU)
-    b_d2, b_d3 = b_d1, b_d1
-    if W > 2:
-        b_d2 = _dz_at(p_x, s_xt, p_dy, s_dyt, h, s_hn, o_h, i_n, t + 2, T, bos, m_d, b_w0, b_w1, b_w2, b_w3, W, SILU)
-    if W > 3:
-        b_d3 = _dz_at(p_x, s_xt, p_dy, s_dyt, h, s_hn, o_h, i_n, t + 3, T, bos, m_d, b_w0, b_w1, b_w2, b_w3, W, SILU)
-    b_g0 = tl.zeros([BD], dtype=tl.float32)
-    b_g1, b_g2, b_g3 = b_g0, b_g0, b_g0
-    b_x0, b_x1 = _row(p_x, s_xt, t, T, m_d), _row(p_x, s_xt, t - 1, T, m_d)
-    b_x2 = _row(p_x, s_xt, t - 2, T, m_d)
-    for _ in range(0, BT, 4):
-        # Four rows at once: eight loads in flight before the first is needed.
-        b_x3, b_x4 = _row(p_x, s_xt, t - 3, T, m_d), _row(p_x, s_xt, t - 4, T, m_d)
-        b_x5, b_x6 = _row(p_x, s_xt, t - 5, T, m_d), _row(p_x, s_xt, t - 6, T, m_d)
-        b_dy0, b_dy1 = _row(p_dy, s_dyt, t, T, m_d), _row(p_dy, s_dyt, t - 1, T, m_d)
-        b_dy2, b_dy3 = _row(p_dy, s_dyt, t - 2, T, m_d), _row(p_dy, s_dyt, t - 3, T, m_d)
-        b_e3, b_g0, b_g1, b_g2, b_g3, i_n, bos, eos = _bwd_row(
-            t, b_x0, b_x1, b_x2, b_x3, b_dy0, b_d1, b_d2, b_d3, b_w0, b_w1, b_w2, b_w3,
-            b_g0, b_g1, b_g2, b_g3, i_n, bos, eos, p_dx, D, T, h, s_hn, o_h, cu_seqlens, m_d, W, SILU,
-        )  # fmt: skip
-        b_e2, b_g0, b_g1, b_g2, b_g3, i_n, bos, eos = _bwd_row(
-            t - 1, b_x1, b_x2, b_x3, b_x4, b_dy1, b_e3, b_d1, b_d2, b_w0, b_w1, b_w2, b_w3,
-            b_g0, b_g1, b_g2, b_g3, i_n, bos, eos, p_dx, D, T, h, s_hn, o_h, cu_seqlens, m_d, W, SILU,
-        )  # fmt: skip
-        b_e1, b_g0, b_g1, b_g2, b_g3, i_n, bos, eos = _bwd_row(
-            t - 2, b_x2, b_x3, b_x4, b_x5, b_dy2, b_e2, b_e3, b_d1, b_w0, b_w1, b_w2, b_w3,
-            b_g0, b_g1, b_g2, b_g3, i_n, bos, eos, p_dx, D, T, h, s_hn, o_h, cu_seqlens, m_d, W, SILU,
-        )  # fmt: skip
-        b_e0, b_g0, b_g1, b_g2, b_g3, i_n, bos, eos = _bwd_row(
-            t - 3, b_x3, b_x4, b_x5, b_x6, b_dy3, b_e1, b_e2, b_e3, b_w0, b_w1, b_w2, b_w3,
-            b_g0, b_g1, b_g2, b_g3, i_n, bos, eos, p_dx, D, T, h, s_hn, o_h, cu_seqlens, m_d, W, SILU,
-        )  # fmt: skip
-        b_d1, b_d2, b_d3 = b_e0, b_e1, b_e2
-        b_x0, b_x1, b_x2 = b_x4, b_x5, b_x6
-        t -= 4
+    i_n, bos, eos = _find_sequence(cu_seqlens, t, i_b, T, N)
+    b_rows, b_after = (), ()
+    for j in tl.static_range(W - 1):
+        b_rows += (_row(p_x, s_xt, t - j, T, m_d).to(tl.float32),)
+    for j in tl.static_range(1, W):
+        b_after += (_dz_at(p_x, s_xt, p_dy, s_dyt, h, s_hn, o_h, i_n, t + j, bos, eos, m_d, b_w, W, SILU),)
+    b_dw = (tl.zeros([BD], tl.float32),) * W
+    for _ in range(0, BT, R):
+        b_dy = ()
+        for i in tl.static_range(R):
+            b_rows += (_row(p_x, s_xt, t - (W - 1) - i, T, m_d).to(tl.float32),)
+            b_dy += (_row(p_dy, s_dyt, t - i, T, m_d).to(tl.float32),)
+        for i in tl.static_range(R):
+            if cu_seqlens is not None:
+                while t - i < bos:
+                    i_n -= 1
+                    bos = tl.load(cu_seqlens + i_n).to(tl.int64)
+                    b_after = (tl.zeros([BD], tl.float32),) * (W - 1)
+            b_x = b_rows[i : i + W]
+            if cu_seqlens is not None or h is not None:
+                b_x = b_x[:1] + _own(b_x[1:], h, s_hn, o_h, i_n, t - i, bos, m_d, 1, W)
+            b_dz = _dz(_dot(b_w, b_x), b_dy[i], SILU)
+            b_dzs = (b_dz,) + b_after
+            b_dx = _dot(b_w, b_dzs)
+            tl.store(p_dx + (i_b * T + t - i) * D, b_dx.to(p_dx.dtype.element_ty), mask=m_d & (t - i < T))
+            b_after = b_dzs[: W - 1]
+            b_sums = ()
+            for j in tl.static_range(W):
+                b_sums += (b_dw[j] + b_dz * b_x[j],)
+            b_dw = b_sums
+        b_rows = b_rows[R:]
+        t -= R
 
     i_part = i_b * tl.num_programs(1) + tl.program_id(1)
     p_dw = dw + (i_part * (D0 + D1 + D2) + o_h) * W + (W - 1)
-    tl.store(p_dw, b_g0, mask=m_d)
-    tl.store(p_dw - 1, b_g1, mask=m_d)
-    if W > 2:
-        tl.store(p_dw - 2, b_g2, mask=m_d)
-    if W > 3:
-        tl.store(p_dw - 3, b_g3, mask=m_d)
+    for j in tl.static_range(W):
+        tl.store(p_dw - j, b_dw[j], mask=m_d)
 
 
 @triton.jit(do_not_specialize=["T", "N"])
@@ -332,20 +312,19 @@ def _state_kernel(
     p_x += o_d
     p_dy += o_d
     p_out = out + i_n * s_hn + o_h * (W - 1)
-    for j in tl.static_range(W - 1):
-        if BACKWARD:
-            # Column j stands J = W-1-j rows before the sequence: it meets w_{J+i} in row i, i < W - J.
+    if BACKWARD:
+        # Column j stands J = W-1-j rows before the sequence: it meets w_{J+i} in row i, i < W - J.
+        b_w = _weights(p_w + o_d * W, m_d, W)
+        for j in tl.static_range(W - 1):
             b_out = tl.zeros([BD], dtype=tl.float32)
-            b_w0, b_w1 = _weight(p_w + o_d * W, m_d, 0, W), _weight(p_w + o_d * W, m_d, 1, W)
-            b_w2, b_w3 = _weight(p_w + o_d * W, m_d, 2, W), _weight(p_w + o_d * W, m_d, 3, W)
             for i in tl.static_range(j + 1):
-                b_d = _dz_at(
-                    p_x, s_xt, p_dy, s_dyt, h, s_hn, o_h, i_n, bos + i, eos, bos, m_d, b_w0, b_w1, b_w2, b_w3, W, SILU
-                )
-                b_out += _weight(p_w + o_d * W, m_d, W - 1 - j + i, W) * b_d
-        else:
-            b_out = _tap(p_x, s_xt, h, s_hn, o_h, i_n, eos, bos, m_d, W - 1 - j, W)
-        tl.store(p_out + j, b_out.to(out.dtype.element_ty), mask=m_d)
+                b_dz = _dz_at(p_x, s_xt, p_dy, s_dyt, h, s_hn, o_h, i_n, bos + i, bos, eos, m_d, b_w, W, SILU)
+                b_out += b_w[W - 1 - j + i] * b_dz
+            tl.store(p_out + j, b_out.to(out.dtype.element_ty), mask=m_d)
+    else:
+        b_x = _taps(p_x, s_xt, h, s_hn, o_h, i_n, eos, bos, m_d, 1, W)
+        for j in tl.static_range(W - 1):
+            tl.store(p_out + j, b_x[W - 2 - j].to(out.dtype.element_ty), mask=m_d)
 
 
 @triton.jit
@@ -371,24 +350,15 @@ def _step_kernel(
     o_d = i_d * BD + tl.arange(0, BD)
     m_d = o_d < D
     p_h = h + i_b * s_hb + (o_first + o_d) * (W - 1)
-    b_x = tl.load(p_x + o_d, mask=m_d, other=0.0)
-    b_z = _weight(p_w + o_d * W, m_d, 0, W) * b_x.to(tl.float32)
-    b_h1 = tl.load(p_h + (W - 2), mask=m_d, other=0.0)
-    b_z += _weight(p_w + o_d * W, m_d, 1, W) * b_h1.to(tl.float32)
-    if W > 2:
-        b_h2 = tl.load(p_h + (W - 3), mask=m_d, other=0.0)
-        b_z += _weight(p_w + o_d * W, m_d, 2, W) * b_h2.to(tl.float32)
-    if W > 3:
-        b_h3 = tl.load(p_h + (W - 4), mask=m_d, other=0.0)
-        b_z += _weight(p_w + o_d * W, m_d, 3, W) * b_h3.to(tl.float32)
+    b_x = (tl.load(p_x + o_d, mask=m_d, other=0.0).to(tl.float32),)
+    for J in tl.static_range(1, W):
+        b_x += (tl.load(p_h + (W - 1 - J), mask=m_d, other=0.0).to(tl.float32),)
     # A column may be stored by another thread than the one that loaded it: all loads before any store.
     tl.debug_barrier()
-    tl.store(p_h + (W - 2), b_x.to(h.dtype.element_ty), mask=m_d)
-    if W > 2:
-        tl.store(p_h + (W - 3), b_h1, mask=m_d)
-    if W > 3:
-        tl.store(p_h + (W - 4), b_h2, mask=m_d)
-    b_y = b_z * tl.sigmoid(b_z) if SILU else b_z
+    for J in tl.static_range(W - 1):
+        tl.store(p_h + (W - 2 - J), b_x[J].to(h.dtype.element_ty), mask=m_d)
+    b_z = _dot(_weights(p_w + o_d * W, m_d, W), b_x)
+    b_y = b_z * _sigmoid(b_z) if SILU else b_z
     tl.store(p_y + i_b * D + o_d, b_y.to(p_y.dtype.element_ty), mask=m_d)
 
 
@@ -433,10 +403,10 @@ def _launch_forward(xs, weights, silu, initial_state, output_final_state, cu_seq
     BD, blocks = _block(Ds, FORWARD_BLOCK_D)
     final_state = None
     launch(
-        _fwd_kernel, (blocks, triton.cdiv(T, FORWARD_BLOCK_T), B),
+        _fwd_kernel, (blocks, triton.cdiv(T, FORWARD_SEGMENT), B),
         (*_three(xs), *_three(weights), h, cu_seqlens, *_three(ys)),
         (T, N, *Ds, *_strides(xs)),
-        {"W": W, "SILU": silu, "BT": FORWARD_BLOCK_T, "BD": BD},
+        {"W": W, "SILU": silu, "BT": FORWARD_SEGMENT, "BD": BD, "R": FORWARD_ROWS},
         {"num_warps": FORWARD_WARPS},
     )  # fmt: skip
     if output_final_state:
@@ -473,7 +443,7 @@ def _launch_backward(xs, weights, dys, silu, initial_state, cu_seqlens, needs_st
         _bwd_kernel, (blocks, segments, B),
         (*_three(xs), *_three(contiguous), *_three(dys), h, cu_seqlens, *_three(dxs), dw),
         (T, N, *Ds, *_strides(xs), *_strides(dys)),
-        {"W": W, "SILU": silu, "BT": BACKWARD_SEGMENT, "BD": BD},
+        {"W": W, "SILU": silu, "BT": BACKWARD_SEGMENT, "BD": BD, "R": BACKWARD_ROWS},
         {"num_warps": BACKWARD_WARPS},
     )  # fmt: skip
     if needs_state:
