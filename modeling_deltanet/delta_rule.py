@@ -16,6 +16,7 @@ import logging
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,16 @@ def delta_rule_step(
     o, new_state = torch_recurrent_delta_rule(q, k, v, beta, scale, state, True, use_qk_l2norm_in_kernel)
     state.copy_(new_state)
     return o
+
+
+def checkpoint_but_for_rule(function, *inputs):
+    """`function(*inputs)`, which backward computes again, but for the kernels of a delta rule in it: their results are kept."""
+    try:
+        from deltanet_kernels import keep_results, keep_results_compiled
+    except ImportError:  # the rule runs in torch, or by a kernel of the Hub
+        return checkpoint(function, *inputs, use_reentrant=False)
+    context_fn = keep_results_compiled if torch.compiler.is_compiling() else keep_results
+    return checkpoint(function, *inputs, use_reentrant=False, context_fn=context_fn)
 
 
 def _too_large(q: torch.Tensor, v: torch.Tensor) -> str | None:

@@ -26,6 +26,7 @@ from modeling_deltanet import (
     DeltaNetModel,
 )
 from modeling_deltanet.delta_rule import torch_chunk_delta_rule, torch_recurrent_delta_rule
+from modeling_deltanet.modeling_deltanet import rotate
 
 
 # Two ways to compute the same logits (of standard deviation 1) in fp32 differ by rounding only.
@@ -520,6 +521,24 @@ def test_half_precision_stays_close_and_the_state_stays_fp32(variant, dtype, tol
                 assert outputs.past_key_values.get_conv_state(i).dtype == dtype
     model(x[:, :1], past_key_values=outputs.past_key_values)
     assert outputs.past_key_values.get_recurrent_state(2).dtype == torch.float32
+
+
+@pytest.mark.parametrize("cast", ["bfloat16", "half", "to", "loaded"])
+@torch.no_grad()
+def test_far_tokens_stand_where_they_are_in_half_precision(cast, tmp_path):
+    """A model cast to bf16 would take a token for another, the more so the later it comes: its angles were rounded."""
+    model = tiny_model(layer_types=[FULL], head_dim=64)
+    positions, q = torch.arange(2000, 2064).unsqueeze(0), torch.randn(1, 4, 64, 64)
+    expected = rotate(q, *model.model.rotary_emb(q, positions))
+    if cast == "loaded":
+        model.save_pretrained(tmp_path)
+        model = DeltaNetForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    else:
+        model = model.to(torch.bfloat16) if cast == "to" else getattr(model, cast)()
+    q = q.to(model.dtype)
+    rotated = rotate(q, *model.model.rotary_emb(q, positions))
+    assert rotated.dtype == model.dtype != torch.float32
+    assert (rotated.float() - expected).norm() < 0.01 * expected.norm()
 
 
 @pytest.mark.parametrize("variant", ["hybrid", "all_linear", "elu_sum", "no_convolution", "output_gate"])

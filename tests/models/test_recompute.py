@@ -1,11 +1,14 @@
 """Training on a GPU keeps little of a layer: backward computes again what lies between the projections. Forced here, on a
 CPU, where by itself the model keeps everything."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import deltanet_kernels
 import pytest
 import torch
+from deltanet_kernels import chunk_forward
 from peft import LoraConfig, get_peft_model
 from tiny import FULL, LINEAR, SLIDING, VARIANTS, tiny_model, tokens
 from torch._dynamo.backends.common import aot_autograd
@@ -58,37 +61,104 @@ def kept_by(layer, x, **inputs) -> int:
     return sum(size for pointer, size in kept.items() if pointer not in parameters)
 
 
-def numbers_between_the_projections(model, B, T) -> int:
-    """What a linear layer has to keep: what goes into its norms and out of them, what comes out of
-    its projections, and what goes into the mixer's last one."""
+def numbers_around_the_projections(model, B, T) -> int:
+    """What a linear layer has to keep: what goes into its norms and out of them, and what comes out of its projections."""
     config = model.config
-    key_dim, value_dim = (
-        heads * size
-        for heads, size in (
-            (config.linear_num_key_heads, config.linear_key_head_dim),
-            (config.linear_num_value_heads, config.linear_value_head_dim),
-        )
-    )
+    key_dim = config.linear_num_key_heads * config.linear_key_head_dim
+    value_dim = config.linear_num_value_heads * config.linear_value_head_dim
     # (a CPU's norm also keeps what it has divided by, and the quotient before it is scaled)
     norms = 2 * (3 * config.hidden_size + 1)
-    projections = 2 * key_dim + 2 * value_dim + config.linear_num_value_heads + 2 * config.intermediate_size
+    projections = 2 * key_dim + value_dim + config.linear_num_value_heads + 2 * config.intermediate_size
     return B * T * (norms + projections)
 
 
-@pytest.mark.parametrize("kernels", [False, True], ids=["torch", "kernels"])
-def test_a_layer_keeps_what_its_norms_and_projections_need(recomputing, kernels, monkeypatch):
+def numbers_of_the_rule(model, B, T) -> int:
+    """What the kernels' forward gives: o, and of each chunk of 64 tokens A, P, U, S and the norms of q and k."""
+    config, chunks = model.config, B * -(-T // 64)
+    H, G = config.linear_num_key_heads, config.linear_num_value_heads
+    K, V = config.linear_key_head_dim, config.linear_value_head_dim
+    assert K == V == 16  # blocks have 16 columns of V, and 32 of K
+    return B * T * G * V + chunks * (G * (64 * 64 + V * 64 + V * 32) + H * (64 * 64 + 2 * 64))
+
+
+@pytest.fixture
+def on_kernels(monkeypatch):
+    """The model computes with the kernels, in Triton's interpreter."""
+    for module in ("delta_rule", "short_conv"):
+        monkeypatch.setattr(f"modeling_deltanet.{module}.kernels_for", lambda *args: deltanet_kernels)
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """The contexts of each checkpointed region's two runs."""
+    runs, keep_results = [], deltanet_kernels.keep_results
+    monkeypatch.setattr(deltanet_kernels, "keep_results", lambda: runs.append(keep_results()) or runs[-1])
+    return runs
+
+
+def test_a_layer_keeps_what_its_norms_and_projections_need(recomputing):
     """Training would need twice the memory: a convolution, a state or an activation would be kept after all."""
-    model = tiny_model(layer_types=[LINEAR]).train()
-    if kernels:
-        for module in ("delta_rule", "short_conv"):
-            monkeypatch.setattr(f"modeling_deltanet.{module}.kernels_for", lambda *args: deltanet_kernels)
+    model, kept = tiny_model(layer_types=[LINEAR]).train(), []
     x = torch.randn(2, 70, 32, requires_grad=True)
-    kept = []
     for on in (False, True):
         recomputing(on)
         kept.append(kept_by(model.model.layers[0], x))
-    assert kept[1] == 4 * numbers_between_the_projections(model, 2, 70)
+    assert kept[1] == 4 * numbers_around_the_projections(model, 2, 70)
     assert kept[0] > 1.5 * kept[1]
+
+
+def test_a_layer_on_the_kernels_keeps_the_rule_too(recomputing, on_kernels, runs):
+    """Training would need more memory than fla's: q, k and v would be kept as the convolution gives them, or a result twice."""
+    model = tiny_model(layer_types=[LINEAR]).train()
+    recomputing(True)
+    kept = kept_by(model.model.layers[0], torch.randn(2, 70, 32, requires_grad=True))
+    assert kept == 4 * numbers_around_the_projections(model, 2, 70)
+    ((o, _, saved),) = runs[0][0].kept
+    assert 4 * numbers_of_the_rule(model, 2, 70) == sum(
+        x.untyped_storage().nbytes() for x in (o, *saved) if x is not None
+    )
+
+
+@pytest.mark.parametrize("case", ["packed, grouped heads", "padded"])
+def test_the_scan_runs_once(recomputing, on_kernels, case, monkeypatch):
+    """Each step would wait for the delta rule's kernels twice, or learn from another rule's results than its own."""
+    fields = VARIANTS["grouped_value_heads"] if "grouped" in case else {}
+    model = tiny_model(**{"layer_types": [LINEAR], **fields}).train()
+    x, launched, scan, results = tokens(2, 20), [], chunk_forward.scan, []
+    monkeypatch.setattr(chunk_forward, "scan", lambda *args, **options: launched.append(1) or scan(*args, **options))
+    inputs = {"input_ids": x, "labels": x}
+    if "packed" in case:
+        inputs["position_ids"] = torch.cat((torch.arange(6), torch.arange(14))).expand(2, -1)
+    else:
+        inputs["attention_mask"] = (torch.arange(20) >= torch.tensor([[7], [0]])).long()
+    for on in (False, True):
+        recomputing(on)
+        launched.clear()
+        results.append(loss_and_gradients(model, **inputs))
+        assert len(launched) == model.config.num_hidden_layers
+    assert_bit_equal(*results)
+
+
+def test_a_retained_graph_is_computed_again(recomputing, on_kernels):
+    """A second backward through one forward would fail, or give other gradients."""
+    recomputing(True)
+    model, x, gradients = tiny_model(layer_types=[LINEAR]).train(), tokens(1, 20), []
+    loss = model(input_ids=x, labels=x, use_cache=False).loss
+    for _ in range(2):
+        gradients.append(torch.autograd.grad(loss, list(model.parameters()), retain_graph=True))
+    for first, second in zip(*gradients, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_what_was_kept_is_freed(recomputing, on_kernels, runs):
+    """Memory would grow with each forward that no backward follows, by what the rule left in each layer."""
+    recomputing(True)
+    model, x = tiny_model(layer_types=[LINEAR]).train(), tokens(1, 20)
+    loss = model(input_ids=x, labels=x, use_cache=False).loss
+    kept = weakref.ref(runs[0][0].kept)
+    del runs[0], loss
+    gc.collect()
+    assert kept() is None
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -183,12 +253,10 @@ def test_nothing_is_kept_in_mind_without_a_backward(recomputing, cache):
         assert not layer._recomputes(on_gpu, object() if cache == "cache" else None)
 
 
-def test_a_compiled_step_keeps_as_little(recomputing, monkeypatch):
-    """Compiled, a step would break into pieces, keep the operators' results, or compute projections again."""
+def test_a_compiled_step_keeps_as_little(recomputing, on_kernels):
+    """Compiled, a step would break into pieces, keep the convolution's results, or compute the rule or projections again."""
     torch._dynamo.reset()
     counters.clear()
-    for module in ("delta_rule", "short_conv"):
-        monkeypatch.setattr(f"modeling_deltanet.{module}.kernels_for", lambda *args: deltanet_kernels)
     model, x, results, graphs = tiny_model(layer_types=[LINEAR, FULL]).train(), tokens(2, 20), [], []
 
     def keep(graph, inputs):
@@ -207,6 +275,7 @@ def test_a_compiled_step_keeps_as_little(recomputing, monkeypatch):
         torch.testing.assert_close(gradient, results[1][1][name], atol=1e-5, rtol=1e-4, msg=name)
 
     forward, backward = ([str(node.target) for node in graph.graph.nodes] for graph in graphs)
-    for operator in ("deltanet_kernels.chunk_forward.default", "deltanet_kernels.short_conv_forward.default"):
-        assert forward.count(operator) == backward.count(operator) == 1
+    for operator, again in (("chunk_forward", 0), ("short_conv_forward", 1)):
+        operator = f"deltanet_kernels.{operator}.default"
+        assert (forward.count(operator), backward.count(operator)) == (1, again)
     assert backward.count("aten.mm.default") == 2 * forward.count("aten.mm.default")
