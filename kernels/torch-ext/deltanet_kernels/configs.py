@@ -65,12 +65,7 @@ def plan(arch: int, K: int, V: int, wide: bool, few: bool) -> Plan:
         return Plan(Launch(32, 1, 1), Launch(32, 4, 1), scan, scan, Launch(16, 4, 1))
     # one warp: 16x16 blocks offer no more work, and there is no barrier to wait at (four warps on 64x64: 0.26 ms, not
     # 0.21, at 8 x 4096 x 16 x 128)
-    # registers held back where that lets more programs share a multiprocessor and spills stay small (d = 64: 0.117 ms, not
-    # 0.135; d = 128: 0.081, not 0.083)
-    if K <= 64:
-        prepare = Launch(64, 1, 1, maxnreg=168)
-    else:
-        prepare = Launch(128, 1, 1, maxnreg=224) if K <= 128 else Launch(64, 1, 1)
+    prepare = Launch(128 if K <= 128 else 64, 1, 1)
     scores = Launch(64, 4, 3)  # 13 us at 1 x 4096 x 16 x 128, not the 19 of 128 columns in two stages
     if arch in (90, 100, 103):
         if K > 128 and arch == 90:
@@ -79,6 +74,8 @@ def plan(arch: int, K: int, V: int, wide: bool, few: bool) -> Plan:
             return Plan(prepare, scores, Launch(128, 8, 2), Launch(128, 8, 2), Launch(64, 8, 1))
         if K > 128:  # compiled, not measured; of 64 columns Triton 3.6 and 3.7 make an empty reverse scan for sm_100
             return Plan(prepare, scores, Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 8, 1))
+        if K <= 64 and arch == 90:  # twelve programs a multiprocessor, not ten, for a few spills: 0.117 ms, not 0.135
+            prepare = Launch(64, 1, 1, maxnreg=168)
         # d = 64: three programs a multiprocessor. d = 128: all registers
         grads = Launch(64, 4, 1, maxnreg=168) if d <= 64 else Launch(64, 4, 1)
         entry = Launch(64, 4, 3)  # without q three stages fit: 0.176 ms, not 0.227, at 1 x 32768 x 16 x 128
