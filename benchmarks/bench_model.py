@@ -11,7 +11,6 @@ What may follow a model's name:
     -liger        training: Liger's kernels, as `use_liger_kernel=True` puts them in
     -keep         training, ours: nothing is computed again; -keepmixer, -keepmlp: not these parts of a layer
     -compiled     training: torch.compile with fullgraph; decoding: a static cache and Transformers' CompileConfig()
-    -liger-compiled   training: Liger's loss, which Dynamo cannot trace, and all before it compiled
     -static       decoding: a static cache, and what `generate` then does by itself: ours replays a CUDA graph of the eager
                   step, others' steps are compiled
     -cudagraphs   decoding: a static cache, and torch's backend of that name: Dynamo's graph, captured without Inductor
@@ -94,7 +93,7 @@ def make_model(name: str, size: str):
         else:
             model = DeltaNetForCausalLM._from_config(config, dtype=torch.bfloat16)
     if "liger" in extras:
-        apply_liger_kernel(model, {"rms_norm": False, "swiglu": False} if "compiled" in extras else {})
+        apply_liger_kernel(model, {})
     for part in (part for extra in extras for part in KEEP.get(extra, ())):
         for module in (getattr(layer, part) for layer in model.model.layers if hasattr(layer, part)):
             # a layer's last word to its parts is whether to recompute
@@ -112,9 +111,7 @@ def bench_train(name, args):
         model.activation_checkpointing_enable(every_n_layers=args.checkpoint_every)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     ids = torch.randint(model.config.vocab_size, (args.batch, args.length), device="cuda")
-    if name.endswith("-liger-compiled"):
-        model.model.compile(fullgraph=True)
-    forward = torch.compile(model, fullgraph=True) if name.endswith("compiled") and "liger" not in name else model
+    forward = torch.compile(model, fullgraph=True) if name.endswith("compiled") else model
 
     def steps(n):
         torch.cuda.synchronize()
