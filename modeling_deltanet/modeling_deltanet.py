@@ -536,6 +536,12 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
             # Softmax layers find the documents by positions that start again, and only where there is no 2d mask.
             position_ids = document_positions
             attention_mask = attention_mask if isinstance(attention_mask, dict) else None
+            # Flash attention looks at the positions of a single row only: it is told the borders. Its longest document is an
+            # upper bound, which the host knows without waiting for the GPU.
+            if (longest := kwargs.get("max_length_q")) is None:
+                longest = position_ids.numel()
+            kwargs["cu_seq_lens_q"] = kwargs["cu_seq_lens_k"] = cu_seqlens.to(torch.int32)
+            kwargs["max_length_q"] = kwargs["max_length_k"] = longest
         if not isinstance(masks := attention_mask, dict):
             masks = create_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
 

@@ -88,6 +88,26 @@ def test_training_step_equals_the_torch_path(case, layer_types, on_torch):
         assert relative(gradients[name], wanted[name]) < 2e-3, name
 
 
+@pytest.mark.parametrize("case", ["plain", "left padding", "packed"])
+def test_flex_attention_equals_sdpa(case):
+    """Compiled, as Transformers runs it on a GPU, flex attention would give other logits or gradients."""
+    torch._dynamo.reset()
+    model, ids = make_model(layer_types=HYBRID).train(), torch.randint(300, (2, 333), device="cuda")
+    mask, inputs = torch.ones_like(ids), {"input_ids": ids}
+    if case == "left padding":
+        mask[0, :70] = 0
+        inputs["attention_mask"] = mask
+    if case == "packed":
+        inputs["position_ids"] = torch.cat([torch.arange(n) for n in (100, 1, 232)]).expand(2, -1).cuda()
+    inputs["labels"] = ids.masked_fill(mask == 0, -100)
+    wanted_logits, wanted = loss_and_gradients(model, **inputs)
+    model.set_attn_implementation("flex_attention")
+    logits, gradients = loss_and_gradients(model, **inputs)
+    assert relative(logits[mask.bool()], wanted_logits[mask.bool()]) < 1e-4
+    for name in wanted:
+        assert relative(gradients[name], wanted[name]) < 2e-3, name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layer_types", [HYBRID, ["linear_attention"] * 2], ids=["hybrid", "linear"])
 def test_decoding_equals_reading_at_once(dtype, layer_types):
