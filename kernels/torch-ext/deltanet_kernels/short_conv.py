@@ -36,12 +36,13 @@ MAX_TENSORS = 3
 MIN_WIDTH, MAX_WIDTH = 2, 4
 
 # Launch choices, measured on an H200 for three tensors [8, 4096, 2048] in bf16 with W = 4 and SiLU, where the bytes alone
-# take 0.190 ms forward and 0.285 ms backward. Eight rows are loaded ahead, by 4 channels a thread.
-# Forward 0.211 ms (four rows, 8 channels and one warp: 0.228).
+# take 0.190 ms forward and 0.285 ms backward. 4 channels a thread.
+# Forward 0.211 ms (four rows ahead, 8 channels and one warp: 0.228).
 FORWARD_SEGMENT, FORWARD_BLOCK_D, FORWARD_WARPS, FORWARD_ROWS = 32, 256, 2, 8
-# Backward 0.364 ms, the sum of dw's parts included (segments of 64 rows: 0.392, four rows: 0.374). 3 rows in 128 are
-# computed twice, and dw's partial sums are 1/16 of x's bytes (W fp32 a channel and segment).
-BACKWARD_SEGMENT, BACKWARD_BLOCK_D, BACKWARD_WARPS, BACKWARD_ROWS = 128, 256, 2, 8
+# Backward 0.374 ms, the sum of dw's parts included (segments of 64 rows: 0.402; eight rows ahead: 0.364, but in packed
+# sequences 0.419, not 0.415, and 202 registers, not 143). 3 rows in 128 are computed twice, and dw's partial sums are 1/16 of
+# x's bytes (W fp32 a channel and segment).
+BACKWARD_SEGMENT, BACKWARD_BLOCK_D, BACKWARD_WARPS, BACKWARD_ROWS = 128, 256, 2, 4
 STEP_BLOCK_D, STEP_WARPS = 256, 2
 
 
