@@ -1,0 +1,273 @@
+"""The chunk-parallel gradients of `chunk_backward.py` for Hopper, in Gluon, Triton's language with explicit layouts.
+
+Same formulas, same scratch. Where `grads_kernel` needs two programs a chunk, which read most tiles twice, and waits after
+each product, here one program loads every tile once, all of them before its first wait, and issues products that do not
+depend on each other together. Two such programs share a multiprocessor: one computes while the other loads.
+"""
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ._launch import launch
+from .chunk_forward import Tables
+from .configs import CHUNK, Plan
+
+
+# ---------------------------------------------------------------------------------------------------------- kernels
+
+
+@gluon.jit
+def _copy_tile(tile, p, stride, length, N: gl.constexpr, EVEN: gl.constexpr):
+    """Starts copying rows of N columns to shared memory, zeros from row `length` on."""
+    C: gl.constexpr = tile.shape[0]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // N, N // 8], [4, 1], [1, 0])
+    o_r = gl.arange(0, C, gl.SliceLayout(1, layout))
+    o_c = gl.arange(0, N, gl.SliceLayout(0, layout))
+    p_x = p + o_r[:, None] * stride + o_c[None, :]
+    if EVEN:
+        async_copy.async_copy_global_to_shared(tile, p_x)
+    else:
+        m_x = gl.full([C, N], True, gl.int1, layout) & (o_r < length)[:, None]
+        async_copy.async_copy_global_to_shared(tile, p_x, m_x)
+
+
+@gluon.jit
+def _load_fragments(p, N: gl.constexpr):
+    """A tile [64, N] that `_store_fragments` wrote, in the registers that it came from: 16 bytes a thread a load."""
+    high: gl.constexpr = [[4, 0], [8, 0]] if N == 64 else [[4, 0], [8, 0], [16, 0]]
+    layout: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4]] + high,
+        [[0, 8], [0, 16], [0, 32], [0, 64], [0, 128]],
+        [[1, 0], [2, 0]],
+        [],
+        [N // 4, 256],
+    )
+    o_r = gl.arange(0, N // 4, gl.SliceLayout(1, layout))
+    o_c = gl.arange(0, 256, gl.SliceLayout(0, layout))
+    b = gl.load(p + o_r[:, None] * 256 + o_c[None, :])
+    b = gl.permute(gl.reshape(b, [N // 16, 4, 8, 4, 2, 2, 2]), [1, 5, 2, 0, 4, 3, 6])
+    return gl.reshape(b, [64, N])
+
+
+@gluon.jit
+def _store_tile(p, stride, tile, b, length, N: gl.constexpr, EVEN: gl.constexpr):
+    """An accumulator to global memory by way of a tile of shared memory, so that a thread writes 16 bytes at once."""
+    C: gl.constexpr = tile.shape[0]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // N, N // 8], [4, 1], [1, 0])
+    tile.store(b.to(tile.dtype))
+    o_r = gl.arange(0, C, gl.SliceLayout(1, layout))
+    o_c = gl.arange(0, N, gl.SliceLayout(0, layout))
+    p_x = p + o_r[:, None] * stride + o_c[None, :]
+    if EVEN:
+        gl.store(p_x, tile.load(layout))
+    else:
+        m_x = gl.full([C, N], True, gl.int1, layout) & (o_r < length)[:, None]
+        gl.store(p_x, tile.load(layout), mask=m_x)
+
+
+@gluon.jit
+def _norm_backward(b_d, b_x, b_r, L2NORM: gl.constexpr):
+    """b_d is r times the gradient of x^ = r x; returns that of x."""
+    if L2NORM:
+        b_x = b_x.to(gl.float32)
+        b_d -= b_x * (gl.sum(b_x * b_d, 1) * b_r * b_r)[:, None]
+    return b_d
+
+
+@gluon.jit
+def grads_kernel(
+    # inputs; dv as the reverse scan wrote it, in the scratch type
+    q, k, do, a, u, dv, s, ds, rq, rk,
+    # outputs
+    dq, dk, dbeta,
+    # packed sequences
+    cu_seqlens, chunks,
+    # sizes and strides
+    scale, T, NT, H, H_ALL, HV_ALL,
+    q_sb, q_st, q_sh, k_sb, k_st, k_sh, d_sb, d_st, d_sh,
+    # constants; G the value heads of a key head
+    K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, G: gl.constexpr, L2NORM: gl.constexpr, PACKED: gl.constexpr,
+    EVEN: gl.constexpr,
+):  # fmt: skip
+    """One chunk and key head: dq, dk, dbeta. Tiles of values are halves of 64 columns, as the scans cut them."""
+    i_h = gl.program_id(0)
+    i_t = gl.program_id(1)
+    HV = H * G
+    T_all = T
+    if PACKED:
+        i_n = gl.load(chunks + i_t * 2)
+        if i_n < 0:  # beyond the last chunk: the host knows only an upper bound
+            return
+        i_c = gl.load(chunks + i_t * 2 + 1)
+        i_b = i_n.to(gl.int64) * 0
+        bos = gl.load(cu_seqlens + i_n).to(gl.int64)
+        T = (gl.load(cu_seqlens + i_n + 1) - bos).to(gl.int32)
+    else:
+        i_b = (i_t // NT).to(gl.int64)
+        i_c = i_t % NT
+        bos = i_b * 0
+    length = T - i_c * C
+    bos += i_c * C
+    chunk = i_t.to(gl.int64)
+    row = i_b * T_all + bos
+    q += i_b * q_sb + bos * q_st + i_h * q_sh
+    k += i_b * k_sb + bos * k_st + i_h * k_sh
+    do += i_b * d_sb + bos * d_st + i_h * G * d_sh
+    dv += (row * HV_ALL + i_h * G) * V
+    u += (chunk * HV + i_h * G) * V * C
+    s += (chunk * HV + i_h * G) * V * K
+    ds += (chunk * HV + i_h * G) * V * K
+
+    NV: gl.constexpr = V // 64
+    BF16: gl.constexpr = gl.bfloat16
+    value_tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, C], BF16)
+    key_tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, K], BF16)
+    t_do = gl.allocate_shared_memory(BF16, [NV, C, 64], value_tile)
+    t_dv = gl.allocate_shared_memory(BF16, [NV, C, 64], value_tile)
+    t_u = gl.allocate_shared_memory(BF16, [NV, 64, C], value_tile)  # transposed, as the scans hold it
+    t_s = gl.allocate_shared_memory(BF16, [NV, 64, K], key_tile)  # the entering state, then the leaving one's gradient
+    t_q = gl.allocate_shared_memory(BF16, [C, K], key_tile)
+    t_k = gl.allocate_shared_memory(BF16, [C, K], key_tile)
+    t_rq = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    t_rk = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+    square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
+    o_i = gl.arange(0, C, gl.SliceLayout(1, square))
+    o_j = gl.arange(0, C, gl.SliceLayout(0, square))
+    # norms along the rows of both kinds of accumulator; along their columns they are read where they are needed
+    b_rq = gl.full([C], 1.0, gl.float32, gl.SliceLayout(1, wide))
+    b_rk = gl.full([C], 1.0, gl.float32, gl.SliceLayout(1, wide))
+    b_rk_i = gl.full([C], 1.0, gl.float32, gl.SliceLayout(1, square))
+    if L2NORM:
+        o_w = gl.arange(0, C, gl.SliceLayout(1, wide))
+        rq += (chunk * H + i_h) * C
+        rk += (chunk * H + i_h) * C
+        b_rq = gl.load(rq + o_w)
+        b_rk = gl.load(rk + o_w)
+        b_rk_i = gl.load(rk + o_i)
+    t_rq.store(b_rq)
+    t_rk.store(b_rk)
+
+    b_dq = gl.zeros([C, K], gl.float32, wide)
+    b_dk = gl.zeros([C, K], gl.float32, wide)
+    for i_g in range(G):
+        for h in gl.static_range(NV):
+            _copy_tile(t_do.index(h), do + i_g * d_sh + h * 64, d_st, length, 64, EVEN)
+            _copy_tile(t_dv.index(h), dv + i_g * V + h * 64, HV_ALL * V, length, 64, EVEN)
+        async_copy.commit_group()
+        _copy_tile(t_k, k, k_st, length, K, EVEN)
+        _copy_tile(t_q, q, q_st, length, K, EVEN)
+        async_copy.commit_group()
+        if NV == 1:
+            b_s0 = _load_fragments(s + i_g * V * K, K)
+            b_u0 = _load_fragments(u + i_g * V * C, C)
+            b_ds0 = _load_fragments(ds + i_g * V * K, K)
+            t_s.index(0).store(b_s0)
+            t_u.index(0).store(b_u0)
+        else:
+            b_s0 = _load_fragments(s + i_g * V * K, K)
+            b_s1 = _load_fragments(s + i_g * V * K + 64 * K, K)
+            b_u0 = _load_fragments(u + i_g * V * C, C)
+            b_u1 = _load_fragments(u + i_g * V * C + 64 * C, C)
+            b_ds0 = _load_fragments(ds + i_g * V * K, K)
+            b_ds1 = _load_fragments(ds + i_g * V * K + 64 * K, K)
+            t_s.index(0).store(b_s0)
+            t_s.index(1).store(b_s1)
+            t_u.index(0).store(b_u0)
+            t_u.index(1).store(b_u1)
+        p_a = a + ((chunk * HV + i_h * G + i_g) * C + o_i) * C + o_i
+        b_a = gl.load(p_a, mask=o_i < length, other=1.0).to(gl.float32)
+        async_copy.wait_group(1)
+        fence_async_shared()
+
+        # 1. what needs the state: dq' = dO S^T, dk' = dV S^T, the latter alone carrying rk: what stands there is divided by it
+        if G > 1:
+            b_dk *= (-1.0 / b_rk)[:, None]
+        for h in gl.static_range(NV):
+            b_dk = warpgroup_mma(t_dv.index(h), t_s.index(h), b_dk, is_async=True)
+            b_dq = warpgroup_mma(t_do.index(h), t_s.index(h), b_dq, is_async=True)
+        b_dk, b_dq = warpgroup_mma_wait(0, deps=[b_dk, b_dq])
+        # the state makes room for the gradient of the leaving one
+        t_s.index(0).store(b_ds0)
+        if NV == 2:
+            t_s.index(1).store(b_ds1)
+        b_dk *= (-b_rk)[:, None]
+
+        # 2. E = -strictly_lower(rk dV U^T), transposed too, as a symmetric matrix without diagonal; the diagonal is dbeta's
+        b_e = gl.zeros([C, C], gl.float32, square)
+        b_et = gl.zeros([C, C], gl.float32, square)
+        for h in gl.static_range(NV):
+            t_ut = t_u.index(h).permute([1, 0])
+            b_e = warpgroup_mma(t_dv.index(h), t_u.index(h), b_e, is_async=True)
+            b_et = warpgroup_mma(t_ut, t_dv.index(h).permute([1, 0]), b_et, is_async=True)
+        b_e, b_et = warpgroup_mma_wait(0, deps=[b_e, b_et])
+        # by A's diagonal rk beta as it was rounded, not by rk beta^2: U and dV carry that rounding (error 0.0048, not
+        # 0.0060); twice, because its square would leave fp32's range where beta is near its bound
+        b_g = gl.sum(gl.where(o_i[:, None] == o_j[None, :], b_e, 0.0), 1) / b_a * b_rk_i / b_a
+        p_b = dbeta + (row + o_i) * HV_ALL + i_h * G + i_g
+        gl.store(p_b, b_g.to(dbeta.dtype.element_ty), mask=o_i < length)
+        b_e = gl.where(o_i[:, None] > o_j[None, :], b_e * -b_rk_i[:, None], 0.0)
+        b_e = gl.where(o_i[:, None] < o_j[None, :], b_et * -t_rk.load(gl.SliceLayout(0, square))[None, :], b_e)
+        b_e = gl.convert_layout(b_e.to(BF16), left)
+
+        # 3. R^T = upper(U dO^T), with the products that were waiting for the leaving state's gradient
+        async_copy.wait_group(0)
+        fence_async_shared()
+        b_r = gl.zeros([C, C], gl.float32, square)
+        for h in gl.static_range(NV):
+            t_ut = t_u.index(h).permute([1, 0])
+            b_r = warpgroup_mma(t_ut, t_do.index(h).permute([1, 0]), b_r, is_async=True)
+            b_dk = warpgroup_mma(t_ut, t_s.index(h), b_dk, is_async=True)
+        b_dk = warpgroup_mma(b_e, t_k, b_dk, is_async=True)
+        b_r, b_dk = warpgroup_mma_wait(0, deps=[b_r, b_dk])
+        b_rq_j = t_rq.load(gl.SliceLayout(0, square))
+        b_r = gl.where(o_i[:, None] <= o_j[None, :], b_r * (b_rq_j * scale)[None, :], 0.0)
+        b_rt = gl.convert_layout(b_r.to(BF16), left)
+
+        # 4. R = lower(dO U^T)
+        b_r = gl.zeros([C, C], gl.float32, square)
+        for h in gl.static_range(NV):
+            b_r = warpgroup_mma(t_do.index(h), t_u.index(h), b_r, is_async=True)
+        b_dk = warpgroup_mma(b_rt, t_q, b_dk, is_async=True)
+        b_r, b_dk = warpgroup_mma_wait(0, deps=[b_r, b_dk])
+        b_r = gl.where(o_i[:, None] >= o_j[None, :], b_r, 0.0)
+        b_r = gl.convert_layout(b_r.to(BF16), left)
+        b_dq = warpgroup_mma(b_r, t_k, b_dq)
+
+    p_x = (row * H_ALL + i_h) * K
+    b_dk = _norm_backward(b_dk, t_k.load(wide), b_rk, L2NORM)
+    b_dq = _norm_backward(b_dq * (b_rq * scale)[:, None], t_q.load(wide), b_rq, L2NORM)
+    _store_tile(dk + p_x, H_ALL * K, t_k, b_dk, length, K, EVEN)
+    _store_tile(dq + p_x, H_ALL * K, t_q, b_dq, length, K, EVEN)
+
+
+# --------------------------------------------------------------------------------------------------------- launchers
+
+
+def grads(q, k, do, a, u, dv, s, ds, rq, rk, dq, dk, dbeta, scale, t: Tables, cu_seqlens, plan: Plan):
+    """Writes dq, dk and dbeta, whose heads may be a slice of more."""
+    H, K = k.shape[2:]
+    HV, V = do.shape[2:]
+    launch(
+        grads_kernel, (H, t.n_chunks),
+        (q, k, do, a, u, dv, s, ds, u if rq is None else rq, u if rk is None else rk, dq, dk, dbeta, cu_seqlens, t.chunks),
+        (
+            scale, q.shape[1], t.nt, H, dk.stride(1) // K, dv.stride(1) // V,
+            *q.stride()[:3], *k.stride()[:3], *do.stride()[:3],
+        ),
+        {
+            "K": K, "V": V, "C": CHUNK, "G": HV // H, "L2NORM": rk is not None, "PACKED": cu_seqlens is not None,
+            "EVEN": t.even,
+        },
+        {"num_warps": 4, "maxnreg": plan.grads.maxnreg},
+    )  # fmt: skip
