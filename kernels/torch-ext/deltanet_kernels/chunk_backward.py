@@ -31,8 +31,11 @@ from .chunk_forward import (
     s_shape,
     scratch_type,
 )
-from .configs import CHUNK, Plan
+from .configs import CHUNK, GLUON, Plan
 
+
+if GLUON:
+    from . import chunk_backward_hopper
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
@@ -332,6 +335,10 @@ def reverse(q, k, do, prepared, dht, dv, dh0, scale, t: Tables, cu_seqlens, plan
 
 def grads(q, k, do, a, u, dv, s, ds, rq, rk, dq, dk, dbeta, scale, t: Tables, cu_seqlens, plan: Plan):
     """Writes dq, dk and dbeta, whose heads may be a slice of more."""
+    if plan.gluon and chunk_backward_hopper.accepts(q, k, do):
+        return chunk_backward_hopper.grads(
+            q, k, do, a, u, dv, s, ds, rq, rk, dq, dk, dbeta, scale, t, cu_seqlens, plan
+        )
     B, T, H, K = k.shape
     HV, V = do.shape[2:]
     choice = plan.grads

@@ -133,7 +133,9 @@ def grads_kernel(
     t_do = gl.allocate_shared_memory(BF16, [NV, C, 64], value_tile)
     t_dv = gl.allocate_shared_memory(BF16, [NV, C, 64], value_tile)
     t_u = gl.allocate_shared_memory(BF16, [NV, 64, C], value_tile)  # transposed, as the scans hold it
-    t_s = gl.allocate_shared_memory(BF16, [NV, 64, K], key_tile)  # the entering state, then the leaving one's gradient
+    t_s = gl.allocate_shared_memory(BF16, [NV, 64, K], key_tile)
+    SHARED: gl.constexpr = K * V > 64 * 64  # the leaving state's gradient takes the entering state's place
+    t_ds = t_s if SHARED else gl.allocate_shared_memory(BF16, [NV, 64, K], key_tile)
     t_q = gl.allocate_shared_memory(BF16, [C, K], key_tile)
     t_k = gl.allocate_shared_memory(BF16, [C, K], key_tile)
     t_rq = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -161,30 +163,28 @@ def grads_kernel(
     b_dq = gl.zeros([C, K], gl.float32, wide)
     b_dk = gl.zeros([C, K], gl.float32, wide)
     for i_g in range(G):
+        b_u0 = _load_fragments(u + i_g * V * C, C)
+        b_s0 = _load_fragments(s + i_g * V * K, K)
+        if NV == 2:
+            b_u1 = _load_fragments(u + i_g * V * C + 64 * C, C)
+            b_s1 = _load_fragments(s + i_g * V * K + 64 * K, K)
         for h in gl.static_range(NV):
-            _copy_tile(t_do.index(h), do + i_g * d_sh + h * 64, d_st, length, 64, EVEN)
             _copy_tile(t_dv.index(h), dv + i_g * V + h * 64, HV_ALL * V, length, 64, EVEN)
+            _copy_tile(t_do.index(h), do + i_g * d_sh + h * 64, d_st, length, 64, EVEN)
         async_copy.commit_group()
+        b_ds0 = _load_fragments(ds + i_g * V * K, K)
+        if NV == 2:
+            b_ds1 = _load_fragments(ds + i_g * V * K + 64 * K, K)
         _copy_tile(t_k, k, k_st, length, K, EVEN)
         _copy_tile(t_q, q, q_st, length, K, EVEN)
         async_copy.commit_group()
-        if NV == 1:
-            b_s0 = _load_fragments(s + i_g * V * K, K)
-            b_u0 = _load_fragments(u + i_g * V * C, C)
-            b_ds0 = _load_fragments(ds + i_g * V * K, K)
-            t_s.index(0).store(b_s0)
-            t_u.index(0).store(b_u0)
-        else:
-            b_s0 = _load_fragments(s + i_g * V * K, K)
-            b_s1 = _load_fragments(s + i_g * V * K + 64 * K, K)
-            b_u0 = _load_fragments(u + i_g * V * C, C)
-            b_u1 = _load_fragments(u + i_g * V * C + 64 * C, C)
-            b_ds0 = _load_fragments(ds + i_g * V * K, K)
-            b_ds1 = _load_fragments(ds + i_g * V * K + 64 * K, K)
-            t_s.index(0).store(b_s0)
-            t_s.index(1).store(b_s1)
-            t_u.index(0).store(b_u0)
+        t_u.index(0).store(b_u0)
+        t_s.index(0).store(b_s0)
+        if NV == 2:
             t_u.index(1).store(b_u1)
+            t_s.index(1).store(b_s1)
+        if not SHARED:
+            t_ds.index(0).store(b_ds0)
         p_a = a + ((chunk * HV + i_h * G + i_g) * C + o_i) * C + o_i
         b_a = gl.load(p_a, mask=o_i < length, other=1.0).to(gl.float32)
         async_copy.wait_group(1)
@@ -197,28 +197,31 @@ def grads_kernel(
             b_dk = warpgroup_mma(t_dv.index(h), t_s.index(h), b_dk, is_async=True)
             b_dq = warpgroup_mma(t_do.index(h), t_s.index(h), b_dq, is_async=True)
         b_dk, b_dq = warpgroup_mma_wait(0, deps=[b_dk, b_dq])
-        # the state makes room for the gradient of the leaving one
-        t_s.index(0).store(b_ds0)
-        if NV == 2:
-            t_s.index(1).store(b_ds1)
+        if SHARED:
+            t_ds.index(0).store(b_ds0)
+            if NV == 2:
+                t_ds.index(1).store(b_ds1)
         b_dk *= (-b_rk)[:, None]
 
-        # 2. E = -strictly_lower(rk dV U^T), transposed too, as a symmetric matrix without diagonal; the diagonal is dbeta's
+        # 2. E = -strictly_lower(rk dV U^T); its diagonal is dbeta's
         b_e = gl.zeros([C, C], gl.float32, square)
-        b_et = gl.zeros([C, C], gl.float32, square)
         for h in gl.static_range(NV):
-            t_ut = t_u.index(h).permute([1, 0])
             b_e = warpgroup_mma(t_dv.index(h), t_u.index(h), b_e, is_async=True)
-            b_et = warpgroup_mma(t_ut, t_dv.index(h).permute([1, 0]), b_et, is_async=True)
-        b_e, b_et = warpgroup_mma_wait(0, deps=[b_e, b_et])
+        b_e = warpgroup_mma_wait(0, deps=[b_e])
         # by A's diagonal rk beta as it was rounded, not by rk beta^2: U and dV carry that rounding (error 0.0048, not
         # 0.0060); twice, because its square would leave fp32's range where beta is near its bound
         b_g = gl.sum(gl.where(o_i[:, None] == o_j[None, :], b_e, 0.0), 1) / b_a * b_rk_i / b_a
         p_b = dbeta + (row + o_i) * HV_ALL + i_h * G + i_g
         gl.store(p_b, b_g.to(dbeta.dtype.element_ty), mask=o_i < length)
         b_e = gl.where(o_i[:, None] > o_j[None, :], b_e * -b_rk_i[:, None], 0.0)
-        b_e = gl.where(o_i[:, None] < o_j[None, :], b_et * -t_rk.load(gl.SliceLayout(0, square))[None, :], b_e)
-        b_e = gl.convert_layout(b_e.to(BF16), left)
+        b_el = gl.convert_layout(b_e.to(BF16), left)
+        # E^T likewise, from the transposed product: turning a matrix costs more
+        b_e = gl.zeros([C, C], gl.float32, square)
+        for h in gl.static_range(NV):
+            b_e = warpgroup_mma(t_u.index(h).permute([1, 0]), t_dv.index(h).permute([1, 0]), b_e, is_async=True)
+        b_e = warpgroup_mma_wait(0, deps=[b_e])
+        b_e = gl.where(o_i[:, None] < o_j[None, :], b_e * -t_rk.load(gl.SliceLayout(0, square))[None, :], 0.0)
+        b_e = b_el + gl.convert_layout(b_e.to(BF16), left)
 
         # 3. R^T = upper(U dO^T), with the products that were waiting for the leaving state's gradient
         async_copy.wait_group(0)
@@ -227,7 +230,7 @@ def grads_kernel(
         for h in gl.static_range(NV):
             t_ut = t_u.index(h).permute([1, 0])
             b_r = warpgroup_mma(t_ut, t_do.index(h).permute([1, 0]), b_r, is_async=True)
-            b_dk = warpgroup_mma(t_ut, t_s.index(h), b_dk, is_async=True)
+            b_dk = warpgroup_mma(t_ut, t_ds.index(h), b_dk, is_async=True)
         b_dk = warpgroup_mma(b_e, t_k, b_dk, is_async=True)
         b_r, b_dk = warpgroup_mma_wait(0, deps=[b_r, b_dk])
         b_rq_j = t_rq.load(gl.SliceLayout(0, square))
@@ -252,6 +255,11 @@ def grads_kernel(
 
 
 # --------------------------------------------------------------------------------------------------------- launchers
+
+
+def accepts(*tensors) -> bool:
+    """Whether rows of these inputs can be copied 16 bytes at a time; Triton must see it from the strides."""
+    return all(x.data_ptr() % 16 == 0 and all(n % 16 == 0 for n in x.stride()[:3]) for x in tensors)
 
 
 def grads(q, k, do, a, u, dv, s, ds, rq, rk, dq, dk, dbeta, scale, t: Tables, cu_seqlens, plan: Plan):

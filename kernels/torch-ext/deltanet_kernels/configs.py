@@ -9,8 +9,11 @@ import functools
 from typing import NamedTuple
 
 import torch
+import triton
 
 
+# Gluon is experimental, so its kernels are used only beside versions that compiled and ran them; others get the Triton ones.
+GLUON = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])
 CHUNK = 64  # tokens in a chunk: the unit of the triangular inverse and of a scan step
 
 
@@ -33,6 +36,7 @@ class Plan(NamedTuple):
     reverse: Launch  # reverse scan
     grads: Launch  # chunk-parallel gradients
     entry: Launch | None = None  # forward scan without output (segments), if other than scan
+    gluon: bool = False  # gradients by the kernel of `chunk_backward_hopper.py`
     stored: bool = True  # P by a kernel of its own; else by each scan, which saves 24 KB a chunk
 
 
@@ -78,17 +82,18 @@ def plan(arch: int, K: int, V: int, wide: bool, few: bool) -> Plan:
             prepare = Launch(64, 1, 1, maxnreg=168)
         # d = 64: three programs a multiprocessor. d = 128: all registers
         grads = Launch(64, 4, 1, maxnreg=168) if d <= 64 else Launch(64, 4, 1)
+        gluon = GLUON and arch == 90 and K in (64, 128) and V in (64, 128)
         entry = Launch(64, 4, 3)  # without q three stages fit: 0.176 ms, not 0.227, at 1 x 32768 x 16 x 128
         if few:
             # alone on its multiprocessor a program must hide the loads itself: three stages; the chain from state to
             # state is all that counts, so P is computed elsewhere (0.12 ms, not 0.27, at 1 x 4096 x 16 x 128)
-            return Plan(prepare, scores, Launch(64, 4, 3), Launch(64, 4, 3, deep=True), grads, entry)
+            return Plan(prepare, scores, Launch(64, 4, 3), Launch(64, 4, 3, deep=True), grads, entry, gluon)
         if arch != 90:  # compiled, not measured: the form that spills least
             return Plan(prepare, scores, Launch(64, 4, 2), Launch(64, 4, 2), grads, entry)
         # as many stages as let two programs share a multiprocessor, where memory's bandwidth is what counts
         # (d = 64: 0.176 ms with three, 0.215 with two)
         scan = Launch(64, 4, 3 if d <= 64 else 2)
-        return Plan(prepare, scores, scan, Launch(64, 4, 2, deep=True), grads, entry, stored=False)
+        return Plan(prepare, scores, scan, Launch(64, 4, 2, deep=True), grads, entry, gluon, stored=False)
     # compiled, not measured: blocks that fit 99 KB; at d = 256 and 32 columns the reverse scan took 112 KB
     block_v, warps = (16, 8) if d > 128 else (32, 4)
     scan = Launch(block_v, 4, 1)
