@@ -115,29 +115,40 @@ def _load_rows(p, i_r, NC: tl.constexpr, W: tl.constexpr, R: tl.constexpr, N: tl
 
 
 @triton.jit
-def _dot(a, b, FP16: tl.constexpr, PRECISION: tl.constexpr):
-    """16x16 product of the inverse: fp16 operands where the entries are known to be bounded, else fp32 ones."""
-    # one return: Triton would type both of an if and what follows it
-    return (
-        tl.dot(a.to(tl.float16), b.to(tl.float16)).to(tl.float16) if FP16 else tl.dot(a, b, input_precision=PRECISION)
-    )
+def _dot_t(a, b, c, FP16: tl.constexpr, PRECISION: tl.constexpr):
+    """C + A B^T of 16x16 blocks: fp16 operands where the entries are known to be bounded, else fp32 ones.
+
+    A warp holds a product as it must hold the left operand of the next, and its transpose as the right one. So where both
+    factors of every product come as left operands, nothing is moved between threads. The bit cast keeps Triton from
+    turning B in shared memory.
+    """
+    if FP16:
+        b = tl.trans(b.to(tl.int16, bitcast=True)).to(tl.float16, bitcast=True)
+        c = tl.dot(a, b, c, out_dtype=tl.float16)  # the tensor core sums in more bits and rounds once
+    else:
+        c = tl.dot(a, tl.trans(b), c, input_precision=PRECISION)
+    return c
 
 
 @triton.jit
-def _inverse_16(b_m, FP16: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + M)^-1 of a strictly lower 16x16 block by doubling: 2x2 blocks in closed form, then 4, 8, 16.
+def _inverse_16(b_n, b_nt, FP16: tl.constexpr, PRECISION: tl.constexpr):
+    """(I - N)^-1 of a strictly lower 16x16 block, and its transpose, by doubling: 2x2 blocks in closed form, then 4, 8, 16.
 
-    Each step is T <- T - T (lower-left quarter of M) T. Unlike a Neumann series it never forms powers of M, which
+    Each step is T <- T + T (lower-left quarter of N) T. Unlike a Neumann series it never forms powers of N, which
     reach 1e6 for repeated keys and cancel (`kernels.md`, Numerics).
     """
     o_r = tl.arange(0, 16)[:, None]
     o_c = tl.arange(0, 16)[None, :]
-    b_t = tl.where(o_r == o_c, 1.0, tl.where(o_r // 2 == o_c // 2, -b_m, 0.0)).to(b_m.dtype)
+    zero = tl.zeros_like(b_n)
+    b_t = tl.where(o_r == o_c, 1.0, tl.where(o_r // 2 == o_c // 2, b_n, 0.0)).to(b_n.dtype)
+    b_s = tl.where(o_r == o_c, 1.0, tl.where(o_r // 2 == o_c // 2, b_nt, 0.0)).to(b_n.dtype)
     for step in tl.static_range(2, 5):
         quarter = (o_r >> step == o_c >> step) & ((o_r >> (step - 1)) % 2 == 1) & ((o_c >> (step - 1)) % 2 == 0)
-        b_y = _dot(tl.where(quarter, b_m, 0.0).to(b_m.dtype), b_t, FP16, PRECISION)
-        b_t -= _dot(b_t, b_y, FP16, PRECISION)
-    return b_t
+        b_y = _dot_t(b_s, tl.where(quarter, b_n, zero), zero, FP16, PRECISION)
+        b_t_old = b_t
+        b_t = _dot_t(b_t, b_y, b_t, FP16, PRECISION)
+        b_s = _dot_t(b_y, b_t_old, b_s, FP16, PRECISION)
+    return b_t, b_s
 
 
 @triton.jit
@@ -167,6 +178,12 @@ def _norm_of(b_g, EPS: tl.constexpr):
 def _strict(b_m):
     o = tl.arange(0, 16)
     return tl.where(o[:, None] > o[None, :], b_m, 0.0)
+
+
+@triton.jit
+def _strict_t(b_m):
+    o = tl.arange(0, 16)
+    return tl.where(o[:, None] < o[None, :], b_m, 0.0)
 
 
 @triton.jit
@@ -349,74 +366,69 @@ def prepare_kernel(
     b_b1 = _load_beta(p_b, 1, o_t, t_0, b_st, T, BETA_MIN)
     b_b2 = _load_beta(p_b, 2, o_t, t_0, b_st, T, BETA_MIN)
     b_b3 = _load_beta(p_b, 3, o_t, t_0, b_st, T, BETA_MIN)
-    m00, m10, m11, m20, m21, m22, m30, m31, m32, m33 = _gram(p_k, k_st, t_0, T, K, BK, EVEN, CT, PRECISION)
+    g00, g10, g11, g20, g21, g22, g30, g31, g32, g33 = _gram(p_k, k_st, t_0, T, K, BK, EVEN, CT, PRECISION)
+    r0 = tl.full([16], 1.0, tl.float32)
+    r1 = r0
+    r2 = r0
+    r3 = r0
     if L2NORM:
-        r0 = _norm_of(m00, EPS)
-        r1 = _norm_of(m11, EPS)
-        r2 = _norm_of(m22, EPS)
-        r3 = _norm_of(m33, EPS)
+        r0 = _norm_of(g00, EPS)
+        r1 = _norm_of(g11, EPS)
+        r2 = _norm_of(g22, EPS)
+        r3 = _norm_of(g33, EPS)
         if i_hv % (HV // H) == 0:
             tl.store(rk + p_r + o_t, r0)
             tl.store(rk + p_r + 16 + o_t, r1)
             tl.store(rk + p_r + 32 + o_t, r2)
             tl.store(rk + p_r + 48 + o_t, r3)
-        w0 = (b_b0 * r0)[:, None]
-        w1 = (b_b1 * r1)[:, None]
-        w2 = (b_b2 * r2)[:, None]
-        w3 = (b_b3 * r3)[:, None]
-        m00 = m00 * w0 * r0[None, :]
-        m10 = m10 * w1 * r0[None, :]
-        m11 = m11 * w1 * r1[None, :]
-        m20 = m20 * w2 * r0[None, :]
-        m21 = m21 * w2 * r1[None, :]
-        m22 = m22 * w2 * r2[None, :]
-        m30 = m30 * w3 * r0[None, :]
-        m31 = m31 * w3 * r1[None, :]
-        m32 = m32 * w3 * r2[None, :]
-        m33 = m33 * w3 * r3[None, :]
-    else:
-        r0 = tl.full([16], 1.0, tl.float32)
-        r1 = r0
-        r2 = r0
-        r3 = r0
-        m00 *= b_b0[:, None]
-        m10 *= b_b1[:, None]
-        m11 *= b_b1[:, None]
-        m20 *= b_b2[:, None]
-        m21 *= b_b2[:, None]
-        m22 *= b_b2[:, None]
-        m30 *= b_b3[:, None]
-        m31 *= b_b3[:, None]
-        m32 *= b_b3[:, None]
-        m33 *= b_b3[:, None]
+    # N = -beta rk rk' K K^T, of the diagonal blocks the transpose too: K K^T is symmetric
+    w0 = -b_b0 * r0
+    w1 = -b_b1 * r1
+    w2 = -b_b2 * r2
+    w3 = -b_b3 * r3
+    n00 = g00 * w0[:, None] * r0[None, :]
+    n10 = g10 * w1[:, None] * r0[None, :]
+    n11 = g11 * w1[:, None] * r1[None, :]
+    n20 = g20 * w2[:, None] * r0[None, :]
+    n21 = g21 * w2[:, None] * r1[None, :]
+    n22 = g22 * w2[:, None] * r2[None, :]
+    n30 = g30 * w3[:, None] * r0[None, :]
+    n31 = g31 * w3[:, None] * r1[None, :]
+    n32 = g32 * w3[:, None] * r2[None, :]
+    n33 = g33 * w3[:, None] * r3[None, :]
+    s00 = g00 * r0[:, None] * w0[None, :]
+    s11 = g11 * r1[:, None] * w1[None, :]
+    s22 = g22 * r2[:, None] * w2[None, :]
+    s33 = g33 * r3[:, None] * w3[None, :]
 
     # fp16 blocks take half the registers: twice as many programs fit a multiprocessor
     HT: tl.constexpr = tl.float16 if FP16 else tl.float32
-    m00 = _strict(m00).to(HT)
-    m10 = m10.to(HT)
-    m11 = _strict(m11).to(HT)
-    m20 = m20.to(HT)
-    m21 = m21.to(HT)
-    m22 = _strict(m22).to(HT)
-    m30 = m30.to(HT)
-    m31 = m31.to(HT)
-    m32 = m32.to(HT)
-    m33 = _strict(m33).to(HT)
-    t00 = _inverse_16(m00, FP16, PRECISION)
-    t11 = _inverse_16(m11, FP16, PRECISION)
-    t22 = _inverse_16(m22, FP16, PRECISION)
-    t33 = _inverse_16(m33, FP16, PRECISION)
-    # two merges to 32x32, then one to 64x64: [[P, 0], [R, Q]]^-1 = [[P', 0], [-Q' R P', Q']]
-    t10 = -_dot(t11, _dot(m10, t00, FP16, PRECISION), FP16, PRECISION)
-    t32 = -_dot(t33, _dot(m32, t22, FP16, PRECISION), FP16, PRECISION)
-    y20 = _dot(m20, t00, FP16, PRECISION) + _dot(m21, t10, FP16, PRECISION)
-    y30 = _dot(m30, t00, FP16, PRECISION) + _dot(m31, t10, FP16, PRECISION)
-    y21 = _dot(m21, t11, FP16, PRECISION)
-    y31 = _dot(m31, t11, FP16, PRECISION)
-    t20 = -_dot(t22, y20, FP16, PRECISION)
-    t21 = -_dot(t22, y21, FP16, PRECISION)
-    t30 = -(_dot(t32, y20, FP16, PRECISION) + _dot(t33, y30, FP16, PRECISION))
-    t31 = -(_dot(t32, y21, FP16, PRECISION) + _dot(t33, y31, FP16, PRECISION))
+    n10 = n10.to(HT)
+    n20 = n20.to(HT)
+    n21 = n21.to(HT)
+    n30 = n30.to(HT)
+    n31 = n31.to(HT)
+    n32 = n32.to(HT)
+    # s, y: transposed
+    t00, s00 = _inverse_16(_strict(n00).to(HT), _strict_t(s00).to(HT), FP16, PRECISION)
+    t11, s11 = _inverse_16(_strict(n11).to(HT), _strict_t(s11).to(HT), FP16, PRECISION)
+    t22, s22 = _inverse_16(_strict(n22).to(HT), _strict_t(s22).to(HT), FP16, PRECISION)
+    t33, _ = _inverse_16(_strict(n33).to(HT), _strict_t(s33).to(HT), FP16, PRECISION)
+    # two merges to 32x32, then one to 64x64: [[P, 0], [-R, Q]]^-1 = [[P', 0], [Q' R P', Q']] with y = (R P')^T
+    zero = tl.zeros([16, 16], HT)
+    y10 = _dot_t(s00, n10, zero, FP16, PRECISION)
+    y32 = _dot_t(s22, n32, zero, FP16, PRECISION)
+    t10 = _dot_t(t11, y10, zero, FP16, PRECISION)
+    s10 = _dot_t(y10, t11, zero, FP16, PRECISION)
+    t32 = _dot_t(t33, y32, zero, FP16, PRECISION)
+    y20 = _dot_t(s10, n21, _dot_t(s00, n20, zero, FP16, PRECISION), FP16, PRECISION)
+    y30 = _dot_t(s10, n31, _dot_t(s00, n30, zero, FP16, PRECISION), FP16, PRECISION)
+    y21 = _dot_t(s11, n21, zero, FP16, PRECISION)
+    y31 = _dot_t(s11, n31, zero, FP16, PRECISION)
+    t20 = _dot_t(t22, y20, zero, FP16, PRECISION)
+    t21 = _dot_t(t22, y21, zero, FP16, PRECISION)
+    t30 = _dot_t(t33, y30, _dot_t(t32, y20, zero, FP16, PRECISION), FP16, PRECISION)
+    t31 = _dot_t(t33, y31, _dot_t(t32, y21, zero, FP16, PRECISION), FP16, PRECISION)
 
     t00 = t00.to(tl.float32) * r0[:, None] * b_b0[None, :]
     t10 = t10.to(tl.float32) * r1[:, None] * b_b0[None, :]
