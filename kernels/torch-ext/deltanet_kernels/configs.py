@@ -68,8 +68,12 @@ def plan(arch: int, K: int, V: int, wide: bool, few: bool) -> Plan:
         scan = Launch(16, 4, 1)
         return Plan(Launch(32, 1, 1), Launch(32, 4, 1), scan, scan, Launch(16, 4, 1))
     # one warp: 16x16 blocks offer no more work, and there is no barrier to wait at (four warps on 64x64: 0.26 ms, not
-    # 0.21, at 8 x 4096 x 16 x 128)
-    prepare = Launch(128 if K <= 128 else 64, 1, 1)
+    # 0.21, at 8 x 4096 x 16 x 128). All slices of the keys are under way at once; twelve programs a multiprocessor, for a
+    # few spills, beat ten at d <= 128 (0.066 ms, not 0.068; d = 64: 0.093), but not eight at d = 256 (0.051, not 0.055)
+    if K > 128:
+        prepare = Launch(64, 1, 5)
+    else:
+        prepare = Launch(32, 1, 3 if K <= 64 else 4, maxnreg=168)
     scores = Launch(64, 4, 3)  # 13 us at 1 x 4096 x 16 x 128, not the 19 of 128 columns in two stages
     if arch in (90, 100, 103):
         if K > 128 and arch == 90:
@@ -78,8 +82,6 @@ def plan(arch: int, K: int, V: int, wide: bool, few: bool) -> Plan:
             return Plan(prepare, scores, Launch(128, 8, 2), Launch(128, 8, 2), Launch(64, 8, 1))
         if K > 128:  # compiled, not measured; of 64 columns Triton 3.6 and 3.7 make an empty reverse scan for sm_100
             return Plan(prepare, scores, Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 8, 1))
-        if K <= 64 and arch == 90:  # twelve programs a multiprocessor, not ten, for a few spills: 0.117 ms, not 0.135
-            prepare = Launch(64, 1, 1, maxnreg=168)
         # d = 64: three programs a multiprocessor. d = 128: all registers
         grads = Launch(64, 4, 1, maxnreg=168) if d <= 64 else Launch(64, 4, 1)
         gluon = GLUON and arch == 90 and K in (64, 128) and V in (64, 128)
