@@ -35,7 +35,7 @@ from .configs import CHUNK, GLUON, Plan
 
 
 if GLUON:
-    from . import chunk_backward_hopper
+    from . import hopper_grads, hopper_tiles
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
@@ -335,8 +335,8 @@ def reverse(q, k, do, prepared, dht, dv, dh0, scale, t: Tables, cu_seqlens, plan
 
 def grads(q, k, do, a, u, dv, s, ds, rq, rk, dq, dk, dbeta, scale, t: Tables, cu_seqlens, plan: Plan):
     """Writes dq, dk and dbeta, whose heads may be a slice of more."""
-    if plan.gluon and chunk_backward_hopper.accepts(q, k, do):
-        return chunk_backward_hopper.grads(
+    if plan.gluon and hopper_tiles.accepts(q, k, do):
+        return hopper_grads.grads(
             q, k, do, a, u, dv, s, ds, rq, rk, dq, dk, dbeta, scale, t, cu_seqlens, plan
         )
     B, T, H, K = k.shape

@@ -1,4 +1,4 @@
-"""What the Gluon kernels share: tiles between global memory, shared memory and registers, on four warps."""
+"""What the Gluon kernels share: tiles between global memory, shared memory and registers, by a power of two of warps."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -14,7 +14,7 @@ def accepts(*tensors) -> bool:
 def copy_tile(tile, p, stride, length, N: gl.constexpr, EVEN: gl.constexpr):
     """Starts copying rows of N columns to shared memory, zeros from row `length` on."""
     C: gl.constexpr = tile.shape[0]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // N, N // 8], [4, 1], [1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // N, N // 8], [gl.num_warps(), 1], [1, 0])
     o_r = gl.arange(0, C, gl.SliceLayout(1, layout))
     o_c = gl.arange(0, N, gl.SliceLayout(0, layout))
     p_x = p + o_r[:, None] * stride + o_c[None, :]
@@ -29,7 +29,7 @@ def copy_tile(tile, p, stride, length, N: gl.constexpr, EVEN: gl.constexpr):
 def store_tile(p, stride, tile, length, N: gl.constexpr, EVEN: gl.constexpr):
     """A tile of shared memory to global memory, 16 bytes a thread."""
     C: gl.constexpr = tile.shape[0]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // N, N // 8], [4, 1], [1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // N, N // 8], [gl.num_warps(), 1], [1, 0])
     o_r = gl.arange(0, C, gl.SliceLayout(1, layout))
     o_c = gl.arange(0, N, gl.SliceLayout(0, layout))
     p_x = p + o_r[:, None] * stride + o_c[None, :]
@@ -41,50 +41,50 @@ def store_tile(p, stride, tile, length, N: gl.constexpr, EVEN: gl.constexpr):
 
 
 @gluon.constexpr_function
-def fragment_layout(N):
-    """Who holds what of a tile in the order of `_store_fragments`, [N // 4, 256]: 8 neighbours a thread, as in a register tile."""
+def fragment_layout(R, N):
+    """Who holds what of R // 64 tiles in the order of `_store_fragments`, [R * N // 256, 256]: 8 neighbours a thread, as an
+    accumulator [R, N] has them. Four warps a tile."""
     blocks_of_16 = [[4, 0], [8, 0]] if N == 64 else [[4, 0], [8, 0], [16, 0]]
     lanes = [[0, 8], [0, 16], [0, 32], [0, 64], [0, 128]]
-    return gl.DistributedLinearLayout([[0, 1], [0, 2], [0, 4]] + blocks_of_16, lanes, [[1, 0], [2, 0]], [], [N // 4, 256])
+    warps = [[1, 0], [2, 0]] if R == 64 else [[1, 0], [2, 0], [N // 4, 0]]
+    return gl.DistributedLinearLayout([[0, 1], [0, 2], [0, 4]] + blocks_of_16, lanes, warps, [], [R * N // 256, 256])
 
 
 @gluon.jit
-def load_fragments(p, N: gl.constexpr):
-    """A tile [64, N] that `_store_fragments` or `store_fragments` wrote, in the registers that it came from."""
-    layout: gl.constexpr = fragment_layout(N)
-    o_r = gl.arange(0, N // 4, gl.SliceLayout(1, layout))
+def load_fragments(p, R: gl.constexpr, N: gl.constexpr):
+    """Neighbouring tiles [64, N], R rows in all, that `_store_fragments` wrote, in the registers that they came from."""
+    layout: gl.constexpr = fragment_layout(R, N)
+    o_r = gl.arange(0, R * N // 256, gl.SliceLayout(1, layout))
     o_c = gl.arange(0, 256, gl.SliceLayout(0, layout))
     b = gl.load(p + o_r[:, None] * 256 + o_c[None, :])
-    b = gl.permute(gl.reshape(b, [N // 16, 4, 8, 4, 2, 2, 2]), [1, 5, 2, 0, 4, 3, 6])
-    return gl.reshape(b, [64, N])
+    b = gl.permute(gl.reshape(b, [R // 64, N // 16, 4, 8, 4, 2, 2, 2]), [0, 2, 6, 3, 1, 5, 4, 7])
+    return gl.reshape(b, [R, N])
 
 
 @gluon.jit
-def store_fragments(p, b, N: gl.constexpr):
-    """The same as `_store_fragments`: an accumulator's registers [64, N] as they are, 16 bytes a thread."""
-    layout: gl.constexpr = fragment_layout(N)
-    o_r = gl.arange(0, N // 4, gl.SliceLayout(1, layout))
+def store_fragments(p, b, R: gl.constexpr, N: gl.constexpr):
+    """The same as `_store_fragments`: an accumulator's registers [R, N] as they are, 16 bytes a thread."""
+    layout: gl.constexpr = fragment_layout(R, N)
+    o_r = gl.arange(0, R * N // 256, gl.SliceLayout(1, layout))
     o_c = gl.arange(0, 256, gl.SliceLayout(0, layout))
-    b = gl.permute(gl.reshape(b, [4, 2, 8, N // 16, 2, 4, 2]), [3, 0, 2, 5, 4, 1, 6])
-    b = gl.convert_layout(gl.reshape(b, [N // 4, 256]), layout, assert_trivial=True)
+    b = gl.permute(gl.reshape(b, [R // 64, 4, 2, 8, N // 16, 2, 4, 2]), [0, 4, 1, 3, 6, 5, 2, 7])
+    b = gl.convert_layout(gl.reshape(b, [R * N // 256, 256]), layout, assert_trivial=True)
     gl.store(p + o_r[:, None] * 256 + o_c[None, :], b)
 
 
 @gluon.jit
 def load_stage(
-    t_q, t_k, t_v, t_a, t_p, t_rk, t_rq, q, k, v, a, p, rk, rq, i_c, slot, T, H, HV, q_st, k_st, v_st,
-    K: gl.constexpr, C: gl.constexpr, L2NORM: gl.constexpr, EVEN: gl.constexpr, STORED: gl.constexpr, RQ: gl.constexpr,
+    t_q, t_k, t_v, t_a, t_rk, t_rq, q, k, v, a, rk, rq, i_c, slot, T, H, HV, q_st, k_st, v_st,
+    K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, L2NORM: gl.constexpr, EVEN: gl.constexpr, RQ: gl.constexpr,
 ):  # fmt: skip
     """Starts copying what a scan needs of chunk i_c; v is do in the reverse one."""
     length = T - i_c * C
     i_c = i_c.to(gl.int64)
-    o_c = gl.arange(0, C, gl.BlockedLayout([1], [32], [4], [0]))
+    o_c = gl.arange(0, C, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     copy_tile(t_k.index(slot), k + i_c * C * k_st, k_st, length, K, EVEN)
     copy_tile(t_q.index(slot), q + i_c * C * q_st, q_st, length, K, EVEN)
-    copy_tile(t_v.index(slot), v + i_c * C * v_st, v_st, length, 64, EVEN)
+    copy_tile(t_v.index(slot), v + i_c * C * v_st, v_st, length, V, EVEN)
     copy_tile(t_a.index(slot), a + i_c * HV * C * C, C, C, C, True)
-    if STORED:
-        copy_tile(t_p.index(slot), p + i_c * H * C * C, C, C, C, True)
     if L2NORM:
         async_copy.async_copy_global_to_shared(t_rk.index(slot), rk + i_c * H * C + o_c)
         if RQ:

@@ -5,8 +5,6 @@ each product, here one program loads every tile once, all of them before its fir
 depend on each other together. Two such programs share a multiprocessor: one computes while the other loads.
 """
 
-import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -19,58 +17,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ._launch import launch
 from .chunk_forward import Tables
 from .configs import CHUNK, Plan
+from .hopper_tiles import copy_tile, load_fragments, store_tile
 
 
 # ---------------------------------------------------------------------------------------------------------- kernels
-
-
-@gluon.jit
-def _copy_tile(tile, p, stride, length, N: gl.constexpr, EVEN: gl.constexpr):
-    """Starts copying rows of N columns to shared memory, zeros from row `length` on."""
-    C: gl.constexpr = tile.shape[0]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // N, N // 8], [4, 1], [1, 0])
-    o_r = gl.arange(0, C, gl.SliceLayout(1, layout))
-    o_c = gl.arange(0, N, gl.SliceLayout(0, layout))
-    p_x = p + o_r[:, None] * stride + o_c[None, :]
-    if EVEN:
-        async_copy.async_copy_global_to_shared(tile, p_x)
-    else:
-        m_x = gl.full([C, N], True, gl.int1, layout) & (o_r < length)[:, None]
-        async_copy.async_copy_global_to_shared(tile, p_x, m_x)
-
-
-@gluon.jit
-def _load_fragments(p, N: gl.constexpr):
-    """A tile [64, N] that `_store_fragments` wrote, in the registers that it came from: 16 bytes a thread a load."""
-    high: gl.constexpr = [[4, 0], [8, 0]] if N == 64 else [[4, 0], [8, 0], [16, 0]]
-    layout: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 4]] + high,
-        [[0, 8], [0, 16], [0, 32], [0, 64], [0, 128]],
-        [[1, 0], [2, 0]],
-        [],
-        [N // 4, 256],
-    )
-    o_r = gl.arange(0, N // 4, gl.SliceLayout(1, layout))
-    o_c = gl.arange(0, 256, gl.SliceLayout(0, layout))
-    b = gl.load(p + o_r[:, None] * 256 + o_c[None, :])
-    b = gl.permute(gl.reshape(b, [N // 16, 4, 8, 4, 2, 2, 2]), [1, 5, 2, 0, 4, 3, 6])
-    return gl.reshape(b, [64, N])
-
-
-@gluon.jit
-def _store_tile(p, stride, tile, b, length, N: gl.constexpr, EVEN: gl.constexpr):
-    """An accumulator to global memory by way of a tile of shared memory, so that a thread writes 16 bytes at once."""
-    C: gl.constexpr = tile.shape[0]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // N, N // 8], [4, 1], [1, 0])
-    tile.store(b.to(tile.dtype))
-    o_r = gl.arange(0, C, gl.SliceLayout(1, layout))
-    o_c = gl.arange(0, N, gl.SliceLayout(0, layout))
-    p_x = p + o_r[:, None] * stride + o_c[None, :]
-    if EVEN:
-        gl.store(p_x, tile.load(layout))
-    else:
-        m_x = gl.full([C, N], True, gl.int1, layout) & (o_r < length)[:, None]
-        gl.store(p_x, tile.load(layout), mask=m_x)
 
 
 @gluon.jit
@@ -163,20 +113,20 @@ def grads_kernel(
     b_dq = gl.zeros([C, K], gl.float32, wide)
     b_dk = gl.zeros([C, K], gl.float32, wide)
     for i_g in range(G):
-        b_u0 = _load_fragments(u + i_g * V * C, C)
-        b_s0 = _load_fragments(s + i_g * V * K, K)
+        b_u0 = load_fragments(u + i_g * V * C, 64, C)
+        b_s0 = load_fragments(s + i_g * V * K, 64, K)
         if NV == 2:
-            b_u1 = _load_fragments(u + i_g * V * C + 64 * C, C)
-            b_s1 = _load_fragments(s + i_g * V * K + 64 * K, K)
+            b_u1 = load_fragments(u + i_g * V * C + 64 * C, 64, C)
+            b_s1 = load_fragments(s + i_g * V * K + 64 * K, 64, K)
         for h in gl.static_range(NV):
-            _copy_tile(t_dv.index(h), dv + i_g * V + h * 64, HV_ALL * V, length, 64, EVEN)
-            _copy_tile(t_do.index(h), do + i_g * d_sh + h * 64, d_st, length, 64, EVEN)
+            copy_tile(t_dv.index(h), dv + i_g * V + h * 64, HV_ALL * V, length, 64, EVEN)
+            copy_tile(t_do.index(h), do + i_g * d_sh + h * 64, d_st, length, 64, EVEN)
         async_copy.commit_group()
-        b_ds0 = _load_fragments(ds + i_g * V * K, K)
+        b_ds0 = load_fragments(ds + i_g * V * K, 64, K)
         if NV == 2:
-            b_ds1 = _load_fragments(ds + i_g * V * K + 64 * K, K)
-        _copy_tile(t_k, k, k_st, length, K, EVEN)
-        _copy_tile(t_q, q, q_st, length, K, EVEN)
+            b_ds1 = load_fragments(ds + i_g * V * K + 64 * K, 64, K)
+        copy_tile(t_k, k, k_st, length, K, EVEN)
+        copy_tile(t_q, q, q_st, length, K, EVEN)
         async_copy.commit_group()
         t_u.index(0).store(b_u0)
         t_s.index(0).store(b_s0)
@@ -250,16 +200,13 @@ def grads_kernel(
     p_x = (row * H_ALL + i_h) * K
     b_dk = _norm_backward(b_dk, t_k.load(wide), b_rk, L2NORM)
     b_dq = _norm_backward(b_dq * (b_rq * scale)[:, None], t_q.load(wide), b_rq, L2NORM)
-    _store_tile(dk + p_x, H_ALL * K, t_k, b_dk, length, K, EVEN)
-    _store_tile(dq + p_x, H_ALL * K, t_q, b_dq, length, K, EVEN)
+    t_k.store(b_dk.to(BF16))
+    store_tile(dk + p_x, H_ALL * K, t_k, length, K, EVEN)
+    t_q.store(b_dq.to(BF16))
+    store_tile(dq + p_x, H_ALL * K, t_q, length, K, EVEN)
 
 
 # --------------------------------------------------------------------------------------------------------- launchers
-
-
-def accepts(*tensors) -> bool:
-    """Whether rows of these inputs can be copied 16 bytes at a time; Triton must see it from the strides."""
-    return all(x.data_ptr() % 16 == 0 and all(n % 16 == 0 for n in x.stride()[:3]) for x in tensors)
 
 
 def grads(q, k, do, a, u, dv, s, ds, rq, rk, dq, dk, dbeta, scale, t: Tables, cu_seqlens, plan: Plan):
