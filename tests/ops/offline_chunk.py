@@ -14,7 +14,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 import triton  # noqa: E402
 from deltanet_kernels import chunk_backward as backward  # noqa: E402
 from deltanet_kernels import chunk_forward as forward  # noqa: E402
-from deltanet_kernels import configs  # noqa: E402
+from deltanet_kernels import configs, hopper_grads, hopper_reverse, hopper_scan  # noqa: E402
 from offline import compile_kernel, resources  # noqa: E402
 
 
@@ -39,7 +39,7 @@ def main(arch: int, d: int, dtype: str = "bf16") -> dict:
     wide = dtype != "bf16"
     pad = max(32, triton.next_power_of_2(d))
     found = {}
-    for few in (False, True):
+    for few in (True, False):
         plan = configs.plan(arch, d, d, wide, few)
         precision = {"PRECISION": "tf32x3" if wide else "tf32"}
         common = {
@@ -78,6 +78,16 @@ def main(arch: int, d: int, dtype: str = "bf16") -> dict:
     block_v, _, block_k, nk = forward.blocks(d, d, plan)
     grads = common | {"V": d, "BK": block_k, "NK": nk, "BV": block_v, "W": min(block_v, plan.grads.block_v), "G": 1}
     found["grads"] = compile_and_read(backward.grads_kernel, grads, plan.grads, arch, dtype)
+    if plan.gluon_grads:
+        sizes = {"K": d, "V": d, "C": configs.CHUNK, "L2NORM": True, "PACKED": False, "EVEN": False}
+        gluon = plan.grads._replace(num_warps=4)
+        found["grads, Gluon"] = compile_and_read(hopper_grads.grads_kernel, sizes | {"G": 1}, gluon, arch, dtype)
+    if plan.gluon_scans:
+        gluon = configs.Launch(64, d // 16, 1)
+        state = {"HAS_H0": True, "HAS_HT": True, "SAVE": True, "EPS": 1e-6, "STAGES": hopper_scan.STAGES}
+        found["scan, Gluon"] = compile_and_read(hopper_scan.scan_kernel, sizes | state, gluon, arch, dtype)
+        state = {"HAS_DHT": True, "HAS_DH0": True, "STAGES": hopper_reverse.STAGES}
+        found["reverse, Gluon"] = compile_and_read(hopper_reverse.reverse_kernel, sizes | state, gluon, arch, dtype)
     return found
 
 

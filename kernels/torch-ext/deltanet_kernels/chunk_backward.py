@@ -35,7 +35,7 @@ from .configs import CHUNK, GLUON, Plan
 
 
 if GLUON:
-    from . import hopper_grads, hopper_tiles
+    from . import hopper_grads, hopper_reverse, hopper_tiles
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
@@ -308,9 +308,13 @@ def reverse(q, k, do, prepared, dht, dv, dh0, scale, t: Tables, cu_seqlens, plan
     B, T, H, K = k.shape
     HV, V = do.shape[2:]
     ds = k.new_empty(s_shape(k, do, t.n_chunks, plan), dtype=scratch_type(k.dtype)) if save else a
+    if t.n == 0:
+        return ds
     choice = plan.reverse
     block_v, nv, block_k, _ = blocks(K, V, plan)
-    if t.n > 0:
+    if plan.gluon_scans and save and hopper_tiles.accepts(q, k, do):
+        hopper_reverse.reverse(q, k, do, a, rq, rk, dht, dv, ds, dh0, scale, t, cu_seqlens)
+    else:
         launch(
             reverse_kernel, (nv, HV, t.n),
             (
@@ -335,15 +339,15 @@ def reverse(q, k, do, prepared, dht, dv, dh0, scale, t: Tables, cu_seqlens, plan
 
 def grads(q, k, do, a, u, dv, s, ds, rq, rk, dq, dk, dbeta, scale, t: Tables, cu_seqlens, plan: Plan):
     """Writes dq, dk and dbeta, whose heads may be a slice of more."""
-    if plan.gluon and hopper_tiles.accepts(q, k, do):
-        return hopper_grads.grads(
-            q, k, do, a, u, dv, s, ds, rq, rk, dq, dk, dbeta, scale, t, cu_seqlens, plan
-        )
     B, T, H, K = k.shape
     HV, V = do.shape[2:]
+    if t.n_chunks == 0 or T == 0:
+        return
     choice = plan.grads
     block_v, _, block_k, nk = blocks(K, V, plan)
-    if t.n_chunks > 0 and T > 0:
+    if plan.gluon_grads and hopper_tiles.accepts(q, k, do):
+        hopper_grads.grads(q, k, do, a, u, dv, s, ds, rq, rk, dq, dk, dbeta, scale, t, cu_seqlens, plan)
+    else:
         launch(
             grads_kernel, (2 * H, t.n_chunks),
             (

@@ -21,10 +21,13 @@ import triton
 import triton.language as tl
 
 from ._launch import launch
-from .configs import CHUNK, Plan
+from .configs import CHUNK, EPS, GLUON, Plan
 
 
-EPS = 1e-6  # inside the square root of the L2 norm
+if GLUON:
+    from . import hopper_scan, hopper_tiles
+
+
 BETA_MIN = 2.0**-30  # beta is kept this far from zero inside the kernels
 
 # ---------------------------------------------------------------------------------------------------------- kernels
@@ -291,7 +294,6 @@ def scores_kernel(
     k += i_b * k_sb + bos * k_st + i_h * k_sh
     b_p = tl.zeros([C, C], tl.float32)
     b_r = tl.zeros([C], tl.float32)
-    o_t = tl.arange(0, 16)
     for i_k in range((K + BK - 1) // BK):
         o_k = i_k * BK + tl.arange(0, BK)
         m_k = _below(o_k, K, K % BK == 0)
@@ -708,9 +710,13 @@ def scan(q, k, v, prepared, h0, scale, t: Tables, cu_seqlens, plan: Plan, *, out
     u = new(u_shape(k, v, t.n_chunks, plan), dtype=scratch) if save else None
     s = new(s_shape(k, v, t.n_chunks, plan), dtype=scratch) if save else None
     ht = new(t.n, HV, K, V, dtype=torch.float32) if final else None
+    if t.n == 0:
+        return o, u, s, ht
     choice = plan.scan
     block_v, nv, block_k, _ = blocks(K, V, plan)
-    if t.n > 0:
+    if plan.gluon_scans and output and hopper_tiles.accepts(q, k, v):
+        hopper_scan.scan(q, k, v, a, rk, h0, o, u, s, rq, ht, scale, t, cu_seqlens)
+    else:
         columns = nv if phi is None else nv - (-K // block_v)
         launch(
             scan_kernel, (columns, HV, t.n),

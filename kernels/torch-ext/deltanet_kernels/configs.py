@@ -14,6 +14,7 @@ import triton
 
 # Gluon is experimental, so its kernels are used only beside versions that compiled and ran them; others get the Triton ones.
 GLUON = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])
+EPS = 1e-6  # inside the square root of the L2 norm
 CHUNK = 64  # tokens in a chunk: the unit of the triangular inverse and of a scan step
 
 
@@ -36,7 +37,9 @@ class Plan(NamedTuple):
     reverse: Launch  # reverse scan
     grads: Launch  # chunk-parallel gradients
     entry: Launch | None = None  # forward scan without output (segments), if other than scan
-    gluon: bool = False  # gradients by the kernel of `chunk_backward_hopper.py`
+    # by the Gluon kernels (hopper_*.py), where rows of the inputs are aligned
+    gluon_grads: bool = False
+    gluon_scans: bool = False
     stored: bool = True  # P by a kernel of its own; else by each scan, which saves 24 KB a chunk
 
 
@@ -70,10 +73,7 @@ def plan(arch: int, K: int, V: int, wide: bool, few: bool) -> Plan:
     # one warp: 16x16 blocks offer no more work, and there is no barrier to wait at (four warps on 64x64: 0.26 ms, not
     # 0.21, at 8 x 4096 x 16 x 128). All slices of the keys are under way at once; twelve programs a multiprocessor, for a
     # few spills, beat ten at d <= 128 (0.066 ms, not 0.068; d = 64: 0.093), but not eight at d = 256 (0.051, not 0.055)
-    if K > 128:
-        prepare = Launch(64, 1, 5)
-    else:
-        prepare = Launch(32, 1, 3 if K <= 64 else 4, maxnreg=168)
+    prepare = Launch(64, 1, 5) if K > 128 else Launch(32, 1, 3 if K <= 64 else 4, maxnreg=168)
     scores = Launch(64, 4, 3)  # 13 us at 1 x 4096 x 16 x 128, not the 19 of 128 columns in two stages
     if arch in (90, 100, 103):
         if K > 128 and arch == 90:
@@ -85,17 +85,20 @@ def plan(arch: int, K: int, V: int, wide: bool, few: bool) -> Plan:
         # d = 64: three programs a multiprocessor. d = 128: all registers
         grads = Launch(64, 4, 1, maxnreg=168) if d <= 64 else Launch(64, 4, 1)
         gluon = GLUON and arch == 90 and K in (64, 128) and V in (64, 128)
+        # with one warp group a program they were no faster than Triton's (d = 64: 0.174 ms, both); with two, where few run,
+        # slower (1 x 4096 x 16 x 128: 0.187 ms, not 0.124)
+        scans = gluon and V == 128 and not few
         entry = Launch(64, 4, 3)  # without q three stages fit: 0.176 ms, not 0.227, at 1 x 32768 x 16 x 128
         if few:
             # alone on its multiprocessor a program must hide the loads itself: three stages; the chain from state to
             # state is all that counts, so P is computed elsewhere (0.12 ms, not 0.27, at 1 x 4096 x 16 x 128)
-            return Plan(prepare, scores, Launch(64, 4, 3), Launch(64, 4, 3, deep=True), grads, entry, gluon)
+            return Plan(prepare, scores, Launch(64, 4, 3), Launch(64, 4, 3, deep=True), grads, entry, gluon, scans)
         if arch != 90:  # compiled, not measured: the form that spills least
             return Plan(prepare, scores, Launch(64, 4, 2), Launch(64, 4, 2), grads, entry)
         # as many stages as let two programs share a multiprocessor, where memory's bandwidth is what counts
         # (d = 64: 0.176 ms with three, 0.215 with two)
         scan = Launch(64, 4, 3 if d <= 64 else 2)
-        return Plan(prepare, scores, scan, Launch(64, 4, 2, deep=True), grads, entry, gluon, stored=False)
+        return Plan(prepare, scores, scan, Launch(64, 4, 2, deep=True), grads, entry, gluon, scans, stored=False)
     # compiled, not measured: blocks that fit 99 KB; at d = 256 and 32 columns the reverse scan took 112 KB
     block_v, warps = (16, 8) if d > 128 else (32, 4)
     scan = Launch(block_v, 4, 1)

@@ -9,7 +9,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ._launch import launch
+from .configs import CHUNK
 from .hopper_tiles import load_stage, store_fragments, store_tile
+
+
+STAGES = 3
+
+# ---------------------------------------------------------------------------------------------------------- kernels
 
 
 @gluon.jit
@@ -75,7 +82,9 @@ def reverse_kernel(
     o_j = gl.arange(0, C, gl.SliceLayout(0, square))
 
     b_s = gl.zeros([V, K], gl.float32, wide)
-    p_s = p_h + gl.arange(0, K, gl.SliceLayout(0, wide))[None, :] * V + gl.arange(0, V, gl.SliceLayout(1, wide))[:, None]
+    p_s = (
+        p_h + gl.arange(0, K, gl.SliceLayout(0, wide))[None, :] * V + gl.arange(0, V, gl.SliceLayout(1, wide))[:, None]
+    )
     if HAS_DHT:
         b_s = gl.load(dht + p_s)
     for i in gl.static_range(STAGES):
@@ -131,3 +140,25 @@ def reverse_kernel(
 
     if HAS_DH0:
         gl.store(dh0 + p_s, b_s)
+
+
+# --------------------------------------------------------------------------------------------------------- launchers
+
+
+def reverse(q, k, do, a, rq, rk, dht, dv, ds, dh0, scale, t, cu_seqlens) -> None:
+    """Writes dv and ds, and dh0 where it is given; the heads of dv, dht and dh0 may be a slice of more."""
+    H, K = k.shape[2:]
+    HV, V = do.shape[2:]
+    launch(
+        reverse_kernel, (HV, t.n),
+        (
+            q, k, do, a, a if rq is None else rq, a if rk is None else rk, a if dht is None else dht, dv, ds,
+            a if dh0 is None else dh0, cu_seqlens, t.chunk_offsets,
+        ),
+        (scale, k.shape[1], t.nt, H, HV, dv.stride(1) // V, *q.stride()[:3], *k.stride()[:3], *do.stride()[:3]),
+        {
+            "K": K, "V": V, "C": CHUNK, "L2NORM": rk is not None, "PACKED": cu_seqlens is not None, "EVEN": t.even,
+            "HAS_DHT": dht is not None, "HAS_DH0": dh0 is not None, "STAGES": STAGES,
+        },
+        {"num_warps": V // 16},
+    )  # fmt: skip

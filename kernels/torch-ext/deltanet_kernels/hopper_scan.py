@@ -13,7 +13,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ._launch import launch
+from .configs import CHUNK, EPS
 from .hopper_tiles import load_stage, store_fragments, store_tile
+
+
+STAGES = 3
+
+# ---------------------------------------------------------------------------------------------------------- kernels
 
 
 @gluon.jit
@@ -82,7 +89,9 @@ def scan_kernel(
     o_j = gl.arange(0, C, gl.SliceLayout(0, square))
 
     b_s = gl.zeros([V, K], gl.float32, wide)
-    p_s = p_h + gl.arange(0, K, gl.SliceLayout(0, wide))[None, :] * V + gl.arange(0, V, gl.SliceLayout(1, wide))[:, None]
+    p_s = (
+        p_h + gl.arange(0, K, gl.SliceLayout(0, wide))[None, :] * V + gl.arange(0, V, gl.SliceLayout(1, wide))[:, None]
+    )
     if HAS_H0:
         b_s = gl.load(h0 + p_s)
     for i_c in gl.static_range(STAGES):
@@ -151,3 +160,25 @@ def scan_kernel(
 
     if HAS_HT:
         gl.store(ht + p_s, b_s)
+
+
+# --------------------------------------------------------------------------------------------------------- launchers
+
+
+def scan(q, k, v, a, rk, h0, o, u, s, rq, ht, scale, t, cu_seqlens) -> None:
+    """Writes o, and u, s, rq and ht where they are given; `t` are the call's Tables. V is 64 or 128, K too."""
+    H, K = k.shape[2:]
+    HV, V = v.shape[2:]
+    launch(
+        scan_kernel, (HV, t.n),
+        (
+            q, k, v, a, a if rk is None else rk, a if h0 is None else h0, o, a if u is None else u, a if s is None else s,
+            a if rq is None else rq, a if ht is None else ht, cu_seqlens, t.chunk_offsets,
+        ),
+        (scale, k.shape[1], t.nt, H, HV, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
+        {
+            "K": K, "V": V, "C": CHUNK, "L2NORM": rk is not None, "PACKED": cu_seqlens is not None, "EVEN": t.even,
+            "HAS_H0": h0 is not None, "HAS_HT": ht is not None, "SAVE": u is not None, "EPS": EPS, "STAGES": STAGES,
+        },
+        {"num_warps": V // 16},
+    )  # fmt: skip
