@@ -8,6 +8,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, StaticCache
 
+from modeling_deltanet.modeling_deltanet import DeltaNetRMSNorm
+
 
 CASES = {"hybrid": {"layer_types": [LINEAR, SLIDING, FULL]}, "all_linear": {"layer_types": [LINEAR] * 2}}
 
@@ -96,6 +98,30 @@ def test_the_switch_to_the_kernels_is_no_break():
 
     assert torch.compile(f, fullgraph=True, backend="eager")(torch.zeros(1)) == 1
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_the_norm_shares_no_product_of_its_gradient():
+    """Inductor would write that product out in fp32 and read it again, in each layer."""
+    graphs, norm = [], DeltaNetRMSNorm(32, eps=0.1)
+    torch.nn.init.normal_(norm.weight)
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    x, dy = torch.randn(2, 3, 7, 32).unbind(0)
+    compiled, results = torch.compile(norm, fullgraph=True, backend=aot_autograd(fw_compiler=keep)), []
+    for run, dtype in ((norm, torch.float64), (compiled, torch.float32)):
+        norm.to(dtype)
+        x, dy = x.detach().to(dtype).requires_grad_(), dy.to(dtype)
+        y = run(x)
+        results.append((y, *torch.autograd.grad(y, (x, norm.weight), dy)))
+    for expected, got in zip(*results):
+        torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)
+    backward = graphs[1].graph
+    (gradient,) = (node for node in backward.nodes if node.op == "placeholder" and "tangents" in node.name)
+    products = [node for node in gradient.users if node.target is torch.ops.aten.mul.Tensor]
+    assert len(products) == 3 and all(len(product.users) == 1 for product in products)
 
 
 class Captured(Exception):
