@@ -90,7 +90,9 @@ class _CompiledRMSNorm(torch.autograd.Function):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, rstd)
-        return (wide * rstd * weight).to(x.dtype)
+        y = wide * rstd * weight
+        # (Not `.to` the dtype that it has: compiled by torch 2.11, what such a call returned has no gradient.)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod
     def backward(ctx, gradient):
