@@ -19,6 +19,11 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 
+try:  # only a missing package is forgiven: a broken one must be heard
+    import deltanet_kernels
+except ImportError as error:
+    deltanet_kernels, MISSING = None, str(error)
+
 logger = logging.getLogger(__name__)
 
 # Tokens per chunk, as in the paper and in the GPU kernels. Forward + backward on two CPU cores, (B, T, H, D) = (1, 2048, 8,
@@ -69,11 +74,10 @@ def delta_rule_step(
 
 def checkpoint_but_for_rule(function, *inputs):
     """`function(*inputs)`, which backward computes again, but for the kernels of a delta rule in it: their results are kept."""
-    try:
-        from deltanet_kernels import keep_results, keep_results_compiled
-    except ImportError:  # the rule runs in torch, or by a kernel of the Hub
+    if deltanet_kernels is None:  # the rule runs in torch, or by a kernel of the Hub
         return checkpoint(function, *inputs, use_reentrant=False)
-    context_fn = keep_results_compiled if torch.compiler.is_compiling() else keep_results
+    compiled = torch.compiler.is_compiling()
+    context_fn = deltanet_kernels.keep_results_compiled if compiled else deltanet_kernels.keep_results
     return checkpoint(function, *inputs, use_reentrant=False, context_fn=context_fn)
 
 
@@ -96,19 +100,17 @@ def kernels_for(x: torch.Tensor, refused: str | None = None):
             logging.WARNING, "DeltaNet computes with torch on this GPU: its Triton kernels do not take %s", refused
         )
         return None
-    return _load_kernels()
+    return _installed_kernels()
 
 
-def _load_kernels():
-    """The kernel package, or None without triton. Only a missing package is forgiven: a broken one must be heard."""
-    try:
-        import deltanet_kernels
-    except ImportError as error:
+def _installed_kernels():
+    """The kernel package, or None where it, or triton, is missing; and a line in the log on which it is."""
+    if deltanet_kernels is None:
         _say_once(
-            logging.WARNING, "DeltaNet computes with torch on this GPU, not with its Triton kernels: %s", str(error)
+            logging.WARNING, "DeltaNet computes with torch on this GPU, not with its Triton kernels: %s", MISSING
         )
-        return None
-    _say_once(logging.INFO, "DeltaNet computes with the Triton kernels of %s", deltanet_kernels.__file__)
+    else:
+        _say_once(logging.INFO, "DeltaNet computes with the Triton kernels of %s", deltanet_kernels.__file__)
     return deltanet_kernels
 
 

@@ -1,6 +1,9 @@
 """For the whole suite: nothing may be fetched, and without a GPU Triton's kernels run in its interpreter."""
 
+import importlib
 import os
+
+import pytest
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,3 +18,16 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     # Read when triton is first imported, which transformers may do: so here, and not beside the kernels' tests.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def short_segments(monkeypatch):
+    """In the interpreter, the short convolution's programs walk through 16 and 8 rows, not 32 and 128, whatever the length.
+
+    That is twice what they load at once, and has more borders in as many rows.
+    """
+    if not torch.cuda.is_available():
+        # The package exports a function of this name, which hides the module.
+        short_conv = importlib.import_module("deltanet_kernels.short_conv")
+        monkeypatch.setattr(short_conv, "FORWARD_SEGMENT", 16)
+        monkeypatch.setattr(short_conv, "BACKWARD_SEGMENT", 8)

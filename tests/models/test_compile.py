@@ -8,6 +8,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, StaticCache
 
+from modeling_deltanet.modeling_deltanet import DeltaNetRMSNorm
+
 
 CASES = {"hybrid": {"layer_types": [LINEAR, SLIDING, FULL]}, "all_linear": {"layer_types": [LINEAR] * 2}}
 
@@ -92,10 +94,37 @@ def test_the_switch_to_the_kernels_is_no_break():
     from modeling_deltanet import delta_rule
 
     def f(x):
-        return x + (delta_rule._load_kernels() is not None)
+        return x + (delta_rule._installed_kernels() is not None)
 
     assert torch.compile(f, fullgraph=True, backend="eager")(torch.zeros(1)) == 1
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_shares_no_product_of_its_gradient(dtype):
+    """Inductor would write that product out in fp32 and read it again, in each layer; or the gradient would be another."""
+    graphs, norm = [], DeltaNetRMSNorm(32, eps=0.1).to(dtype)
+    torch.nn.init.normal_(norm.weight)
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    x, dy = torch.randn(2, 3, 7, 32, dtype=dtype).unbind(0)
+    compiled, results = torch.compile(norm, fullgraph=True, backend=aot_autograd(fw_compiler=keep)), []
+    for run, run_dtype in ((norm, torch.float64), (compiled, dtype)):
+        norm.to(run_dtype)
+        x, dy = x.detach().to(run_dtype).requires_grad_(), dy.to(run_dtype)
+        y = run(x)
+        results.append((y, *torch.autograd.grad(y, (x, norm.weight), dy)))
+    for expected, got in zip(*results):
+        assert (got.double() - expected).norm() < (1e-6 if dtype == torch.float32 else 4e-3) * expected.norm()
+    backward = graphs[1].graph
+    (gradient,) = (node for node in backward.nodes if node.op == "placeholder" and "tangents" in node.name)
+    if dtype == torch.bfloat16:
+        (gradient,) = gradient.users  # in fp32
+    products = [node for node in gradient.users if node.target is torch.ops.aten.mul.Tensor]
+    assert len(products) == 3 and all(len(product.users) == 1 for product in products)
 
 
 class Captured(Exception):

@@ -1,5 +1,8 @@
 """The torch rule against the recurrence in fp64: outputs, final state and the gradient of every tensor."""
 
+import importlib.util
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -176,18 +179,42 @@ def test_the_switch_takes_the_torch_rule_on_a_cpu():
         torch.testing.assert_close(got, reference(q, k, v, beta, use_qk_l2norm_in_kernel=True)[0], rtol=0, atol=1e-12)
 
 
-def test_a_broken_kernel_package_is_heard(monkeypatch):
-    """Only a missing package may fall back to torch: an error inside it must not hide behind a slow model."""
-
-    def broken(name, *args, **kwargs):
-        if name == "deltanet_kernels":
-            raise RuntimeError("bad kernel")
-        return original(name, *args, **kwargs)
-
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """The module, imported anew where an import of the kernel package raises `error`."""
     original = __import__
-    monkeypatch.setattr("builtins.__import__", broken)
+
+    def import_anew(error):
+        def replaced(name, *args, **kwargs):
+            if name == "deltanet_kernels":
+                raise error
+            return original(name, *args, **kwargs)
+
+        monkeypatch.setattr("builtins.__import__", replaced)
+        spec = importlib.util.spec_from_file_location("delta_rule_anew", delta_rule_module.__file__)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return import_anew
+
+
+def test_a_broken_kernel_package_is_heard(without_kernels):
+    """Only a missing package may fall back to torch: an error inside it must not hide behind a slow model."""
     with pytest.raises(RuntimeError, match="bad kernel"):
-        delta_rule_module._load_kernels()
+        without_kernels(RuntimeError("bad kernel"))
+
+
+def test_what_is_missing_is_logged_where_it_is_missed(without_kernels, caplog):
+    """The log would say that torch computes where a kernel of the Hub does, which replaces what asks for the package."""
+    module, x = without_kernels(ImportError("no such package")), torch.ones(2, requires_grad=True)
+    module.checkpoint_but_for_rule(torch.sin, x).sum().backward()
+    assert torch.equal(x.grad, torch.ones(2).cos())
+    assert not caplog.records
+    for _ in range(2):
+        assert module.kernels_for(SimpleNamespace(is_cuda=True, dtype=torch.float32)) is None
+    (record,) = caplog.records
+    assert record.getMessage().endswith("not with its Triton kernels: no such package")
 
 
 def _bad(**changes):
