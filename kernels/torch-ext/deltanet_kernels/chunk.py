@@ -268,7 +268,8 @@ def keep_results_compiled():
 
 
 def _policy(context, operator, *args, **kwargs) -> CheckpointPolicy:
-    is_kept = operator.name() in ("deltanet_kernels::chunk_forward", "aten::mm", "aten::addmm")
+    # rsqrt: a norm's, 2 MB a layer; computed again, Inductor makes a kernel of its own of the norm's weight gradient
+    is_kept = operator.name() in ("deltanet_kernels::chunk_forward", "aten::mm", "aten::addmm", "aten::rsqrt")
     return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
