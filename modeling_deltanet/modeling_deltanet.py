@@ -408,31 +408,6 @@ class DeltaNetAttention(nn.Module):
         return self.o_proj(output.flatten(-2)), weights
 
 
-def _project(x: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor, ...]:
-    """What several linear layers make of one input.
-
-    In compiled training as one, so that the input's gradient is one product of long rows and not a sum of products: of two with
-    rows of 5632 each took 1.24 ms at 611 TFLOP/s (32768 tokens, H200), where rows of 32000 reached 707. Eager, the gradients
-    would have to be copied side by side first.
-    """
-    together = torch.compiler.is_compiling() and torch.is_grad_enabled() and all(_is_bare(layer) for layer in layers)
-    if not together:
-        return tuple(layer(x) for layer in layers)
-    weights = [layer.weight for layer in layers]
-    return F.linear(x, torch.cat(weights)).split([len(weight) for weight in weights], dim=-1)
-
-
-def _is_bare(layer: nn.Module) -> bool:
-    """A linear layer without bias that nobody has wrapped, quantised, sharded or hooked."""
-    return (
-        type(layer) is nn.Linear
-        and type(layer.weight) is nn.Parameter
-        and layer.bias is None
-        and "forward" not in vars(layer)
-        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
-    )
-
-
 class DeltaNetMLP(nn.Module):
     """SwiGLU, or the same with another activation."""
 
@@ -444,7 +419,7 @@ class DeltaNetMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor, recompute: bool = False) -> torch.Tensor:
-        gate, up = _project(x, self.gate_proj, self.up_proj)
+        gate, up = self.gate_proj(x), self.up_proj(x)
         # Backward computes again what `down_proj` reads (see the layer), not the product by `down_proj`'s own weight:
         # torch stops as soon as it has what it needs.
         return checkpoint(self._down, gate, up, use_reentrant=False) if recompute else self._down(gate, up)
