@@ -26,12 +26,12 @@ def check_arguments(
     if k.shape != q.shape:
         raise ValueError(f"k must have the shape of q {list(q.shape)}, got {list(k.shape)}")
     B, T, H, K = q.shape
-    if v.dim() != 4 or v.shape[:2] != q.shape[:2]:
+    if v.dim() != 4 or v.shape[0] != B or v.shape[1] != T:
         raise ValueError(f"v must be [{B}, {T}, HV, V], got {list(v.shape)}")
-    HV, V = v.shape[2:]
+    _, _, HV, V = v.shape
     if H == 0 or HV == 0 or HV % H:
         raise ValueError(f"v must have a multiple of q's {H} heads, got {HV}")
-    if beta.shape != v.shape[:3]:
+    if beta.shape != (B, T, HV):
         raise ValueError(f"beta must be [{B}, {T}, {HV}], got {list(beta.shape)}")
     if not (1 <= K <= MAX_HEAD_SIZE and 1 <= V <= MAX_HEAD_SIZE):
         raise ValueError(f"head sizes must be 1 to {MAX_HEAD_SIZE}, got {K} for q and k, {V} for v")
@@ -41,9 +41,10 @@ def check_arguments(
         raise ValueError(f"k and v must be {q.dtype} like q, got {k.dtype} and {v.dtype}")
     if not beta.is_floating_point():
         raise ValueError(f"beta must be a floating-point tensor, got {beta.dtype}")
+    device = q.device
     for name, x in (("k", k), ("v", v), ("beta", beta), ("initial_state", initial_state), ("cu_seqlens", cu_seqlens)):
-        if x is not None and x.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+        if x is not None and x.device != device:
+            raise ValueError(f"{name} must be on q's device {device}, got {x.device}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.stride(3) != 1 and x.shape[3] != 1 and x.numel() != 0:
             raise ValueError(f"{name} must be contiguous in its last dimension, got stride {x.stride(3)}")

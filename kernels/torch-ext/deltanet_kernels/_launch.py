@@ -20,16 +20,23 @@ def launch(kernel, grid: tuple[int, ...], pointers: tuple, sizes: tuple, constan
 
     `pointers` are tensors or None, the first a tensor; `sizes` are numbers.
     """
-    device = pointers[0].device
-    index = device.index
-    if device.type == "cuda" and index != torch.cuda.current_device():
+    device = pointers[0].get_device()  # -1: the CPU, and Triton's interpreter
+    if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):  # Triton launches on the current device
             return launch(kernel, grid, pointers, sizes, constants, options)
-    addresses = [x if x is None else x.data_ptr() for x in pointers]
-    dtypes = [x if x is None else x.dtype for x in pointers]
-    misaligned = tuple([x is not None and x % 16 != 0 for x in addresses])
-    # a kernel lives as long as its module; to hash it is to hash its source's key
-    key = id(kernel), index, misaligned, sizes, *dtypes, *constants.values(), *options.values()
+    addresses, dtypes, bits = [], [], 0
+    for x in pointers:
+        if x is None:
+            addresses.append(None)
+            dtypes.append(None)
+        else:
+            address = x.data_ptr()
+            bits |= address
+            addresses.append(address)
+            dtypes.append(x.dtype)
+    misaligned = tuple([x is not None and x % 16 != 0 for x in addresses]) if bits % 16 else None
+    # by the function: a Triton kernel's own hash takes a lock
+    key = kernel.fn, device, misaligned, sizes, *dtypes, *constants.values(), *options.values()
     found = _compiled.get(key)
     if found is None:
         compiled = kernel[grid](*pointers, *sizes, **constants, **options)
@@ -40,13 +47,15 @@ def launch(kernel, grid: tuple[int, ...], pointers: tuple, sizes: tuple, constan
             _compiled[key] = compiled, (*sizes, *[constants[name] for name in names])
         return None
     compiled, rest = found
-    grid = (*grid, 1, 1)[:3]
-    hooks = knobs.runtime
-    if (
-        hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls
-    ):  # a profiler's, which wants to be told of the launch
-        compiled[grid](*addresses, *rest)
-    else:
-        stream = driver.active.get_current_stream(index)
-        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *addresses, *rest)
+    x, y, z = (*grid, 1, 1)[:3]
+    if _is_set(knobs.runtime.launch_enter_hook) or _is_set(knobs.runtime.launch_exit_hook):
+        compiled[x, y, z](*addresses, *rest)
+    else:  # what that comes to without hooks, whose arguments it prepares all the same
+        stream = driver.active.get_current_stream(device)
+        compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *addresses, *rest)
     return None
+
+
+def _is_set(hook) -> bool:
+    """A hook of Triton's is a function, None, or a chain of functions, by default an empty one."""
+    return bool(getattr(hook, "calls", hook))

@@ -51,10 +51,15 @@ def _forward(q, k, v, beta, h0, cu_seqlens, scale: float, l2norm: bool, final: b
     o, u, states, ht = chunk_forward.scan(
         q, k, v, prepared, h0, scale, t, cu_seqlens, plan, output=True, save=save, final=final
     )
-    o = o.view(B, T, HV, V)
-    if final and s > 1:
-        ht = ht[s - 1 :: s].contiguous()
+    if s > 1:
+        o = o.view(B, T, HV, V)
+        ht = ht[s - 1 :: s].contiguous() if final else None
     return o, ht, ([*prepared, u, states, phi] if save else [])
+
+
+def _contiguous_like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Half of what `x.new_empty(x.shape)` takes on the host, where the shape is turned into numbers and back."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _backward(q, k, v, beta, h0, cu_seqlens, saved, do, dht, scale: float, l2norm: bool):
@@ -67,8 +72,8 @@ def _backward(q, k, v, beta, h0, cu_seqlens, saved, do, dht, scale: float, l2nor
     if dht is not None:
         dht = dht.contiguous()
     # grads reads dv back, so it has the scratch type until the end
-    dv = do.new_empty(do.shape, dtype=chunk_forward.scratch_type(k.dtype))
-    out = q.new_empty(q.shape), k.new_empty(k.shape), dv, beta.new_empty(beta.shape)
+    dv = _contiguous_like(do, chunk_forward.scratch_type(k.dtype))
+    out = _contiguous_like(q), _contiguous_like(k), dv, _contiguous_like(beta)
     dh0 = None if h0 is None else h0.new_empty(h0.shape)
     plan, s = _plan(q, do, cu_seqlens)
     ins = q, k, beta, do
@@ -106,7 +111,7 @@ def _backward(q, k, v, beta, h0, cu_seqlens, saved, do, dht, scale: float, l2nor
                 [x[:, :, h] for x, h in zip(out, (hs, hs, vs, vs), strict=True)],
                 None if dh0 is None else dh0[:, vs], scale, t, cu_seqlens, plan,
             )  # fmt: skip
-    return out[0], out[1], dv.to(do.dtype), out[3], dh0
+    return out[0], out[1], dv if dv.dtype == do.dtype else dv.to(do.dtype), out[3], dh0
 
 
 def _gradients(ins, saved, dht, out, dh0, scale, t, cu_seqlens, plan) -> None:
@@ -117,16 +122,20 @@ def _gradients(ins, saved, dht, out, dh0, scale, t, cu_seqlens, plan) -> None:
     chunk_backward.grads(q, k, do, a, u, dv, states, ds, rq, rk, dq, dk, dbeta, scale, t, cu_seqlens, plan)
 
 
+class _Here(threading.local):
+    run = None
+
+
 class _Run:
     """Context of a checkpointed region's first run, which leaves the rule's results in `kept`, or of its second."""
 
-    here = threading.local()  # backward has threads of its own
+    here = _Here()  # backward has threads of its own
 
     def __init__(self, kept: collections.deque, again: bool):
         self.kept, self.again = kept, again
 
     def __enter__(self):
-        self.outer = getattr(self.here, "run", None)
+        self.outer = self.here.run
         self.here.run = self
 
     def __exit__(self, *error):
@@ -135,7 +144,7 @@ class _Run:
 
 def _forward_once(*inputs):
     """`_forward`, but from what the first run kept where a region runs a second time (see `keep_results`)."""
-    run = getattr(_Run.here, "run", None)
+    run = _Run.here.run
     if run is not None and run.again and run.kept:  # a third run, of a retained graph, finds nothing left
         return run.kept.popleft()
     o, ht, saved = _forward(*inputs)

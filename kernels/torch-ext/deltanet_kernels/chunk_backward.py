@@ -307,7 +307,7 @@ def reverse(q, k, do, prepared, dht, dv, dh0, scale, t: Tables, cu_seqlens, plan
     a, p, rq, rk = prepared
     B, T, H, K = k.shape
     HV, V = do.shape[2:]
-    ds = k.new_empty(s_shape(k, do, t.n_chunks, plan), dtype=scratch_type(k.dtype)) if save else a
+    ds = k.new_empty(*s_shape(k, do, t.n_chunks, plan), dtype=scratch_type(k.dtype)) if save else a
     if t.n == 0:
         return ds
     choice = plan.reverse

@@ -707,8 +707,8 @@ def scan(q, k, v, prepared, h0, scale, t: Tables, cu_seqlens, plan: Plan, *, out
     new = k.new_empty
     scratch = scratch_type(k.dtype)
     o = new(B, T, HV, V, dtype=v.dtype) if output else None
-    u = new(u_shape(k, v, t.n_chunks, plan), dtype=scratch) if save else None
-    s = new(s_shape(k, v, t.n_chunks, plan), dtype=scratch) if save else None
+    u = new(*u_shape(k, v, t.n_chunks, plan), dtype=scratch) if save else None
+    s = new(*s_shape(k, v, t.n_chunks, plan), dtype=scratch) if save else None
     ht = new(t.n, HV, K, V, dtype=torch.float32) if final else None
     if t.n == 0:
         return o, u, s, ht
