@@ -248,6 +248,33 @@ def test_unknown_keyword():
         chunk_delta_rule(x, x, x, torch.zeros(1, 4, 1), head_first=True)
 
 
+@pytest.mark.skipif(not configs.GLUON, reason="Gluon is used beside Triton 3.6 and 3.7 only")
+def test_what_the_gluon_kernels_take():
+    """Other chips, sizes, types and rows off alignment would reach kernels that were not made for them."""
+    from deltanet_kernels import hopper_tiles
+
+    cases = [(90, 128, 128, False), (90, 64, 128, False), (90, 64, 64, False), (90, 128, 64, False)]
+    assert [configs.plan(*case, few=False).gluon_grads for case in cases] == [True] * 4
+    assert [configs.plan(*case, few=False).gluon_scans for case in cases] == [True, True, False, False]
+    assert not configs.plan(*cases[0], few=True).gluon_scans
+    for case in [
+        (100, 128, 128, False),
+        (80, 128, 128, False),
+        (90, 256, 256, False),
+        (90, 96, 96, False),
+        (90, 128, 128, True),
+    ]:
+        plan = configs.plan(*case, few=False)
+        assert not plan.gluon_grads and not plan.gluon_scans
+
+    def cut(width, first):  # 128 columns of rows that are wider
+        return torch.zeros(2, 70, 4, width, dtype=torch.bfloat16)[..., first : first + 128]
+
+    assert hopper_tiles.accepts(cut(128, 0), cut(144, 16), cut(144, 8))
+    for x in (cut(144, 4), cut(136, 8), cut(132, 0)):
+        assert not hopper_tiles.accepts(cut(128, 0), x)
+
+
 # --------------------------------------------------------------------------------------------------------------- GPU
 
 
