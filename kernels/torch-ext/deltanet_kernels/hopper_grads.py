@@ -113,6 +113,8 @@ def grads_kernel(
     b_dq = gl.zeros([C, K], gl.float32, wide)
     b_dk = gl.zeros([C, K], gl.float32, wide)
     for i_g in range(G):
+        # everything is asked for before anything is waited for, first what the first products read (0.43 ms; the other way
+        # round 0.50)
         b_u0 = load_fragments(u + i_g * V * C, 64, C)
         b_s0 = load_fragments(s + i_g * V * K, 64, K)
         if NV == 2:
@@ -165,7 +167,8 @@ def grads_kernel(
         gl.store(p_b, b_g.to(dbeta.dtype.element_ty), mask=o_i < length)
         b_e = gl.where(o_i[:, None] > o_j[None, :], b_e * -b_rk_i[:, None], 0.0)
         b_el = gl.convert_layout(b_e.to(BF16), left)
-        # E^T likewise, from the transposed product: turning a matrix costs more
+        # E^T likewise, from the transposed product: turning a matrix costs more. After E, not beside it: where registers run
+        # out, ptxas lets each product wait for the one before (0.404 ms, not 0.430)
         b_e = gl.zeros([C, C], gl.float32, square)
         for h in gl.static_range(NV):
             b_e = warpgroup_mma(t_u.index(h).permute([1, 0]), t_dv.index(h).permute([1, 0]), b_e, is_async=True)

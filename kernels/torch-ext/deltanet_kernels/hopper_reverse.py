@@ -1,4 +1,4 @@
-"""The reverse scan of `chunk_backward.py` for Hopper, in Gluon; see `chunk_forward_hopper.py`."""
+"""The reverse scan of `chunk_backward.py` for Hopper, in Gluon; see `hopper_scan.py`."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
