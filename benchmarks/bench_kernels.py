@@ -1,0 +1,103 @@
+"""Each kernel of the chunked rule alone, beside the time that its bytes take at the copy bandwidth of this GPU.
+
+python benchmarks/bench_kernels.py                                    # the shapes of kernels/README.md
+python benchmarks/bench_kernels.py --shapes 8,4096,16,128 --triton    # the Triton kernels where Gluon ones would run
+python benchmarks/bench_kernels.py --out benchmarks/results/h200_kernels.json
+"""
+
+import argparse
+import json
+import sys
+from datetime import date
+from pathlib import Path
+
+import torch
+from bench_ops import SHAPES
+from deltanet_kernels import chunk, chunk_backward, chunk_forward
+
+
+def copy_bandwidth(timer) -> float:
+    """Bytes a second, read and written, of a copy that no cache holds."""
+    x = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    y = torch.empty_like(x)
+    return 2e3 * x.numel() / timer(lambda: y.copy_(x))
+
+
+def size(*tensors) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors if x is not None)
+
+
+def measure(shape, timer, triton_only: bool) -> dict:
+    """Kernel -> (ms, bytes read and written); sequences are not cut into segments."""
+    B, T, H, d = shape
+    torch.manual_seed(0)
+    q, k, v, do = (torch.randn(B, T, H, d, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    beta = torch.rand(B, T, H, device="cuda", dtype=torch.bfloat16)
+    scale = d**-0.5
+    plan, _ = chunk._plan(q, v, None)
+    if triton_only:
+        plan = plan._replace(gluon_grads=False, gluon_scans=False)
+    t = chunk_forward.tables(B, T, None)
+
+    def prepare(plan=plan):
+        return chunk_forward.prepare(q, k, beta, scale, True, t, None, plan)
+
+    def scan(save):
+        return chunk_forward.scan(
+            q, k, v, prepared, None, scale, t, None, plan, output=True, save=save, final=False
+        )  # fmt: skip
+
+    def reverse():
+        return chunk_backward.reverse(q, k, do, prepared, None, dv, None, scale, t, None, plan)
+
+    def grads():
+        chunk_backward.grads(q, k, do, a, u, dv, s, ds, rq, rk, dq, dk, dbeta, scale, t, None, plan)
+
+    prepared = a, p, rq, rk = prepare()
+    o, u, s, _ = scan(save=True)
+    dv, dq, dk, dbeta = (torch.empty_like(x) for x in (v, q, k, beta))
+    ds = reverse()
+    return {
+        "prepare" if p is None else "prepare and scores": (timer(prepare), size(k, beta, a, rk, rq, p) + size(q) * (p is not None)),
+        "scan, inference": (timer(lambda: scan(save=False)), size(q, k, v, a, p, rk, o)),
+        "scan, training": (timer(lambda: scan(save=True)), size(q, k, v, a, p, rk, rq, o, u, s)),
+        "reverse": (timer(reverse), size(q, k, do, a, p, rq, rk, dv, ds)),
+        "grads": (timer(grads), size(q, k, do, u, dv, s, ds, rq, rk, dq, dk, dbeta)),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="*", help="B,T,H,d each; default: the table in kernels/README.md")
+    parser.add_argument("--triton", action="store_true", help="not the Gluon kernels")
+    parser.add_argument("--rep", type=int, default=60, help="milliseconds of repetition a figure (default 60)")
+    parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.exit(1, "bench_kernels needs a CUDA GPU: there is nothing to measure in Triton's interpreter\n")
+    import triton
+
+    def timer(f):
+        return triton.testing.do_bench(f, warmup=10, rep=args.rep, return_mode="median")
+
+    bandwidth = copy_bandwidth(timer)
+    record = {
+        "gpu": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        "date": str(date.today()),
+        "command": " ".join(["python", "benchmarks/bench_kernels.py", *sys.argv[1:]]),
+        "copy_TB_per_s": bandwidth / 1e12,
+        "rows": [],
+    }
+    for shape in [tuple(map(int, s.split(","))) for s in args.shapes] if args.shapes else SHAPES:
+        for kernel, (ms, nbytes) in measure(shape, timer, args.triton).items():
+            row = {"shape": shape, "kernel": kernel, "ms": ms, "floor_ms": 1e3 * nbytes / bandwidth}
+            record["rows"].append(row)
+            print(shape, f"{kernel:20} {ms:.4f} ms, floor {row['floor_ms']:.4f}", flush=True)
+            if args.out:  # after every figure: a run that is cut off keeps what it has
+                args.out.write_text(json.dumps(record, indent=1) + "\n")
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
