@@ -8,10 +8,17 @@ from tiny import LINEAR, SLIDING, tiny_model, tokens
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 
+# On a CPU with AVX512-BF16, bitsandbytes 0.50 reads 4-bit weights with a multiple of 32 outputs only; b_proj has one a head.
+SKIPPED = ["b_proj", "lm_head"]
 KINDS = {
     "8-bit": (BitsAndBytesConfig(load_in_8bit=True), bitsandbytes.nn.Linear8bitLt, 0.1),
     "4-bit": (
-        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32),
+        BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.float32,
+            llm_int8_skip_modules=SKIPPED,
+        ),
         bitsandbytes.nn.Linear4bit,
         0.6,  # of random weights, in which nothing is redundant
     ),
@@ -32,13 +39,15 @@ def quantized(request, tmp_path):
 def test_a_quantised_model_reads_generates_and_comes_back(quantized, tmp_path):
     """A projection would be read past its module, the convolution or the head be quantised, or saving lose the weights."""
     model, loaded, linear, tolerance = quantized
+    skipped = tuple(loaded.config.quantization_config.llm_int8_skip_modules or [])
     for name, module in loaded.named_modules():
-        assert isinstance(module, linear) == name.endswith("_proj"), name
+        assert isinstance(module, linear) == (name.endswith("_proj") and not name.endswith(skipped)), name
+    # before it reads anything: on the CPUs of above, bitsandbytes then saves other scales than it had loaded
+    loaded.save_pretrained(tmp_path / "quantised")
     x = tokens(2, 20)
     expected, logits = model(x).logits, loaded(x).logits
     assert 1e-4 < (logits - expected).norm() / expected.norm() < tolerance
     assert loaded.generate(x, max_new_tokens=4, do_sample=False).shape == (2, 24)
-    loaded.save_pretrained(tmp_path / "quantised")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "quantised", device_map="cpu")
     assert torch.equal(again(x).logits, logits)
 
@@ -46,7 +55,7 @@ def test_a_quantised_model_reads_generates_and_comes_back(quantized, tmp_path):
 def test_lora_trains_on_a_quantised_model(quantized):
     """QLoRA, the way to fine-tune on a small GPU, would give some adapter no gradient."""
     _, loaded, _, _ = quantized
-    adapted = get_peft_model(loaded, LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False))
+    adapted = get_peft_model(loaded, LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False)).train()
     adapted(tokens(2, 20), labels=tokens(2, 20)).loss.backward()
     gradients = {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}
     assert len(gradients) == 2 * (5 + 4 + 2 * 3)  # A and B of each projection of mixer, attention and MLPs
