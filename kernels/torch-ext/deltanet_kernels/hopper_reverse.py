@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ._launch import launch
 from .configs import CHUNK
-from .hopper_tiles import load_stage, store_fragments, store_tile
+from .hopper_tiles import load_stage, locate_sequence, store_fragments, store_tile
 
 
 STAGES = 3
@@ -38,17 +38,7 @@ def reverse_kernel(
     i_hv = gl.program_id(0)
     i_n = gl.program_id(1)
     i_h = i_hv // (HV // H)
-    row = i_n.to(gl.int64) * T
-    i_b = i_n.to(gl.int64)
-    bos = i_b * 0
-    chunk_0 = i_b * NT
-    if PACKED:
-        i_b = i_b * 0
-        bos = gl.load(cu_seqlens + i_n).to(gl.int64)
-        row = bos
-        T = (gl.load(cu_seqlens + i_n + 1) - bos).to(gl.int32)
-        NT = (T + C - 1) // C
-        chunk_0 = gl.load(chunk_offsets + i_n).to(gl.int64)
+    i_b, bos, row, T, NT, chunk_0 = locate_sequence(cu_seqlens, chunk_offsets, i_n, T, NT, C, PACKED)
     q += i_b * q_sb + bos * q_st + i_h * q_sh
     k += i_b * k_sb + bos * k_st + i_h * k_sh
     do += i_b * d_sb + bos * d_st + i_hv * d_sh

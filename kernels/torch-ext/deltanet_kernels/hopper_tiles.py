@@ -15,33 +15,34 @@ def accepts(*tensors) -> bool:
 
 
 @gluon.jit
+def _rows(p, stride, length, R: gl.constexpr, N: gl.constexpr):
+    """Addresses of R rows of N columns, 16 bytes a thread, and which of them lie before row `length`."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // N, N // 8], [gl.num_warps(), 1], [1, 0])
+    o_r = gl.arange(0, R, gl.SliceLayout(1, layout))
+    o_c = gl.arange(0, N, gl.SliceLayout(0, layout))
+    m_x = gl.full([R, N], True, gl.int1, layout) & (o_r < length)[:, None]
+    return p + o_r[:, None] * stride + o_c[None, :], m_x
+
+
+@gluon.jit
 def copy_tile(tile, p, stride, length, N: gl.constexpr, EVEN: gl.constexpr):
     """Starts copying rows of N columns to shared memory, zeros from row `length` on."""
-    C: gl.constexpr = tile.shape[0]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // N, N // 8], [gl.num_warps(), 1], [1, 0])
-    o_r = gl.arange(0, C, gl.SliceLayout(1, layout))
-    o_c = gl.arange(0, N, gl.SliceLayout(0, layout))
-    p_x = p + o_r[:, None] * stride + o_c[None, :]
+    p_x, m_x = _rows(p, stride, length, tile.shape[0], N)
     if EVEN:
         async_copy.async_copy_global_to_shared(tile, p_x)
     else:
-        m_x = gl.full([C, N], True, gl.int1, layout) & (o_r < length)[:, None]
         async_copy.async_copy_global_to_shared(tile, p_x, m_x)
 
 
 @gluon.jit
 def store_tile(p, stride, tile, length, N: gl.constexpr, EVEN: gl.constexpr):
     """A tile of shared memory to global memory, 16 bytes a thread."""
-    C: gl.constexpr = tile.shape[0]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // N, N // 8], [gl.num_warps(), 1], [1, 0])
-    o_r = gl.arange(0, C, gl.SliceLayout(1, layout))
-    o_c = gl.arange(0, N, gl.SliceLayout(0, layout))
-    p_x = p + o_r[:, None] * stride + o_c[None, :]
+    p_x, m_x = _rows(p, stride, length, tile.shape[0], N)
+    b_x = tile.load(p_x.type.layout)
     if EVEN:
-        gl.store(p_x, tile.load(layout))
+        gl.store(p_x, b_x)
     else:
-        m_x = gl.full([C, N], True, gl.int1, layout) & (o_r < length)[:, None]
-        gl.store(p_x, tile.load(layout), mask=m_x)
+        gl.store(p_x, b_x, mask=m_x)
 
 
 @gluon.constexpr_function
@@ -74,6 +75,23 @@ def store_fragments(p, b, R: gl.constexpr, N: gl.constexpr):
     b = gl.permute(gl.reshape(b, [R // 64, 4, 2, 8, N // 16, 2, 4, 2]), [0, 4, 1, 3, 6, 5, 2, 7])
     b = gl.convert_layout(gl.reshape(b, [R * N // 256, 256]), layout, assert_trivial=True)
     gl.store(p + o_r[:, None] * 256 + o_c[None, :], b)
+
+
+@gluon.jit
+def locate_sequence(cu_seqlens, chunk_offsets, i_n, T, NT, C: gl.constexpr, PACKED: gl.constexpr):
+    """Batch entry, first token there and in a tensor [B * T], length, chunks and first chunk of sequence i_n."""
+    i_b = i_n.to(gl.int64)
+    bos = i_b * 0
+    row = i_b * T
+    chunk_0 = i_b * NT
+    if PACKED:
+        i_b = i_b * 0
+        bos = gl.load(cu_seqlens + i_n).to(gl.int64)
+        row = bos
+        T = (gl.load(cu_seqlens + i_n + 1) - bos).to(gl.int32)
+        NT = (T + C - 1) // C
+        chunk_0 = gl.load(chunk_offsets + i_n).to(gl.int64)
+    return i_b, bos, row, T, NT, chunk_0
 
 
 @gluon.jit
