@@ -14,7 +14,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 import triton  # noqa: E402
 from deltanet_kernels import chunk_backward as backward  # noqa: E402
 from deltanet_kernels import chunk_forward as forward  # noqa: E402
-from deltanet_kernels import configs, hopper_grads, hopper_reverse, hopper_scan  # noqa: E402
+from deltanet_kernels import configs, hopper_grads, hopper_reverse, hopper_scan, hopper_tiles  # noqa: E402
 from offline import compile_kernel, resources  # noqa: E402
 
 
@@ -80,13 +80,12 @@ def main(arch: int, d: int, dtype: str = "bf16") -> dict:
     found["grads"] = compile_and_read(backward.grads_kernel, grads, plan.grads, arch, dtype)
     if plan.gluon_grads:
         sizes = {"K": d, "V": d, "C": configs.CHUNK, "L2NORM": True, "PACKED": False, "EVEN": False}
-        gluon = plan.grads._replace(num_warps=4)
-        found["grads, Gluon"] = compile_and_read(hopper_grads.grads_kernel, sizes | {"G": 1}, gluon, arch, dtype)
+        found["grads, Gluon"] = compile_and_read(hopper_grads.grads_kernel, sizes | {"G": 1}, plan.grads, arch, dtype)
     if plan.gluon_scans:
         gluon = configs.Launch(64, d // 16, 1)
-        state = {"HAS_H0": True, "HAS_HT": True, "SAVE": True, "EPS": 1e-6, "STAGES": hopper_scan.STAGES}
+        state = {"HAS_H0": True, "HAS_HT": True, "SAVE": True, "EPS": 1e-6, "STAGES": hopper_tiles.STAGES}
         found["scan, Gluon"] = compile_and_read(hopper_scan.scan_kernel, sizes | state, gluon, arch, dtype)
-        state = {"HAS_DHT": True, "HAS_DH0": True, "STAGES": hopper_reverse.STAGES}
+        state = {"HAS_DHT": True, "HAS_DH0": True, "STAGES": hopper_tiles.STAGES}
         found["reverse, Gluon"] = compile_and_read(hopper_reverse.reverse_kernel, sizes | state, gluon, arch, dtype)
     return found
 

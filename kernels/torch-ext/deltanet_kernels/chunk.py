@@ -74,7 +74,7 @@ def _backward(q, k, v, beta, h0, cu_seqlens, saved, do, dht, scale: float, l2nor
     # grads reads dv back, so it has the scratch type until the end
     dv = _contiguous_like(do, chunk_forward.scratch_type(k.dtype))
     out = _contiguous_like(q), _contiguous_like(k), dv, _contiguous_like(beta)
-    dh0 = None if h0 is None else h0.new_empty(h0.shape)
+    dh0 = None if h0 is None else _contiguous_like(h0)
     plan, s = _plan(q, do, cu_seqlens)
     ins = q, k, beta, do
     if saved:

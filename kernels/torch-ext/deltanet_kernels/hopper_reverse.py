@@ -11,10 +11,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ._launch import launch
 from .configs import CHUNK
-from .hopper_tiles import load_stage, locate_sequence, store_fragments, store_tile
+from .hopper_tiles import STAGES, load_stage, locate_sequence, store_fragments, store_tile
 
-
-STAGES = 3
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 

@@ -15,10 +15,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ._launch import launch
 from .configs import CHUNK, EPS
-from .hopper_tiles import load_stage, locate_sequence, store_fragments, store_tile
+from .hopper_tiles import STAGES, load_stage, locate_sequence, store_fragments, store_tile
 
-
-STAGES = 3
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
@@ -66,7 +64,7 @@ def scan_kernel(
     t_a = gl.allocate_shared_memory(BF16, [STAGES, C, C], square_tile)
     t_p = gl.allocate_shared_memory(BF16, [C, C], square_tile)
     t_rk = gl.allocate_shared_memory(gl.float32, [STAGES, C], line_tile)
-    t_rq = gl.allocate_shared_memory(gl.float32, [1, C], line_tile)
+    t_rq = gl.allocate_shared_memory(gl.float32, [C], line_tile)
 
     GROUPS: gl.constexpr = V // 64
     square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, C // GROUPS, 16])
@@ -87,7 +85,7 @@ def scan_kernel(
     for i_c in gl.static_range(STAGES):
         if i_c < NT:
             load_stage(
-                t_q, t_k, t_v, t_a, t_rk, t_rq, q, k, v, a, rk, rq, NT * 0 + i_c, i_c, T, H, HV, q_st, k_st,
+                t_q, t_k, t_v, t_a, t_rk, t_rq, q, k, v, a, rk, rq, i_c, i_c, T, H, HV, q_st, k_st,
                 v_st, K, V, C, L2NORM, EVEN, False,
             )  # fmt: skip
         async_copy.commit_group()
@@ -125,7 +123,7 @@ def scan_kernel(
             rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // K, K // 8], [4 * GROUPS, 1], [1, 0])
             b_q = t_q.index(slot).load(rows).to(gl.float32)
             b_rq = gl.rsqrt(gl.sum(b_q * b_q, 1) + EPS)
-            t_rq.index(0).store(b_rq)
+            t_rq.store(b_rq)
             if SAVE:
                 gl.store(rq + gl.arange(0, C, gl.SliceLayout(1, rows)), b_rq)
         b_p = warpgroup_mma_wait(2, deps=[b_p])
@@ -133,7 +131,7 @@ def scan_kernel(
         fence_async_shared()
         b_o = warpgroup_mma(gl.convert_layout(b_u, left), t_p.permute([1, 0]), b_o, is_async=True)
         b_s, b_o = warpgroup_mma_wait(0, deps=[b_s, b_o])
-        b_o *= (t_rq.index(0).load(columns) * scale)[None, :] if L2NORM else scale
+        b_o *= (t_rq.load(columns) * scale)[None, :] if L2NORM else scale
         t_v.index(slot).permute([1, 0]).store(b_o.to(BF16))
         store_tile(o, HV * V, t_v.index(slot), T - i_c * C, V, EVEN)
 

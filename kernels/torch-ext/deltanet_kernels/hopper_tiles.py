@@ -5,6 +5,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
 
+STAGES = 3  # chunks that a scan's shared memory holds
+
+
 def accepts(*tensors) -> bool:
     """Whether rows of these inputs `[B, T, H, D]` can be copied 16 bytes at a time; Triton must see it from the strides."""
     for x in tensors:
@@ -101,7 +104,7 @@ def load_stage(
 ):  # fmt: skip
     """Starts copying what a scan needs of chunk i_c; v is do in the reverse one."""
     length = T - i_c * C
-    i_c = i_c.to(gl.int64)
+    i_c = gl.to_tensor(i_c).to(gl.int64)
     o_c = gl.arange(0, C, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     copy_tile(t_k.index(slot), k + i_c * C * k_st, k_st, length, K, EVEN)
     copy_tile(t_q.index(slot), q + i_c * C * q_st, q_st, length, K, EVEN)
