@@ -25,6 +25,7 @@ from .chunk_forward import (
     _load_tile,
     _load_tile_t,
     _locate,
+    _norm_backward,
     _store_fragments,
     blocks,
     precision,
@@ -173,15 +174,6 @@ def reverse_kernel(
         tl.store(dh0 + p_h + o_k1[None, :] * V + o_v[:, None], b_s1, mask=m_v[:, None] & m_k1[None, :])
         if K > BK:
             tl.store(dh0 + p_h + o_k2[None, :] * V + o_v[:, None], b_s2, mask=m_v[:, None] & m_k2[None, :])
-
-
-@triton.jit
-def _norm_backward(b_d, b_x, b_r, L2NORM: tl.constexpr):
-    """b_d is r times the gradient of x^ = r x; returns that of x."""
-    if L2NORM:
-        b_x = b_x.to(tl.float32)
-        b_d -= b_x * (tl.sum(b_x * b_d, 1) * b_r * b_r)[:, None]
-    return b_d
 
 
 @triton.jit

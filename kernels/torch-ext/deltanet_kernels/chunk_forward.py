@@ -164,6 +164,15 @@ def _norm_of(b_g, EPS: tl.constexpr):
 
 
 @triton.jit
+def _norm_backward(b_d, b_x, b_r, L2NORM: tl.constexpr):
+    """b_d is r times the gradient of x^ = r x; returns that of x."""
+    if L2NORM:
+        b_x = b_x.to(tl.float32)
+        b_d -= b_x * (tl.sum(b_x * b_d, 1) * b_r * b_r)[:, None]
+    return b_d
+
+
+@triton.jit
 def _strict(b_m):
     o = tl.arange(0, 16)
     return tl.where(o[:, None] > o[None, :], b_m, 0.0)

@@ -15,21 +15,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ._launch import launch
-from .chunk_forward import Tables
+from .chunk_forward import Tables, _norm_backward
 from .configs import CHUNK, Plan
 from .hopper_tiles import copy_tile, load_fragments, store_tile
 
 
 # ---------------------------------------------------------------------------------------------------------- kernels
-
-
-@gluon.jit
-def _norm_backward(b_d, b_x, b_r, L2NORM: gl.constexpr):
-    """b_d is r times the gradient of x^ = r x; returns that of x."""
-    if L2NORM:
-        b_x = b_x.to(gl.float32)
-        b_d -= b_x * (gl.sum(b_x * b_d, 1) * b_r * b_r)[:, None]
-    return b_d
 
 
 @gluon.jit
