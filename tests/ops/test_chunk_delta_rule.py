@@ -248,15 +248,16 @@ def test_unknown_keyword():
         chunk_delta_rule(x, x, x, torch.zeros(1, 4, 1), head_first=True)
 
 
-@pytest.mark.skipif(not configs.GLUON, reason="Gluon is used beside Triton 3.6 and 3.7 only")
-def test_what_the_gluon_kernels_take():
+def test_what_the_gluon_kernels_take(monkeypatch):
     """Other chips, sizes, types and rows off alignment would reach kernels that were not made for them."""
     from deltanet_kernels import hopper_tiles
 
+    monkeypatch.setattr(configs, "GLUON", True)  # as where nothing is interpreted
+    plan_for = configs.plan.__wrapped__
     cases = [(90, 128, 128, False), (90, 64, 128, False), (90, 64, 64, False), (90, 128, 64, False)]
-    assert [configs.plan(*case, few=False).gluon_grads for case in cases] == [True] * 4
-    assert [configs.plan(*case, few=False).gluon_scans for case in cases] == [True, True, False, False]
-    assert not configs.plan(*cases[0], few=True).gluon_scans
+    assert [plan_for(*case, few=False).gluon_grads for case in cases] == [True] * 4
+    assert [plan_for(*case, few=False).gluon_scans for case in cases] == [True, True, False, False]
+    assert not plan_for(*cases[0], few=True).gluon_scans
     for case in [
         (100, 128, 128, False),
         (80, 128, 128, False),
@@ -264,7 +265,7 @@ def test_what_the_gluon_kernels_take():
         (90, 96, 96, False),
         (90, 128, 128, True),
     ]:
-        plan = configs.plan(*case, few=False)
+        plan = plan_for(*case, few=False)
         assert not plan.gluon_grads and not plan.gluon_scans
 
     def cut(width, first):  # 128 columns of rows that are wider

@@ -12,8 +12,9 @@ import torch
 import triton
 
 
-# Gluon is experimental, so its kernels are used only beside versions that compiled and ran them; others get the Triton ones.
-GLUON = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])
+# Gluon is experimental, so its kernels are used only beside versions that compiled and ran them; others get the Triton ones,
+# and so does Triton's interpreter, which has none for Gluon.
+GLUON = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"]) and not triton.knobs.runtime.interpret
 EPS = 1e-6  # inside the square root of the L2 norm
 CHUNK = 64  # tokens in a chunk: the unit of the triangular inverse and of a scan step
 
