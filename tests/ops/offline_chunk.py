@@ -82,10 +82,15 @@ def main(arch: int, d: int, dtype: str = "bf16") -> dict:
         sizes = {"K": d, "V": d, "C": configs.CHUNK, "L2NORM": True, "PACKED": False, "EVEN": False}
         found["grads, Gluon"] = compile_and_read(hopper_grads.grads_kernel, sizes | {"G": 1}, plan.grads, arch, dtype)
     if plan.gluon_scans:
-        gluon = configs.Launch(64, d // 16, 1)
-        state = {"HAS_H0": True, "HAS_HT": True, "SAVE": True, "EPS": 1e-6, "STAGES": hopper_tiles.STAGES}
-        found["scan, Gluon"] = compile_and_read(hopper_scan.scan_kernel, sizes | state, gluon, arch, dtype)
-        state = {"HAS_DHT": True, "HAS_DH0": True, "STAGES": hopper_tiles.STAGES}
+        sizes |= {"H": 16, "HV": 16, "q_st": 16 * d, "k_st": 16 * d}
+        for block_v in sorted({64, d}):
+            state = {"HAS_H0": True, "HAS_HT": True, "SAVE": True, "EPS": 1e-6, "v_st": 16 * d}
+            state |= {"BV": block_v, "STAGES": hopper_tiles.STAGES[block_v]}
+            gluon = configs.Launch(block_v, block_v // 16, 1)
+            found[f"scan, Gluon, {block_v}"] = compile_and_read(hopper_scan.scan_kernel, sizes | state, gluon, arch, dtype)
+        state = {"HAS_DHT": True, "HAS_DH0": True, "d_st": 16 * d}
+        state |= {"BV": hopper_reverse.BLOCK_V, "STAGES": hopper_tiles.STAGES[hopper_reverse.BLOCK_V]}
+        gluon = configs.Launch(64, 4, 1)
         found["reverse, Gluon"] = compile_and_read(hopper_reverse.reverse_kernel, sizes | state, gluon, arch, dtype)
     return found
 

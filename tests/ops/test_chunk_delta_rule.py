@@ -256,8 +256,8 @@ def test_what_the_gluon_kernels_take(monkeypatch):
     plan_for = configs.plan.__wrapped__
     cases = [(90, 128, 128, False), (90, 64, 128, False), (90, 64, 64, False), (90, 128, 64, False)]
     assert [plan_for(*case, few=False).gluon_grads for case in cases] == [True] * 4
-    assert [plan_for(*case, few=False).gluon_scans for case in cases] == [True, True, False, False]
-    assert not plan_for(*cases[0], few=True).gluon_scans
+    assert [plan_for(*case, few=False).gluon_scans for case in cases] == [128, 128, 64, 64]
+    assert [plan_for(*case, few=True).gluon_scans for case in cases] == [64] * 4
     for case in [
         (100, 128, 128, False),
         (80, 128, 128, False),
@@ -319,14 +319,15 @@ def spy_on_gluon(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("heads", [2, 34])
 @pytest.mark.parametrize("K, V", [(64, 64), (64, 128), (128, 64), (128, 128)])
 @pytest.mark.parametrize("T, cu_seqlens", [(448, None), (430, None), (430, [0, 64, 64, 70, 300, 430])])
-def test_gpu_gluon(K, V, T, cu_seqlens, monkeypatch):
-    """Long enough that each stage of shared memory is used again; full chunks, cut ones and packed ones."""
+def test_gpu_gluon(heads, K, V, T, cu_seqlens, monkeypatch):
+    """Long enough that each stage of shared memory is used again; full chunks, cut ones and packed ones; few programs, many."""
     ran = spy_on_gluon(monkeypatch)
-    x = make(1, T, 34, K, V, HV=136, n=None if cu_seqlens is None else len(cu_seqlens) - 1, dtype=torch.bfloat16)
+    x = make(1, T, heads, K, V, HV=4 * heads, n=None if cu_seqlens is None else len(cu_seqlens) - 1, dtype=torch.bfloat16)
     compare(*x, cu_seqlens=cu_seqlens)
-    assert ran == ({"grads_kernel", "reverse_kernel", "scan_kernel"} if V == 128 else {"grads_kernel"})
+    assert ran == {"grads_kernel", "reverse_kernel", "scan_kernel"}
 
 
 @pytest.mark.gpu

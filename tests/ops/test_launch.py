@@ -7,7 +7,7 @@ import torch
 
 
 triton = pytest.importorskip("triton")
-from deltanet_kernels import _launch, chunk_delta_rule  # noqa: E402
+from deltanet_kernels import _launch, chunk, chunk_delta_rule  # noqa: E402
 
 
 class Kernel:
@@ -82,6 +82,7 @@ def test_gpu_hooks_see_every_launch():
     q, k, v = torch.randn(3, 1, 128, 2, 64, device="cuda", dtype=torch.bfloat16).unbind(0)
     beta = torch.rand(1, 128, 2, device="cuda").bfloat16()
     names, hook = [], triton.knobs.runtime.launch_enter_hook
+    plan, _ = chunk._plan(q, v, None)
 
     def see(metadata):
         names.append(metadata.get()["name"])
@@ -90,5 +91,5 @@ def test_gpu_hooks_see_every_launch():
     for add in (True, False):
         (hook.add if add else hook.remove)(see)
         results.append(chunk_delta_rule(q, k, v, beta)[0])
-        assert names == ["prepare_kernel", "scores_kernel", "scan_kernel"]
+        assert names == ["prepare_kernel", *["scores_kernel"] * plan.stored, "scan_kernel"]
     assert all(torch.equal(results[0], x) for x in results[1:])

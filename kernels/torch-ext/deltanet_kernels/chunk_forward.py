@@ -724,7 +724,7 @@ def scan(q, k, v, prepared, h0, scale, t: Tables, cu_seqlens, plan: Plan, *, out
     choice = plan.scan
     block_v, nv, block_k, _ = blocks(K, V, plan)
     if plan.gluon_scans and output and hopper_tiles.accepts(q, k, v):
-        hopper_scan.scan(q, k, v, a, rk, h0, o, u, s, rq, ht, scale, t, cu_seqlens)
+        hopper_scan.scan(q, k, v, a, rk, h0, o, u, s, rq, ht, scale, t, cu_seqlens, plan.gluon_scans)
     else:
         columns = nv if phi is None else nv - (-K // block_v)
         launch(

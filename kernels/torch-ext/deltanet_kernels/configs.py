@@ -40,7 +40,7 @@ class Plan(NamedTuple):
     entry: Launch | None = None  # forward scan without output (segments), if other than scan
     # by the Gluon kernels (hopper_*.py), where rows of the inputs are aligned
     gluon_grads: bool = False
-    gluon_scans: bool = False
+    gluon_scans: int = 0  # value columns of a program of the forward one; 0: none
     stored: bool = True  # P by a kernel of its own; else by each scan, which saves 24 KB a chunk
 
 
@@ -86,14 +86,15 @@ def plan(arch: int, K: int, V: int, wide: bool, few: bool) -> Plan:
         # d = 64: three programs a multiprocessor. d = 128: all registers
         grads = Launch(64, 4, 1, maxnreg=168) if d <= 64 else Launch(64, 4, 1)
         gluon = GLUON and arch == 90 and K in (64, 128) and V in (64, 128)
-        # with one warp group a program they were no faster than Triton's (d = 64: 0.174 ms, both); with two, where few run,
-        # slower (1 x 4096 x 16 x 128: 0.187 ms, not 0.124)
-        scans = gluon and V == 128 and not few
+        # two warp groups a program share q, k, A and P; where few run, one each (1 x 4096 x 16 x 128: 0.115 ms, not 0.170)
+        scans = 0 if not gluon else 64 if few else V
         entry = Launch(64, 4, 3)  # without q three stages fit: 0.176 ms, not 0.227, at 1 x 32768 x 16 x 128
         if few:
             # alone on its multiprocessor a program must hide the loads itself: three stages; the chain from state to
-            # state is all that counts, so P is computed elsewhere (0.12 ms, not 0.27, at 1 x 4096 x 16 x 128)
-            return Plan(prepare, scores, Launch(64, 4, 3), Launch(64, 4, 3, deep=True), grads, entry, gluon, scans)
+            # state is all that counts, so P is computed elsewhere (0.12 ms, not 0.27, at 1 x 4096 x 16 x 128); Gluon's scans
+            # compute it in the chain's gaps
+            scan, reverse = Launch(64, 4, 3), Launch(64, 4, 3, deep=True)
+            return Plan(prepare, scores, scan, reverse, grads, entry, gluon, scans, stored=not gluon)
         if arch != 90:  # compiled, not measured: the form that spills least
             return Plan(prepare, scores, Launch(64, 4, 2), Launch(64, 4, 2), grads, entry)
         # as many stages as let two programs share a multiprocessor, where memory's bandwidth is what counts

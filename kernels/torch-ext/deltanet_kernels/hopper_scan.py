@@ -1,7 +1,12 @@
 """The forward scan of `chunk_forward.py` for Hopper, in Gluon, Triton's language with explicit layouts.
 
 Same formulas, same scratch. Triton waits for each product before it issues the next; here only those wait that need a
-result, so that the products off the chain S -> K S -> U -> S (P, Q S, A V) run in its gaps.
+result, so that the products off the chain S -> K S -> U -> S (P, Q S, A V) run in its gaps. P and the norms of q are computed
+a chunk ahead and the output is stored a chunk later, so that one fence a chunk, at its start, covers all that the tensor
+cores read: a fence waits for every store on its way.
+
+No product may be on its way from one turn of the loop to the next, and what a wait returned must be used up before its
+accumulator is written again: otherwise ptxas makes every product wait for the one before (C7514), or crashes.
 """
 
 from triton.experimental import gluon
@@ -10,18 +15,33 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
     warpgroup_mma,
+    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
 from ._launch import launch
 from .configs import CHUNK, EPS
-from .hopper_tiles import STAGES, load_stage, locate_sequence, store_fragments, store_tile
+from .hopper_tiles import STAGES, load_stage, locate_sequence, store_fragments, store_scores, store_tile
 
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
 
 @gluon.jit
+def store_query_norms(t_q, t_rq, rq, exists, K: gl.constexpr, C: gl.constexpr, SAVE: gl.constexpr, EPS: gl.constexpr):
+    """Reciprocal norms of a chunk's queries, to shared memory and with SAVE to rq, if the chunk exists."""
+    # two or four threads a row: one or two shuffles a sum. Rows first, so that no bank of shared memory is asked twice
+    N: gl.constexpr = gl.num_warps() // 2
+    rows: gl.constexpr = gl.BlockedLayout([1, K // N], [32 // N, N], [gl.num_warps(), 1], [0, 1])
+    b_q = t_q.load(rows).to(gl.float32)
+    b_rq = gl.rsqrt(gl.sum(b_q * b_q, 1) + EPS)
+    t_rq.store(b_rq)
+    if SAVE:
+        gl.store(rq + gl.arange(0, C, gl.SliceLayout(1, rows)), b_rq, mask=exists)
+
+
+# with the one chunk as a constant Triton 3.6 fails an assertion
+@gluon.jit(do_not_specialize=["NT"])
 def scan_kernel(
     # inputs; a and rk as the prepare kernel wrote them
     q, k, v, a, rk, h0,
@@ -30,122 +50,124 @@ def scan_kernel(
     # packed sequences
     cu_seqlens, chunk_offsets,
     # sizes and strides
-    scale, T, NT, H, HV,
-    q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
-    # constants
-    K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, L2NORM: gl.constexpr, PACKED: gl.constexpr, EVEN: gl.constexpr,
+    scale, T, NT, q_sb, q_sh, k_sb, k_sh, v_sb, v_sh,
+    # constants; heads and a token's strides among them, so that of a tile's addresses a thread keeps one
+    H: gl.constexpr, HV: gl.constexpr, q_st: gl.constexpr, k_st: gl.constexpr, v_st: gl.constexpr,
+    K: gl.constexpr, V: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, L2NORM: gl.constexpr, PACKED: gl.constexpr, EVEN: gl.constexpr,
     HAS_H0: gl.constexpr, HAS_HT: gl.constexpr, SAVE: gl.constexpr, EPS: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Runs one sequence and value head from the first chunk to the last, 64 value columns a warp group."""
-    i_hv = gl.program_id(0)
-    i_n = gl.program_id(1)
+    """Runs one sequence, value head and block of BV value columns, 64 a warp group, from the first chunk to the last."""
+    i_v = gl.program_id(0) * BV
+    i_hv = gl.program_id(1)
+    i_n = gl.program_id(2)
     i_h = i_hv // (HV // H)
     i_b, bos, row, T, NT, chunk_0 = locate_sequence(cu_seqlens, chunk_offsets, i_n, T, NT, C, PACKED)
     q += i_b * q_sb + bos * q_st + i_h * q_sh
     k += i_b * k_sb + bos * k_st + i_h * k_sh
-    v += i_b * v_sb + bos * v_st + i_hv * v_sh
-    o += (row * HV + i_hv) * V
-    u += (chunk_0 * HV + i_hv) * V * C
-    s += (chunk_0 * HV + i_hv) * V * K
+    v += i_b * v_sb + bos * v_st + i_hv * v_sh + i_v
+    o += (row * HV + i_hv) * V + i_v
+    u += ((chunk_0 * HV + i_hv) * V + i_v) * C
+    s += ((chunk_0 * HV + i_hv) * V + i_v) * K
     a += (chunk_0 * HV + i_hv) * C * C
     rk += (chunk_0 * H + i_h) * C
     rq += (chunk_0 * H + i_h) * C
-    p_h = (i_n.to(gl.int64) * HV + i_hv) * K * V
+    p_h = (i_n.to(gl.int64) * HV + i_hv) * K * V + i_v
 
     BF16: gl.constexpr = gl.bfloat16
     square_tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], BF16)
-    value_tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, V], BF16)
+    value_tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BV], BF16)
     key_tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, K], BF16)
     line_tile: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     t_q = gl.allocate_shared_memory(BF16, [STAGES, C, K], key_tile)
     t_k = gl.allocate_shared_memory(BF16, [STAGES, C, K], key_tile)
-    t_v = gl.allocate_shared_memory(BF16, [STAGES, C, V], value_tile)  # later the chunk's output
+    t_v = gl.allocate_shared_memory(BF16, [STAGES, C, BV], value_tile)
     t_a = gl.allocate_shared_memory(BF16, [STAGES, C, C], square_tile)
-    t_p = gl.allocate_shared_memory(BF16, [C, C], square_tile)
     t_rk = gl.allocate_shared_memory(gl.float32, [STAGES, C], line_tile)
-    t_rq = gl.allocate_shared_memory(gl.float32, [C], line_tile)
+    t_p = gl.allocate_shared_memory(BF16, [2, C, C], square_tile)
+    t_rq = gl.allocate_shared_memory(gl.float32, [2, C], line_tile)
+    t_o = gl.allocate_shared_memory(BF16, [C, BV], value_tile)
 
-    GROUPS: gl.constexpr = V // 64
+    GROUPS: gl.constexpr = BV // 64
     square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, C // GROUPS, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * GROUPS, 1], [16, C, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * GROUPS, 1], [16, K, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, narrow, 2)
     left_w: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
     columns: gl.constexpr = gl.SliceLayout(0, narrow)
-    o_i = gl.arange(0, C, gl.SliceLayout(1, square))
-    o_j = gl.arange(0, C, gl.SliceLayout(0, square))
+    zero = gl.zeros([BV, C], gl.float32, narrow)
 
-    b_s = gl.zeros([V, K], gl.float32, wide)
+    b_s = gl.zeros([BV, K], gl.float32, wide)
     p_s = (
-        p_h + gl.arange(0, K, gl.SliceLayout(0, wide))[None, :] * V + gl.arange(0, V, gl.SliceLayout(1, wide))[:, None]
+        p_h + gl.arange(0, K, gl.SliceLayout(0, wide))[None, :] * V + gl.arange(0, BV, gl.SliceLayout(1, wide))[:, None]
     )
     if HAS_H0:
         b_s = gl.load(h0 + p_s)
-    for i_c in gl.static_range(STAGES):
+    for i_c in gl.static_range(STAGES - 1):
         if i_c < NT:
             load_stage(
-                t_q, t_k, t_v, t_a, t_rk, t_rq, q, k, v, a, rk, rq, i_c, i_c, T, H, HV, q_st, k_st,
-                v_st, K, V, C, L2NORM, EVEN, False,
+                t_q, t_k, t_v, t_a, t_rk, t_rq, q, k, v, a, rk, rq, i_c, i_c, T, H, HV, q_st, k_st, v_st,
+                K, BV, C, L2NORM, EVEN, False,
             )  # fmt: skip
         async_copy.commit_group()
+    async_copy.wait_group(STAGES - 2)
+    fence_async_shared()
+    b_p = gl.zeros([C, C], gl.float32, square)
+    b_p = warpgroup_mma(t_q.index(0), t_k.index(0).permute([1, 0]), b_p, use_acc=False, is_async=True)
+    if L2NORM:
+        store_query_norms(t_q.index(0), t_rq.index(0), rq, NT > 0, K, C, SAVE, EPS)
+    b_p = warpgroup_mma_wait(0, deps=[b_p])
+    store_scores(t_p.index(0), b_p, C, square)
 
     for i_c in range(NT):
         slot = i_c % STAGES
-        t_kt = t_k.index(slot).permute([1, 0])
+        after = (i_c + 1) % STAGES
         t_at = t_a.index(slot).permute([1, 0])
-        async_copy.wait_group(STAGES - 1)
+        async_copy.wait_group(STAGES - 3)
         fence_async_shared()
         b_c = b_s.to(BF16)
-        if SAVE:
-            store_fragments(s, b_c, V, K)
-        b_c = gl.convert_layout(b_c, left)
-
+        b_f = gl.convert_layout(b_c, left)
         # (-rk K S)^T, and U^T = V^T A^T + (-rk K S)^T A^T
-        zero = gl.zeros([V, C], gl.float32, narrow)
-        b_x = warpgroup_mma(b_c, t_kt, zero, use_acc=False, is_async=True)
+        b_x = warpgroup_mma(b_f, t_k.index(slot).permute([1, 0]), zero, use_acc=False, is_async=True)
         b_u = warpgroup_mma(t_v.index(slot).permute([1, 0]), t_at, zero, use_acc=False, is_async=True)
+        if SAVE:
+            store_fragments(s, b_c, BV, K)
+        # the output of the chunk before; in the first turn whatever lies there, which the second replaces
+        last = gl.maximum(i_c - 1, 0)
+        store_tile(o + last.to(gl.int64) * C * HV * V, HV * V, t_o, T - last * C, BV, EVEN)
+        if i_c + STAGES - 1 < NT:
+            load_stage(
+                t_q, t_k, t_v, t_a, t_rk, t_rq, q, k, v, a, rk, rq, i_c + STAGES - 1, (i_c + STAGES - 1) % STAGES,
+                T, H, HV, q_st, k_st, v_st, K, BV, C, L2NORM, EVEN, False,
+            )  # fmt: skip
+        async_copy.commit_group()
         b_x = warpgroup_mma_wait(1, deps=[b_x])
         b_x = b_x * -t_rk.index(slot).load(columns)[None, :] if L2NORM else -b_x
         b_u = warpgroup_mma(gl.convert_layout(b_x.to(BF16), left), t_at, b_u, is_async=True)
         b_p = gl.zeros([C, C], gl.float32, square)
-        b_p = warpgroup_mma(t_q.index(slot), t_kt, b_p, use_acc=False, is_async=True)
+        b_p = warpgroup_mma(t_q.index(after), t_k.index(after).permute([1, 0]), b_p, use_acc=False, is_async=True)
         b_u = warpgroup_mma_wait(1, deps=[b_u])
         b_u = b_u.to(BF16)
-        if SAVE:
-            store_fragments(u, b_u, V, C)
         # S^T <- S^T + U^T K
         b_s = warpgroup_mma(gl.convert_layout(b_u, left_w), t_k.index(slot), b_s, is_async=True)
-
         # O^T = scale rq (S^T Q^T + U^T lower(Q K^T)^T)
-        b_o = warpgroup_mma(b_c, t_q.index(slot).permute([1, 0]), zero, use_acc=False, is_async=True)
+        b_o = warpgroup_mma(b_f, t_q.index(slot).permute([1, 0]), zero, use_acc=False, is_async=True)
+        b_o = warpgroup_mma(gl.convert_layout(b_u, left), t_p.index(i_c % 2).permute([1, 0]), b_o, is_async=True)
+        if SAVE:
+            store_fragments(u, b_u, BV, C)
         if L2NORM:
-            rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // K, K // 8], [4 * GROUPS, 1], [1, 0])
-            b_q = t_q.index(slot).load(rows).to(gl.float32)
-            b_rq = gl.rsqrt(gl.sum(b_q * b_q, 1) + EPS)
-            t_rq.store(b_rq)
-            if SAVE:
-                gl.store(rq + gl.arange(0, C, gl.SliceLayout(1, rows)), b_rq)
-        b_p = warpgroup_mma_wait(2, deps=[b_p])
-        t_p.store(gl.where(o_i[:, None] >= o_j[None, :], b_p, 0.0).to(BF16))
-        fence_async_shared()
-        b_o = warpgroup_mma(gl.convert_layout(b_u, left), t_p.permute([1, 0]), b_o, is_async=True)
+            store_query_norms(t_q.index(after), t_rq.index((i_c + 1) % 2), rq + C * H, i_c + 1 < NT, K, C, SAVE, EPS)
+        b_p = warpgroup_mma_wait(3, deps=[b_p])
+        store_scores(t_p.index((i_c + 1) % 2), b_p, C, square)
         b_s, b_o = warpgroup_mma_wait(0, deps=[b_s, b_o])
-        b_o *= (t_rq.load(columns) * scale)[None, :] if L2NORM else scale
-        t_v.index(slot).permute([1, 0]).store(b_o.to(BF16))
-        store_tile(o, HV * V, t_v.index(slot), T - i_c * C, V, EVEN)
-
-        if i_c + STAGES < NT:
-            load_stage(
-                t_q, t_k, t_v, t_a, t_rk, t_rq, q, k, v, a, rk, rq, i_c + STAGES, slot, T, H, HV, q_st, k_st,
-                v_st, K, V, C, L2NORM, EVEN, False,
-            )  # fmt: skip
-        async_copy.commit_group()
-        o += C * HV * V
+        b_o *= (t_rq.index(i_c % 2).load(columns) * scale)[None, :] if L2NORM else scale
+        t_o.permute([1, 0]).store(b_o.to(BF16))
         u += HV * V * C
         s += HV * V * K
         rq += C * H
 
+    if NT > 0:
+        store_tile(o + (gl.to_tensor(NT) - 1).to(gl.int64) * C * HV * V, HV * V, t_o, T - (NT - 1) * C, BV, EVEN)
     if HAS_HT:
         gl.store(ht + p_s, b_s)
 
@@ -153,20 +175,21 @@ def scan_kernel(
 # --------------------------------------------------------------------------------------------------------- launchers
 
 
-def scan(q, k, v, a, rk, h0, o, u, s, rq, ht, scale, t, cu_seqlens) -> None:
-    """Writes o, and u, s, rq and ht where they are given; `t` are the call's Tables. V is 64 or 128, K too."""
+def scan(q, k, v, a, rk, h0, o, u, s, rq, ht, scale, t, cu_seqlens, block_v: int) -> None:
+    """Writes o, and u, s, rq and ht where they are given; `t` are the call's Tables. K, V and block_v are 64 or 128."""
     H, K = k.shape[2:]
     HV, V = v.shape[2:]
     launch(
-        scan_kernel, (HV, t.n),
+        scan_kernel, (V // block_v, HV, t.n),
         (
             q, k, v, a, a if rk is None else rk, a if h0 is None else h0, o, a if u is None else u, a if s is None else s,
             a if rq is None else rq, a if ht is None else ht, cu_seqlens, t.chunk_offsets,
         ),
-        (scale, k.shape[1], t.nt, H, HV, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
+        (scale, k.shape[1], t.nt, q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2)),
         {
-            "K": K, "V": V, "C": CHUNK, "L2NORM": rk is not None, "PACKED": cu_seqlens is not None, "EVEN": t.even,
-            "HAS_H0": h0 is not None, "HAS_HT": ht is not None, "SAVE": u is not None, "EPS": EPS, "STAGES": STAGES,
+            "H": H, "HV": HV, "q_st": q.stride(1), "k_st": k.stride(1), "v_st": v.stride(1),
+            "K": K, "V": V, "BV": block_v, "C": CHUNK, "L2NORM": rk is not None, "PACKED": cu_seqlens is not None, "EVEN": t.even,
+            "HAS_H0": h0 is not None, "HAS_HT": ht is not None, "SAVE": u is not None, "EPS": EPS, "STAGES": STAGES[block_v],
         },
-        {"num_warps": V // 16},
+        {"num_warps": block_v // 16},
     )  # fmt: skip

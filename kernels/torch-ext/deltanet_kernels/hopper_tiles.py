@@ -5,7 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
 
-STAGES = 3  # chunks that a scan's shared memory holds
+STAGES = {64: 4, 128: 3}  # value columns of a scan's program -> chunks that shared memory holds
 
 
 def accepts(*tensors) -> bool:
@@ -114,3 +114,11 @@ def load_stage(
         async_copy.async_copy_global_to_shared(t_rk.index(slot), rk + i_c * H * C + o_c)
         if RQ:
             async_copy.async_copy_global_to_shared(t_rq.index(slot), rq + i_c * H * C + o_c)
+
+
+@gluon.jit
+def store_scores(t_p, b_p, C: gl.constexpr, layout: gl.constexpr):
+    """lower(Q K^T) to shared memory. Before the tensor cores read it there must be a fence."""
+    o_i = gl.arange(0, C, gl.SliceLayout(1, layout))
+    o_j = gl.arange(0, C, gl.SliceLayout(0, layout))
+    t_p.store(gl.where(o_i[:, None] >= o_j[None, :], b_p, 0.0).to(gl.bfloat16))
