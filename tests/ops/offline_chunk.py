@@ -87,7 +87,9 @@ def main(arch: int, d: int, dtype: str = "bf16") -> dict:
             state = {"HAS_H0": True, "HAS_HT": True, "SAVE": True, "EPS": 1e-6, "v_st": 16 * d}
             state |= {"BV": block_v, "STAGES": hopper_tiles.STAGES[block_v]}
             gluon = configs.Launch(block_v, block_v // 16, 1)
-            found[f"scan, Gluon, {block_v}"] = compile_and_read(hopper_scan.scan_kernel, sizes | state, gluon, arch, dtype)
+            found[f"scan, Gluon, {block_v}"] = compile_and_read(
+                hopper_scan.scan_kernel, sizes | state, gluon, arch, dtype
+            )
         state = {"HAS_DHT": True, "HAS_DH0": True, "d_st": 16 * d}
         state |= {"BV": hopper_reverse.BLOCK_V, "STAGES": hopper_tiles.STAGES[hopper_reverse.BLOCK_V]}
         gluon = configs.Launch(64, 4, 1)

@@ -325,7 +325,9 @@ def spy_on_gluon(monkeypatch):
 def test_gpu_gluon(heads, K, V, T, cu_seqlens, monkeypatch):
     """Long enough that each stage of shared memory is used again; full chunks, cut ones and packed ones; few programs, many."""
     ran = spy_on_gluon(monkeypatch)
-    x = make(1, T, heads, K, V, HV=4 * heads, n=None if cu_seqlens is None else len(cu_seqlens) - 1, dtype=torch.bfloat16)
+    x = make(
+        1, T, heads, K, V, HV=4 * heads, n=None if cu_seqlens is None else len(cu_seqlens) - 1, dtype=torch.bfloat16
+    )
     compare(*x, cu_seqlens=cu_seqlens)
     assert ran == {"grads_kernel", "reverse_kernel", "scan_kernel"}
 

@@ -87,9 +87,9 @@ def test_gpu_hooks_see_every_launch():
     def see(metadata):
         names.append(metadata.get()["name"])
 
-    results = [chunk_delta_rule(q, k, v, beta)[0]]
+    results = [chunk_delta_rule(q, k, v, beta, use_qk_l2norm_in_kernel=True)[0]]
     for add in (True, False):
         (hook.add if add else hook.remove)(see)
-        results.append(chunk_delta_rule(q, k, v, beta)[0])
+        results.append(chunk_delta_rule(q, k, v, beta, use_qk_l2norm_in_kernel=True)[0])
         assert names == ["prepare_kernel", *["scores_kernel"] * plan.stored, "scan_kernel"]
     assert all(torch.equal(results[0], x) for x in results[1:])

@@ -74,7 +74,9 @@ def reverse_kernel(
 
     b_s = gl.zeros([BV, K], gl.float32, wide)
     p_s = (
-        p_h + gl.arange(0, K, gl.SliceLayout(0, wide))[None, :] * V + gl.arange(0, BV, gl.SliceLayout(1, wide))[:, None]
+        p_h
+        + gl.arange(0, K, gl.SliceLayout(0, wide))[None, :] * V
+        + gl.arange(0, BV, gl.SliceLayout(1, wide))[:, None]
     )
     if HAS_DHT:
         b_s = gl.load(dht + p_s)

@@ -15,7 +15,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
@@ -99,7 +98,9 @@ def scan_kernel(
 
     b_s = gl.zeros([BV, K], gl.float32, wide)
     p_s = (
-        p_h + gl.arange(0, K, gl.SliceLayout(0, wide))[None, :] * V + gl.arange(0, BV, gl.SliceLayout(1, wide))[:, None]
+        p_h
+        + gl.arange(0, K, gl.SliceLayout(0, wide))[None, :] * V
+        + gl.arange(0, BV, gl.SliceLayout(1, wide))[:, None]
     )
     if HAS_H0:
         b_s = gl.load(h0 + p_s)
