@@ -48,14 +48,25 @@ def compile_kernel(kernel, pointers, constants, capability, options, not_divisib
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def resources(compiled):
-    """[registers a thread, stack bytes, bytes of local memory, bytes of shared memory]"""
+def read_cubin(compiled, option):
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(compiled.asm["cubin"])
         f.flush()
-        text = subprocess.run([cuobjdump, "-res-usage", f.name], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text.stdout + text.stderr)
+        done = subprocess.run([cuobjdump, option, f.name], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def serialized(compiled):
+    """Whether ptxas makes every product of Hopper's wait for the one before (its advisory C7514)."""
+    text = read_cubin(compiled, "-sass")
+    return text.count("WARPGROUP.DEPBAR") > text.count("HGMMA") / 2
+
+
+def resources(compiled):
+    """[registers a thread, stack bytes, bytes of local memory, bytes of shared memory]"""
+    text = read_cubin(compiled, "-res-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     return [int(x) for x in found.groups()] + [compiled.metadata.shared]
 
 

@@ -15,7 +15,7 @@ import triton  # noqa: E402
 from deltanet_kernels import chunk_backward as backward  # noqa: E402
 from deltanet_kernels import chunk_forward as forward  # noqa: E402
 from deltanet_kernels import configs, hopper_grads, hopper_reverse, hopper_scan, hopper_tiles  # noqa: E402
-from offline import compile_kernel, resources  # noqa: E402
+from offline import compile_kernel, resources, serialized  # noqa: E402
 
 
 INPUTS, SCRATCH = ("q", "k", "v", "do", "o", "dq", "dk", "beta", "dbeta"), ("a", "p", "u", "s", "ds", "dv")
@@ -31,7 +31,9 @@ def compile_and_read(kernel, constants, launch, arch, dtype):
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     if launch.maxnreg:
         options["maxnreg"] = launch.maxnreg
-    registers, stack, _, shared = resources(compile_kernel(kernel, pointers, constants, arch, options, NOT_DIVISIBLE))
+    compiled = compile_kernel(kernel, pointers, constants, arch, options, NOT_DIVISIBLE)
+    assert not (kernel.is_gluon() and serialized(compiled)), f"{kernel.fn.__name__}: products wait for each other"
+    registers, stack, _, shared = resources(compiled)
     return [registers, stack, shared]
 
 
