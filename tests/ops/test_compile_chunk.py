@@ -14,8 +14,8 @@ from deltanet_kernels import configs  # noqa: E402
 
 
 # Bytes of spilled registers a thread that are known and accepted (kernels/README.md, "Spills"). Hopper's wide keys
-# hold 128 registers of state; gradients and prepare at d = 64 are held to 168; Triton's scan of few
-# programs is left rows off alignment where Gluon's runs. Everything else: at most a few words.
+# hold 128 registers of state; gradients and prepare at d = 64 are held to 168; where Gluon's scans run, Triton's of few
+# programs is left rows off alignment. Everything else: at most a few words.
 ACCEPTED = {
     (86, 256): {"scan, many": 80, "scan, few": 80},
     (90, 64): {"grads": 80, "prepare": 80},

@@ -14,7 +14,8 @@ from .configs import CHUNK
 from .hopper_tiles import STAGES, load_stage, locate_sequence, store_fragments, store_scores, store_tile
 
 
-BLOCK_V = 64  # value columns of a program: faster than 128, with many programs too (0.230 ms, not 0.248, at 8 x 4096 x 16 x 128)
+# value columns of a program: faster than 128, with many programs too (0.230 ms, not 0.248, at 8 x 4096 x 16 x 128)
+BLOCK_V = 64
 
 
 # ---------------------------------------------------------------------------------------------------------- kernels
@@ -33,8 +34,8 @@ def reverse_kernel(
     scale, T, NT, HV_ALL, q_sb, q_sh, k_sb, k_sh, d_sb, d_sh,
     # constants; heads and a token's strides among them, see `hopper_scan.py`
     H: gl.constexpr, HV: gl.constexpr, q_st: gl.constexpr, k_st: gl.constexpr, d_st: gl.constexpr,
-    K: gl.constexpr, V: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, L2NORM: gl.constexpr, PACKED: gl.constexpr, EVEN: gl.constexpr,
-    HAS_DHT: gl.constexpr, HAS_DH0: gl.constexpr, STAGES: gl.constexpr,
+    K: gl.constexpr, V: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, L2NORM: gl.constexpr, PACKED: gl.constexpr,
+    EVEN: gl.constexpr, HAS_DHT: gl.constexpr, HAS_DH0: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Runs one sequence, value head and block of BV = 64 value columns from the last chunk to the first."""
     i_v = gl.program_id(0) * BV
@@ -157,8 +158,8 @@ def reverse(q, k, do, a, rq, rk, dht, dv, ds, dh0, scale, t, cu_seqlens) -> None
         ),
         {
             "H": H, "HV": HV, "q_st": q.stride(1), "k_st": k.stride(1), "d_st": do.stride(1),
-            "K": K, "V": V, "BV": BLOCK_V, "C": CHUNK, "L2NORM": rk is not None, "PACKED": cu_seqlens is not None, "EVEN": t.even,
-            "HAS_DHT": dht is not None, "HAS_DH0": dh0 is not None, "STAGES": STAGES[BLOCK_V],
+            "K": K, "V": V, "BV": BLOCK_V, "C": CHUNK, "L2NORM": rk is not None, "PACKED": cu_seqlens is not None,
+            "EVEN": t.even, "HAS_DHT": dht is not None, "HAS_DH0": dh0 is not None, "STAGES": STAGES[BLOCK_V],
         },
         {"num_warps": 4},
     )  # fmt: skip

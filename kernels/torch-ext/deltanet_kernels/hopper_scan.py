@@ -52,8 +52,8 @@ def scan_kernel(
     scale, T, NT, q_sb, q_sh, k_sb, k_sh, v_sb, v_sh,
     # constants; heads and a token's strides among them, so that of a tile's addresses a thread keeps one
     H: gl.constexpr, HV: gl.constexpr, q_st: gl.constexpr, k_st: gl.constexpr, v_st: gl.constexpr,
-    K: gl.constexpr, V: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, L2NORM: gl.constexpr, PACKED: gl.constexpr, EVEN: gl.constexpr,
-    HAS_H0: gl.constexpr, HAS_HT: gl.constexpr, SAVE: gl.constexpr, EPS: gl.constexpr,
+    K: gl.constexpr, V: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, L2NORM: gl.constexpr, PACKED: gl.constexpr,
+    EVEN: gl.constexpr, HAS_H0: gl.constexpr, HAS_HT: gl.constexpr, SAVE: gl.constexpr, EPS: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """Runs one sequence, value head and block of BV value columns, 64 a warp group, from the first chunk to the last."""
@@ -95,6 +95,7 @@ def scan_kernel(
     left_w: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
     columns: gl.constexpr = gl.SliceLayout(0, narrow)
     zero = gl.zeros([BV, C], gl.float32, narrow)
+    zero_p = gl.zeros([C, C], gl.float32, square)
 
     b_s = gl.zeros([BV, K], gl.float32, wide)
     p_s = (
@@ -113,8 +114,7 @@ def scan_kernel(
         async_copy.commit_group()
     async_copy.wait_group(STAGES - 2)
     fence_async_shared()
-    b_p = gl.zeros([C, C], gl.float32, square)
-    b_p = warpgroup_mma(t_q.index(0), t_k.index(0).permute([1, 0]), b_p, use_acc=False, is_async=True)
+    b_p = warpgroup_mma(t_q.index(0), t_k.index(0).permute([1, 0]), zero_p, use_acc=False, is_async=True)
     if L2NORM:
         store_query_norms(t_q.index(0), t_rq.index(0), rq, NT > 0, K, C, SAVE, EPS)
     b_p = warpgroup_mma_wait(0, deps=[b_p])
@@ -145,8 +145,7 @@ def scan_kernel(
         b_x = warpgroup_mma_wait(1, deps=[b_x])
         b_x = b_x * -t_rk.index(slot).load(columns)[None, :] if L2NORM else -b_x
         b_u = warpgroup_mma(gl.convert_layout(b_x.to(BF16), left), t_at, b_u, is_async=True)
-        b_p = gl.zeros([C, C], gl.float32, square)
-        b_p = warpgroup_mma(t_q.index(after), t_k.index(after).permute([1, 0]), b_p, use_acc=False, is_async=True)
+        b_p = warpgroup_mma(t_q.index(after), t_k.index(after).permute([1, 0]), zero_p, use_acc=False, is_async=True)
         b_u = warpgroup_mma_wait(1, deps=[b_u])
         b_u = b_u.to(BF16)
         # S^T <- S^T + U^T K
@@ -189,8 +188,8 @@ def scan(q, k, v, a, rk, h0, o, u, s, rq, ht, scale, t, cu_seqlens, block_v: int
         (scale, k.shape[1], t.nt, q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2)),
         {
             "H": H, "HV": HV, "q_st": q.stride(1), "k_st": k.stride(1), "v_st": v.stride(1),
-            "K": K, "V": V, "BV": block_v, "C": CHUNK, "L2NORM": rk is not None, "PACKED": cu_seqlens is not None, "EVEN": t.even,
-            "HAS_H0": h0 is not None, "HAS_HT": ht is not None, "SAVE": u is not None, "EPS": EPS, "STAGES": STAGES[block_v],
+            "K": K, "V": V, "BV": block_v, "C": CHUNK, "L2NORM": rk is not None, "PACKED": cu_seqlens is not None,
+            "EVEN": t.even, "HAS_H0": h0 is not None, "HAS_HT": ht is not None, "SAVE": u is not None, "EPS": EPS, "STAGES": STAGES[block_v],
         },
         {"num_warps": block_v // 16},
     )  # fmt: skip
