@@ -1,4 +1,4 @@
-"""The second launch of a kernel, which goes past Triton: on a CPU with a kernel that only notes down what it is told."""
+"""Launches that go past Triton, and calls past the launchers: on a CPU with a kernel that only notes down what it is told."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,7 @@ import torch
 
 
 triton = pytest.importorskip("triton")
-from deltanet_kernels import _launch, chunk, chunk_delta_rule  # noqa: E402
+from deltanet_kernels import _launch, _replay, chunk, chunk_delta_rule  # noqa: E402
 
 
 class Kernel:
@@ -34,6 +34,7 @@ class Kernel:
 def kernel(monkeypatch):
     driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: "stream"))
     monkeypatch.setattr(_launch, "driver", driver)
+    monkeypatch.setattr(_replay, "driver", driver)
     monkeypatch.setattr(_launch, "_compiled", {})
     return Kernel()
 
@@ -76,6 +77,90 @@ def test_with_a_hook_triton_launches(kernel, monkeypatch, name):
     assert kernel.told == [((5, 6, 1), (a.data_ptr(), a.data_ptr(), 3, 7, 8))]
 
 
+class Call:
+    """A function as `replay` takes it: two allocations, a launch on them and on what it is given, and `odd` in between."""
+
+    def __init__(self, kernel, odd=None):
+        self.kernel, self.odd, self.runs = kernel, odd, 0
+
+    def __call__(self, n, x, y):
+        self.runs += 1
+        first = torch.empty_like(x, memory_format=torch.contiguous_format)  # detached, where somebody else holds it too
+        second = x.new_empty(n, dtype=torch.float64)
+        if self.odd is not None:
+            first = self.odd(first)
+        launch(self.kernel, second, first, n)
+        launch(self.kernel, x, y, n)
+        return [first, None, second, x]
+
+
+def test_a_call_is_played_on_other_tensors(kernel):
+    """A call would write to what another was given or returned, or launch in another order."""
+    call = Call(kernel)
+    for _ in range(2):
+        _replay.replay(call, (3,), (torch.zeros(8, 2), None))
+    kernel.told.clear()
+    results = []
+    for _ in range(2):
+        x = torch.zeros(8, 2)
+        results.append(_replay.replay(call, (3,), (x, None)))
+        first, nothing, second, same = results[-1]
+        assert same is x and nothing is None
+        assert (first.shape, first.dtype, second.shape, second.dtype) == ((8, 2), x.dtype, (3,), torch.float64)
+        start = (5, 6, 1, "stream", "function", "metadata", None, None, None)
+        assert kernel.told[-2:] == [
+            (*start, second.data_ptr(), first.data_ptr(), 3, 7, 8),
+            (*start, x.data_ptr(), None, 3, 7, 8),
+        ]
+    assert call.runs == 2 and kernel.compiled == 2 and len(kernel.told) == 4
+    assert len({x.data_ptr() for result in results for x in result if x is not None}) == 6
+
+
+def test_whatever_a_call_depends_on_runs_it_again(kernel):
+    """Another plan, other strides or code for aligned rows would be played on tensors that need their own."""
+    x, call = torch.zeros(9, 2), Call(kernel)
+    others = [
+        (3, x, x.clone()), (4, x, None), (3, x[:8], None), (3, x[1:], None), (3, x.T.contiguous().T, None),
+        (3, x.double(), None),
+    ]  # fmt: skip
+    for n, *tensors in [(3, x, None), *others]:
+        before = call.runs
+        for _ in range(4):
+            _replay.replay(call, (n,), tuple(tensors))
+        assert call.runs == before + 2
+    other = Call(kernel)
+    _replay.replay(other, (3,), (x, None))
+    assert other.runs == 1
+
+
+@pytest.mark.parametrize(
+    "odd", [lambda x: x[1:], lambda x: x.view(-1), lambda x: x.clone(), lambda x: x.zero_(), lambda x: torch.zeros(8, 2)]
+)
+def test_what_does_more_than_allocate_and_launch_is_not_played(kernel, odd):
+    """The view would not be taken, the copy not made, the zeros not written."""
+    call = Call(kernel, odd)
+    for _ in range(4):
+        _replay.replay(call, (3,), (torch.zeros(8, 2), None))
+    assert call.runs == 4
+
+
+def test_one_tensor_under_two_names_is_not_recorded(kernel):
+    """The next call's would be taken for one another."""
+    x, call = torch.zeros(8, 2), Call(kernel)
+    for _ in range(4):
+        _replay.replay(call, (3,), (x, x))
+    assert call.runs == 4
+
+
+def test_nothing_is_played_where_triton_interprets(kernel, monkeypatch):
+    """A tape without its kernels would return memory as it was allocated."""
+    monkeypatch.setattr(Kernel, "first", lambda self, args, constants: None)
+    call = Call(kernel)
+    for _ in range(4):
+        _replay.replay(call, (3,), (torch.zeros(8, 2), None))
+    assert call.runs == 4
+
+
 @pytest.mark.gpu
 def test_gpu_hooks_see_every_launch():
     """Triton's profiler hangs itself into both; and a hook that is gone must not be called."""
@@ -90,6 +175,58 @@ def test_gpu_hooks_see_every_launch():
     results = [chunk_delta_rule(q, k, v, beta, use_qk_l2norm_in_kernel=True)[0]]
     for add in (True, False):
         (hook.add if add else hook.remove)(see)
-        results.append(chunk_delta_rule(q, k, v, beta, use_qk_l2norm_in_kernel=True)[0])
-        assert names == ["prepare_kernel", *["scores_kernel"] * plan.stored, "scan_kernel"]
+        for _ in range(3):  # once through Triton, once recorded, once played
+            results.append(chunk_delta_rule(q, k, v, beta, use_qk_l2norm_in_kernel=True)[0])
+        assert names == ["prepare_kernel", *["scores_kernel"] * plan.stored, "scan_kernel"] * 3
     assert all(torch.equal(results[0], x) for x in results[1:])
+
+
+CASES = {
+    "plain": {},
+    "states": {"state": True},
+    "packed": {"packed": True, "state": True},
+    "grouped": {"HV": 4, "d": 64},
+    "fp32": {"dtype": torch.float32, "state": True},
+    "fp16": {"dtype": torch.float16, "d": 64},
+    "d = 256": {"d": 256},
+    "off alignment": {"shift": 1},
+    "many programs": {"B": 40},
+    "recompute": {"recompute": True},
+    "segments": {"T": 32768, "H": 1},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_gpu_a_played_call_gives_the_same_bits(case):
+    """Training would learn from other numbers from its third step on."""
+
+    def tensors(seed, B=2, T=150, H=2, HV=2, d=128, dtype=torch.bfloat16, state=False, packed=False, shift=0, recompute=False):
+        torch.manual_seed(seed)
+        B, HV = (1 if packed or T > 150 else B), (1 if H == 1 else HV)
+        q, k, v, do = (torch.randn(B, T, h, d + shift, device="cuda", dtype=dtype)[..., shift:] for h in (H, H, HV, HV))
+        beta, h0 = torch.rand(B, T, HV, device="cuda", dtype=dtype), None
+        kw = {"use_qk_l2norm_in_kernel": True, "recompute": recompute, "output_final_state": state}
+        if packed:
+            kw["cu_seqlens"] = torch.tensor([0, 70, 70, 150], device="cuda")
+        if state:
+            h0 = torch.randn(3 if packed else B, HV, d, d, device="cuda")
+        return [q, k, v, beta, h0], do, kw
+
+    def run(seed):
+        inputs, do, kw = tensors(seed, **CASES[case])
+        inputs = [x if x is None else x.requires_grad_() for x in inputs]
+        o, ht = chunk_delta_rule(*inputs[:4], initial_state=inputs[4], **kw)
+        given = [x for x in inputs if x is not None]
+        outputs, gradients = ([o], [do]) if ht is None else ([o, ht], [do, torch.ones_like(ht)])
+        return [*outputs, *torch.autograd.grad(outputs, given, gradients)]
+
+    expected = []
+    for seed in range(5):
+        _replay.forget()
+        expected.append(run(seed))
+    _replay.forget()
+    for seed in range(5):
+        assert all(torch.equal(x, y) for x, y in zip(run(seed), expected[seed], strict=True))
+    played = [type(tape) is _replay.Tape for tape in _replay._tapes.values()]
+    assert all(played) if case not in ("recompute", "segments", "fp16") else not all(played)

@@ -6,11 +6,18 @@ compiled kernel is found by a tuple, and given addresses, which it need not ask 
 and 16-byte alignment, as Triton specialises them.
 """
 
+import threading
+
 import torch
 from triton import knobs
 from triton.runtime import driver
 
 
+class _Here(threading.local):
+    recorder = None  # is told of each launch (see `_replay.py`)
+
+
+here = _Here()
 _compiled: dict[tuple, tuple] = {}
 _LIMIT = 4096  # shapes remembered; beyond, start again
 
@@ -24,6 +31,7 @@ def launch(kernel, grid: tuple[int, ...], pointers: tuple, sizes: tuple, constan
     if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):  # Triton launches on the current device
             return launch(kernel, grid, pointers, sizes, constants, options)
+    grid = (*grid, 1, 1)[:3]
     addresses, dtypes, bits = [], [], 0
     for x in pointers:
         if x is None:
@@ -40,20 +48,25 @@ def launch(kernel, grid: tuple[int, ...], pointers: tuple, sizes: tuple, constan
     found = _compiled.get(key)
     if found is None:
         compiled = kernel[grid](*pointers, *sizes, **constants, **options)
+        names = kernel.arg_names[len(pointers) + len(sizes) :]
+        found = compiled, (*sizes, *[constants[name] for name in names])
         if len(_compiled) >= _LIMIT:
             _compiled.clear()
-        if hasattr(compiled, "function"):  # the interpreter returns nothing
-            names = kernel.arg_names[len(pointers) + len(sizes) :]
-            _compiled[key] = compiled, (*sizes, *[constants[name] for name in names])
-        return None
-    compiled, rest = found
-    x, y, z = (*grid, 1, 1)[:3]
-    if _is_set(knobs.runtime.launch_enter_hook) or _is_set(knobs.runtime.launch_exit_hook):
-        compiled[x, y, z](*addresses, *rest)
-    else:  # what that comes to without hooks, whose arguments it prepares all the same
-        stream = driver.active.get_current_stream(device)
-        compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *addresses, *rest)
+        if compiled is not None:  # as the interpreter returns
+            _compiled[key] = found
+    else:
+        run(found[0], grid, driver.active.get_current_stream(device), addresses, found[1])
+    if here.recorder is not None:
+        here.recorder.launched(found[0], grid, pointers, found[1])
     return None
+
+
+def run(compiled, grid: tuple[int, int, int], stream: int, addresses: list, rest: tuple) -> None:
+    """Launches on the current device; `rest` are the sizes and the constants in the order of the kernel's parameters."""
+    if _is_set(knobs.runtime.launch_enter_hook) or _is_set(knobs.runtime.launch_exit_hook):
+        compiled[grid](*addresses, *rest)
+    else:  # what that comes to without hooks, whose arguments it prepares all the same
+        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *addresses, *rest)
 
 
 def _is_set(hook) -> bool:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from . import chunk_backward, chunk_forward, configs, segments
 from ._checks import check_arguments
+from ._replay import replay
 
 
 __all__ = ["chunk_delta_rule", "keep_results", "keep_results_compiled"]
@@ -34,7 +35,7 @@ def _plan(q: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None) -> 
     return configs.plan(arch, K, V, wide, n * s * HV * blocks <= sms), s
 
 
-def _forward(q, k, v, beta, h0, cu_seqlens, scale: float, l2norm: bool, final: bool, save: bool):
+def _forward(scale: float, l2norm: bool, final: bool, save: bool, q, k, v, beta, h0, cu_seqlens) -> list:
     """o, the final state or None, and with `save` what backward reads (a, p, rq, rk, u, s, phi)."""
     B, T, _, K = q.shape
     HV, V = v.shape[2:]
@@ -54,7 +55,7 @@ def _forward(q, k, v, beta, h0, cu_seqlens, scale: float, l2norm: bool, final: b
     if s > 1:
         o = o.view(B, T, HV, V)
         ht = ht[s - 1 :: s].contiguous() if final else None
-    return o, ht, ([*prepared, u, states, phi] if save else [])
+    return [o, ht, *prepared, u, states, phi] if save else [o, ht]
 
 
 def _contiguous_like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -62,8 +63,13 @@ def _contiguous_like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def _backward(q, k, v, beta, h0, cu_seqlens, saved, do, dht, scale: float, l2norm: bool):
-    """dq, dk, dv, dbeta, dh0. `saved` as `_forward` gave it; empty: everything is computed again, heads in slices.
+def _scratch_like(do: torch.Tensor) -> torch.Tensor:
+    """For dv, which `grads` reads back."""
+    return _contiguous_like(do, chunk_forward.scratch_type(do.dtype))
+
+
+def _backward(scale: float, l2norm: bool, q, k, v, beta, h0, cu_seqlens, do, dht, *saved) -> list:
+    """dq, dk, dv, dbeta, dh0. `saved` as `_forward` gave it; without, everything is computed again, heads in slices.
 
     Only then is v read; else it may be None.
     """
@@ -71,31 +77,28 @@ def _backward(q, k, v, beta, h0, cu_seqlens, saved, do, dht, scale: float, l2nor
         do = do.contiguous()
     if dht is not None:
         dht = dht.contiguous()
-    # grads reads dv back, so it has the scratch type until the end
-    dv = _contiguous_like(do, chunk_forward.scratch_type(k.dtype))
-    out = _contiguous_like(q), _contiguous_like(k), dv, _contiguous_like(beta)
     dh0 = None if h0 is None else _contiguous_like(h0)
     plan, s = _plan(q, do, cu_seqlens)
     ins = q, k, beta, do
-    if saved:
-        phi = saved.pop()
-        parts = [segments.cut(x, s) for x in (*ins, *out)] if phi is not None else []
+    *saved, phi = saved or [None]
+    if phi is not None:
+        parts = [segments.cut(x, s) for x in ins]
         if any(x is None for x in parts):  # only do can have such strides
-            parts = [segments.cut(x.contiguous(), s) for x in ins] + parts[4:]
-        if phi is not None:
-            *ins, dq, dk, dv_, dbeta = parts
-            t = chunk_forward.tables(*ins[0].shape[:2], None)
-            dht = segments.exit_gradients(ins[0], ins[1], ins[3], saved[:4], phi, dht, scale, t, plan, s)
-            part = None if h0 is None else dht.new_empty(dht.shape)
-            _gradients(ins, saved, dht, (dq, dk, dv_, dbeta), part, scale, t, None, plan)
-            if h0 is not None:
-                dh0.copy_(part[::s])
-        else:
-            t = chunk_forward.tables(*q.shape[:2], cu_seqlens)
-            _gradients(ins, saved, dht, out, dh0, scale, t, cu_seqlens, plan)
+            parts = [segments.cut(x.contiguous(), s) for x in ins]
+        t = chunk_forward.tables(*parts[0].shape[:2], None)
+        dht = segments.exit_gradients(parts[0], parts[1], parts[3], saved[:4], phi, dht, scale, t, plan, s)
+        part = None if h0 is None else dht.new_empty(dht.shape)
+        out = _gradients(parts, saved, dht, part, scale, t, None, plan)
+        out = [x.view(like.shape) for x, like in zip(out, (q, k, do, beta), strict=True)]
+        if h0 is not None:
+            dh0.copy_(part[::s])
+    elif saved:
+        t = chunk_forward.tables(*q.shape[:2], cu_seqlens)
+        out = _gradients(ins, saved, dht, dh0, scale, t, cu_seqlens, plan)
     else:
         plan = plan._replace(stored=True)  # a scan without output computes neither P nor the norms of q
         t = chunk_forward.tables(*q.shape[:2], cu_seqlens)
+        out = [_contiguous_like(q), _contiguous_like(k), _scratch_like(do), _contiguous_like(beta)]
         H, HV = q.shape[2], v.shape[2]
         slices = next(i for i in (4, 3, 2, 1) if H % i == 0)
         for i in range(slices):
@@ -107,19 +110,23 @@ def _backward(q, k, v, beta, h0, cu_seqlens, saved, do, dht, scale: float, l2nor
                 cu_seqlens, plan, output=False, save=True, final=False,
             )  # fmt: skip
             _gradients(
-                part, [*prepared, u, states], None if dht is None else dht[:, vs],
-                [x[:, :, h] for x, h in zip(out, (hs, hs, vs, vs), strict=True)],
-                None if dh0 is None else dh0[:, vs], scale, t, cu_seqlens, plan,
+                part, [*prepared, u, states], None if dht is None else dht[:, vs], None if dh0 is None else dh0[:, vs],
+                scale, t, cu_seqlens, plan, [x[:, :, h] for x, h in zip(out, (hs, hs, vs, vs), strict=True)],
             )  # fmt: skip
-    return out[0], out[1], dv if dv.dtype == do.dtype else dv.to(do.dtype), out[3], dh0
-
-
-def _gradients(ins, saved, dht, out, dh0, scale, t, cu_seqlens, plan) -> None:
-    q, k, _, do = ins
-    a, p, rq, rk, u, states = saved
     dq, dk, dv, dbeta = out
+    return [dq, dk, dv if dv.dtype == do.dtype else dv.to(do.dtype), dbeta, dh0]
+
+
+def _gradients(ins, saved, dht, dh0, scale, t, cu_seqlens, plan, out=None):
+    """dq, dk, dv and dbeta, written to `out` where it is given."""
+    q, k, beta, do = ins
+    a, p, rq, rk, u, states = saved
+    dv = _scratch_like(do) if out is None else out[2]
     ds = chunk_backward.reverse(q, k, do, (a, p, rq, rk), dht, dv, dh0, scale, t, cu_seqlens, plan)
+    # allocated while the reverse scan runs, since at batch 1 the GPU waits for the host
+    dq, dk, _, dbeta = out or [_contiguous_like(q), _contiguous_like(k), dv, _contiguous_like(beta)]
     chunk_backward.grads(q, k, do, a, u, dv, states, ds, rq, rk, dq, dk, dbeta, scale, t, cu_seqlens, plan)
+    return dq, dk, dv, dbeta
 
 
 class _Here(threading.local):
@@ -142,25 +149,25 @@ class _Run:
         self.here.run = self.outer
 
 
-def _forward_once(*inputs):
+def _forward_once(numbers: tuple, tensors: tuple) -> list:
     """`_forward`, but from what the first run kept where a region runs a second time (see `keep_results`)."""
     run = _Run.here.run
     if run is not None and run.again and run.kept:  # a third run, of a retained graph, finds nothing left
         return run.kept.popleft()
-    o, ht, saved = _forward(*inputs)
+    results = replay(_forward, numbers, tensors)
     if run is not None and not run.again:
         # detached: autograd hangs its graph on the tensors that it is given, and that graph holds `kept`
-        run.kept.append((o.detach(), None if ht is None else ht.detach(), saved))
-    return o, ht, saved
+        run.kept.append([None if x is None else x.detach() for x in results])
+    return results
 
 
 class _ChunkDeltaRule(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, beta, h0, cu_seqlens, scale, l2norm, final, recompute):
+    def forward(ctx, q, k, v, beta, h0, cu_seqlens, numbers, recompute):
         save = not recompute and any(ctx.needs_input_grad)
-        o, ht, saved = _forward_once(q, k, v, beta, h0, cu_seqlens, scale, l2norm, final, save)
+        o, ht, *saved = _forward_once((*numbers, save), (q, k, v, beta, h0, cu_seqlens))
         ctx.save_for_backward(q, k, None if save else v, beta, h0, cu_seqlens, *saved)
-        ctx.scale, ctx.l2norm, ctx.v_size = scale, l2norm, v.shape[3]
+        ctx.numbers, ctx.v_size = numbers[:2], v.shape[3]
         ctx.set_materialize_grads(False)
         return o, ht
 
@@ -169,8 +176,8 @@ class _ChunkDeltaRule(torch.autograd.Function):
         q, k, v, beta, h0, cu_seqlens, *saved = ctx.saved_tensors
         if do is None:
             do = q.new_zeros(*beta.shape, ctx.v_size)
-        grads = _backward(q, k, v, beta, h0, cu_seqlens, saved, do, dht, ctx.scale, ctx.l2norm)
-        return *grads, None, None, None, None, None
+        tensors = q, k, v, beta, h0, cu_seqlens, do, dht, *saved
+        return *replay(_backward, ctx.numbers, tensors), None, None, None
 
 
 # ------------------------------------------------------------------------------------------- torch.library operators
@@ -181,7 +188,7 @@ def _forward_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor, h0: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None, scale: float, l2norm: bool, final: bool, save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, Saved]:  # fmt: skip
-    o, ht, saved = _forward(q, k, v, beta, h0, cu_seqlens, scale, l2norm, final, save)
+    o, ht, *saved = replay(_forward, (scale, l2norm, final, save), (q, k, v, beta, h0, cu_seqlens))
     ht, *saved = [q.new_empty(0, dtype=torch.float32) if x is None else x for x in (ht, *saved)]
     return o, ht, saved
 
@@ -225,7 +232,7 @@ def _backward_op(
     l2norm: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     saved = [None if x.dim() == 1 else x for x in saved]
-    *grads, dh0 = _backward(q, k, v, beta, h0, cu_seqlens, saved, do, dht, scale, l2norm)
+    *grads, dh0 = replay(_backward, (scale, l2norm), (q, k, v, beta, h0, cu_seqlens, do, dht, *saved))
     return *grads, q.new_empty(0, dtype=torch.float32) if dh0 is None else dh0
 
 
@@ -322,21 +329,16 @@ def chunk_delta_rule(
     scale = check_arguments(q, k, v, beta, scale, initial_state, cu_seqlens)
     if initial_state is not None:
         initial_state = initial_state.contiguous()
+    numbers = scale, use_qk_l2norm_in_kernel, output_final_state
     if torch.compiler.is_compiling():
         save = (
             not recompute
             and torch.is_grad_enabled()
             and any(x is not None and x.requires_grad for x in (q, k, v, beta, initial_state))
         )
-        o, ht, _ = _forward_op(
-            q, k, v, beta, initial_state, cu_seqlens, scale, use_qk_l2norm_in_kernel, output_final_state, save
-        )
+        o, ht, _ = _forward_op(q, k, v, beta, initial_state, cu_seqlens, *numbers, save)
     elif torch.is_grad_enabled():
-        o, ht = _ChunkDeltaRule.apply(
-            q, k, v, beta, initial_state, cu_seqlens, scale, use_qk_l2norm_in_kernel, output_final_state, recompute
-        )
+        o, ht = _ChunkDeltaRule.apply(q, k, v, beta, initial_state, cu_seqlens, numbers, recompute)
     else:
-        o, ht, _ = _forward(
-            q, k, v, beta, initial_state, cu_seqlens, scale, use_qk_l2norm_in_kernel, output_final_state, False
-        )
+        o, ht = replay(_forward, (*numbers, False), (q, k, v, beta, initial_state, cu_seqlens))
     return o, ht if output_final_state else None

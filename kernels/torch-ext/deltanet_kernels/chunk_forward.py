@@ -622,9 +622,8 @@ def tables(B: int, T: int, cu_seqlens: torch.Tensor | None) -> Tables:
         return Tables(B, B * nt, nt, T % CHUNK == 0)
     n = cu_seqlens.numel() - 1
     n_chunks = T // CHUNK + n
-    offsets, chunks = torch.empty(n + 1 + 2 * n_chunks, dtype=torch.int32, device=cu_seqlens.device).split(
-        [n + 1, 2 * n_chunks]
-    )
+    # not two parts of one: a call that makes views is never replayed
+    offsets, chunks = (torch.empty(x, dtype=torch.int32, device=cu_seqlens.device) for x in (n + 1, 2 * n_chunks))
     launch(
         index_kernel,
         (n + 1,),

@@ -1,0 +1,148 @@
+"""Makes a call's launches again without the work that leads to them.
+
+Which memory a call takes and which kernels it launches on it follows from its signature: its numbers, and the shapes,
+strides, dtypes and alignment of its tensors. Working that out took the host longer than all else at batch 1. So the
+second call of a signature is recorded, as a tape of allocations and launches in their order, and later ones play the tape.
+A call that does anything else with a tensor, be it a view or a copy, is never played.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import driver
+
+from . import _launch
+
+
+class Allocation(NamedTuple):
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Launch(NamedTuple):
+    compiled: object
+    grid: tuple[int, int, int]
+    places: list[int]  # of its pointers among the call's tensors
+    rest: tuple  # sizes and constants
+
+
+class Tape(NamedTuple):
+    steps: list[Allocation | Launch]
+    results: list[int]  # places
+
+
+SEEN_ONCE, NEVER = object(), object()  # recording costs a call's time: not where each call has another length
+ALLOCATIONS = (
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty.default,
+)
+_tapes: dict[tuple, object] = {}
+_LIMIT = 4096  # signatures remembered; beyond, start again
+
+
+def forget() -> None:
+    """After a change of what no signature holds, as when tests change a plan."""
+    _tapes.clear()
+
+
+def replay(function, numbers: tuple, tensors: tuple) -> list:
+    """`function(*numbers, *tensors)`, a list of tensors and None. `tensors` may be None, but for the first.
+
+    What a call allocates lives until it ends, also where `function` itself would have let go of it.
+    """
+    addresses, signature = [None], [function, *numbers]
+    for x in tensors:
+        if x is None:
+            addresses.append(None)
+            signature.append(None)
+        else:
+            address = x.data_ptr()
+            addresses.append(address)
+            signature += x.shape, x.stride(), x.dtype, address % 16
+    device = tensors[0].get_device()
+    signature = (device, *signature)
+    tape = _tapes.get(signature)
+    if type(tape) is Tape:
+        return _play(tape, tensors, addresses, device)
+    if tape is SEEN_ONCE:
+        with _Recorder(tensors) as recorder:
+            results = function(*numbers, *tensors)
+        _tapes[signature] = recorder.tape(results)
+        return results
+    if tape is not NEVER:
+        if len(_tapes) >= _LIMIT:
+            _tapes.clear()
+        _tapes[signature] = SEEN_ONCE
+    return function(*numbers, *tensors)
+
+
+def _play(tape: Tape, tensors: tuple, addresses: list, device: int) -> list:
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _play(tape, tensors, addresses, device)
+    tensors, where = [None, *tensors], tensors[0].device
+    stream = driver.active.get_current_stream(device)
+    for step in tape.steps:
+        if type(step) is Allocation:
+            x = torch.empty_strided(step.shape, step.strides, dtype=step.dtype, device=where)
+            tensors.append(x)
+            addresses.append(x.data_ptr())
+        else:
+            _launch.run(step.compiled, step.grid, stream, [addresses[i] for i in step.places], step.rest)
+    return [tensors[i] for i in tape.results]
+
+
+class _Recorder(TorchDispatchMode):
+    """Sees which operators a call runs, and is told of its launches."""
+
+    def __init__(self, tensors: tuple):
+        super().__init__()
+        self.steps: list | None = []  # None: cannot be played
+        self.alive, self.places, self.n = [], {id(None): 0}, 1
+        for x in tensors:
+            if x is not None and id(x) in self.places:
+                self.steps = None  # one tensor under two names: which of them a kernel was given does not show
+            if x is not None:
+                self._place(x, self.n)
+            self.n += 1
+
+    def _place(self, x: torch.Tensor, place: int) -> None:
+        self.alive.append(x)  # or another tensor would take over its id
+        self.places[id(x)] = place
+
+    def __enter__(self):
+        self.outer, _launch.here.recorder = _launch.here.recorder, self
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        _launch.here.recorder = self.outer
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        if self.steps is None:
+            pass
+        elif operator in ALLOCATIONS:
+            self.steps.append(Allocation(tuple(out.shape), out.stride(), out.dtype))
+            self._place(out, self.n)
+            self.n += 1
+        elif operator is torch.ops.aten.detach.default and id(args[0]) in self.places:
+            self._place(out, self.places[id(args[0])])  # torch.empty_like detaches what somebody else holds too
+        else:
+            self.steps = None
+        return out
+
+    def launched(self, compiled, grid: tuple[int, int, int], pointers: tuple, rest: tuple) -> None:
+        places = [self.places.get(id(x)) for x in pointers]
+        if compiled is None or None in places:
+            self.steps = None
+        elif self.steps is not None:
+            self.steps.append(Launch(compiled, grid, places, rest))
+
+    def tape(self, results: list):
+        places = [self.places.get(id(x)) for x in results]
+        return NEVER if self.steps is None or None in places else Tape(self.steps, places)
