@@ -85,7 +85,9 @@ class Call:
 
     def __call__(self, n, x, y):
         self.runs += 1
-        first = torch.empty_like(x, memory_format=torch.contiguous_format)  # detached, where somebody else holds it too
+        first = torch.empty_like(
+            x, memory_format=torch.contiguous_format
+        )  # detached, where somebody else holds it too
         second = x.new_empty(n, dtype=torch.float64)
         if self.odd is not None:
             first = self.odd(first)
@@ -134,7 +136,8 @@ def test_whatever_a_call_depends_on_runs_it_again(kernel):
 
 
 @pytest.mark.parametrize(
-    "odd", [lambda x: x[1:], lambda x: x.view(-1), lambda x: x.clone(), lambda x: x.zero_(), lambda x: torch.zeros(8, 2)]
+    "odd",
+    [lambda x: x[1:], lambda x: x.view(-1), lambda x: x.clone(), lambda x: x.zero_(), lambda x: torch.zeros(8, 2)],
 )
 def test_what_does_more_than_allocate_and_launch_is_not_played(kernel, odd):
     """The view would not be taken, the copy not made, the zeros not written."""
@@ -201,10 +204,14 @@ CASES = {
 def test_gpu_a_played_call_gives_the_same_bits(case):
     """Training would learn from other numbers from its third step on."""
 
-    def tensors(seed, B=2, T=150, H=2, HV=2, d=128, dtype=torch.bfloat16, state=False, packed=False, shift=0, recompute=False):
+    def tensors(
+        seed, B=2, T=150, H=2, HV=2, d=128, dtype=torch.bfloat16, state=False, packed=False, shift=0, recompute=False
+    ):
         torch.manual_seed(seed)
         B, HV = (1 if packed or T > 150 else B), (1 if H == 1 else HV)
-        q, k, v, do = (torch.randn(B, T, h, d + shift, device="cuda", dtype=dtype)[..., shift:] for h in (H, H, HV, HV))
+        q, k, v, do = (
+            torch.randn(B, T, h, d + shift, device="cuda", dtype=dtype)[..., shift:] for h in (H, H, HV, HV)
+        )
         beta, h0 = torch.rand(B, T, HV, device="cuda", dtype=dtype), None
         kw = {"use_qk_l2norm_in_kernel": True, "recompute": recompute, "output_final_state": state}
         if packed:
