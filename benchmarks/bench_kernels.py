@@ -43,9 +43,7 @@ def measure(shape, timer, triton_only: bool) -> dict:
         return chunk_forward.prepare(q, k, beta, scale, True, t, None, plan)
 
     def scan(save):
-        return chunk_forward.scan(
-            q, k, v, prepared, None, scale, t, None, plan, output=True, save=save, final=False
-        )  # fmt: skip
+        return chunk_forward.scan(q, k, v, prepared, None, scale, t, None, plan, save=save, final=False, o=o)
 
     def reverse():
         return chunk_backward.reverse(q, k, do, prepared, None, dv, None, scale, t, None, plan)
@@ -54,8 +52,8 @@ def measure(shape, timer, triton_only: bool) -> dict:
         chunk_backward.grads(q, k, do, a, u, dv, s, ds, rq, rk, dq, dk, dbeta, scale, t, None, plan)
 
     prepared = a, p, rq, rk = prepare()
-    o, u, s, _ = scan(save=True)
-    dv, dq, dk, dbeta = (torch.empty_like(x) for x in (v, q, k, beta))
+    o, dv, dq, dk, dbeta = (torch.empty_like(x) for x in (v, v, q, k, beta))
+    u, s, _ = scan(save=True)
     ds = reverse()
     return {
         "prepare" if p is None else "prepare and scores": (timer(prepare), size(k, beta, a, rk, rq, p) + size(q) * (p is not None)),

@@ -216,7 +216,7 @@ def test_segment_count():
     """Few programs: cut. Enough programs, short or odd lengths: leave alone."""
     count = segments.count
     assert count(1, 32768, 16, 128, 2, 132) == 8
-    assert count(1, 4096, 16, 128, 2, 132) == 1
+    assert [count(1, T, 16, 128, 2, 132) for T in (2048, 4096 - 64, 4096, 8192, 16384)] == [1, 1, 4, 4, 4]
     assert count(8, 32768, 16, 128, 2, 132) == 1
     assert count(1, 32768 + 1, 16, 128, 2, 132) == 1
 

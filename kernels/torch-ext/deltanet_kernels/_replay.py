@@ -3,7 +3,7 @@
 Which memory a call takes and which kernels it launches on it follows from its signature: its numbers, and the shapes,
 strides, dtypes and alignment of its tensors. Working that out took the host longer than all else at batch 1. So the
 second call of a signature is recorded, as a tape of allocations and launches in their order, and later ones play the tape.
-A call that does anything else with a tensor, be it a view or a copy, is never played.
+A call that does anything else with a tensor, be it a copy or a view from its middle, is never played.
 """
 
 from typing import NamedTuple
@@ -40,6 +40,8 @@ ALLOCATIONS = (
     torch.ops.aten.empty_strided.default,
     torch.ops.aten.new_empty.default,
 )
+# those of which a kernel is given the tensor's own address (torch.empty_like detaches what somebody else holds too)
+VIEWS = torch.ops.aten.as_strided.default, torch.ops.aten.detach.default
 _tapes: dict[tuple, object] = {}
 _LIMIT = 4096  # signatures remembered; beyond, start again
 
@@ -102,17 +104,12 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, tensors: tuple):
         super().__init__()
         self.steps: list | None = []  # None: cannot be played
-        self.alive, self.places, self.n = [], {id(None): 0}, 1
-        for x in tensors:
-            if x is not None and id(x) in self.places:
-                self.steps = None  # one tensor under two names: which of them a kernel was given does not show
-            if x is not None:
-                self._place(x, self.n)
-            self.n += 1
-
-    def _place(self, x: torch.Tensor, place: int) -> None:
-        self.alive.append(x)  # or another tensor would take over its id
-        self.places[id(x)] = place
+        self.tensors = [None, *tensors]  # by place, and alive, or another tensor would take over an id
+        self.views = []
+        self.places = {id(x): place for place, x in enumerate(self.tensors) if x is not None} | {id(None): 0}
+        given = [id(x) for x in tensors if x is not None]
+        if len(set(given)) < len(given):
+            self.steps = None  # one tensor under two names: which of them a kernel was given does not show
 
     def __enter__(self):
         self.outer, _launch.here.recorder = _launch.here.recorder, self
@@ -128,10 +125,11 @@ class _Recorder(TorchDispatchMode):
             pass
         elif operator in ALLOCATIONS:
             self.steps.append(Allocation(tuple(out.shape), out.stride(), out.dtype))
-            self._place(out, self.n)
-            self.n += 1
-        elif operator is torch.ops.aten.detach.default and id(args[0]) in self.places:
-            self._place(out, self.places[id(args[0])])  # torch.empty_like detaches what somebody else holds too
+            self.places[id(out)] = len(self.tensors)
+            self.tensors.append(out)
+        elif operator in VIEWS and id(args[0]) in self.places and out.data_ptr() == args[0].data_ptr():
+            self.places[id(out)] = self.places[id(args[0])]
+            self.views.append(out)
         else:
             self.steps = None
         return out
@@ -145,4 +143,12 @@ class _Recorder(TorchDispatchMode):
 
     def tape(self, results: list):
         places = [self.places.get(id(x)) for x in results]
-        return NEVER if self.steps is None or None in places else Tape(self.steps, places)
+        if self.steps is None or not all(map(self._is_whole, results, places)):
+            return NEVER
+        return Tape(self.steps, places)
+
+    def _is_whole(self, x: torch.Tensor | None, place: int | None) -> bool:
+        """Whether what stands at the place may be returned for x, which may be a view of it."""
+        if x is None or place is None:
+            return x is None
+        return x.shape == self.tensors[place].shape and x.stride() == self.tensors[place].stride()

@@ -49,12 +49,13 @@ def _forward(scale: float, l2norm: bool, final: bool, save: bool, q, k, v, beta,
     phi = None
     if s > 1:
         h0, phi = segments.entry_states(k, v, prepared, h0, scale, t, plan, s)
-    o, u, states, ht = chunk_forward.scan(
-        q, k, v, prepared, h0, scale, t, cu_seqlens, plan, output=True, save=save, final=final
+    o = v.new_empty(B, T, HV, V)
+    part = segments.cut(o, s) if s > 1 else o
+    u, states, ht = chunk_forward.scan(
+        q, k, v, prepared, h0, scale, t, cu_seqlens, plan, save=save, final=final, o=part
     )
-    if s > 1:
-        o = o.view(B, T, HV, V)
-        ht = ht[s - 1 :: s].contiguous() if final else None
+    if s > 1 and final:
+        ht = ht[s - 1 :: s].contiguous()
     return [o, ht, *prepared, u, states, phi] if save else [o, ht]
 
 
@@ -88,8 +89,8 @@ def _backward(scale: float, l2norm: bool, q, k, v, beta, h0, cu_seqlens, do, dht
         t = chunk_forward.tables(*parts[0].shape[:2], None)
         dht = segments.exit_gradients(parts[0], parts[1], parts[3], saved[:4], phi, dht, scale, t, plan, s)
         part = None if h0 is None else dht.new_empty(dht.shape)
-        out = _gradients(parts, saved, dht, part, scale, t, None, plan)
-        out = [x.view(like.shape) for x, like in zip(out, (q, k, do, beta), strict=True)]
+        out = [_contiguous_like(q), _contiguous_like(k), _scratch_like(do), _contiguous_like(beta)]
+        _gradients(parts, saved, dht, part, scale, t, None, plan, [segments.cut(x, s) for x in out])
         if h0 is not None:
             dh0.copy_(part[::s])
     elif saved:
@@ -105,9 +106,9 @@ def _backward(scale: float, l2norm: bool, q, k, v, beta, h0, cu_seqlens, do, dht
             hs, vs = slice(i * H // slices, (i + 1) * H // slices), slice(i * HV // slices, (i + 1) * HV // slices)
             part = [x[:, :, h] for x, h in zip(ins, (hs, hs, vs, vs), strict=True)]
             prepared = chunk_forward.prepare(*part[:3], scale, l2norm, t, cu_seqlens, plan)
-            _, u, states, _ = chunk_forward.scan(
+            u, states, _ = chunk_forward.scan(
                 part[0], part[1], v[:, :, vs], prepared, None if h0 is None else h0[:, vs].contiguous(), scale, t,
-                cu_seqlens, plan, output=False, save=True, final=False,
+                cu_seqlens, plan, save=True, final=False,
             )  # fmt: skip
             _gradients(
                 part, [*prepared, u, states], None if dht is None else dht[:, vs], None if dh0 is None else dh0[:, vs],

@@ -707,22 +707,21 @@ def prepare(q, k, beta, scale: float, l2norm: bool, t: Tables, cu_seqlens, plan:
     return a, p, rq, rk
 
 
-def scan(q, k, v, prepared, h0, scale, t: Tables, cu_seqlens, plan: Plan, *, output, save, final, phi=None):
-    """Forward scan. Returns o, u, s, ht; each is None unless asked for. Fills phi [N, HV, K, K], for segments."""
+def scan(q, k, v, prepared, h0, scale, t: Tables, cu_seqlens, plan: Plan, *, save, final, o=None, phi=None):
+    """Forward scan. Returns u, s, ht; each is None unless asked for. Fills o, and phi [N, HV, K, K], for segments."""
     a, p, rq, rk = prepared
     B, T, H, K = k.shape
     HV, V = v.shape[2:]
     new = k.new_empty
     scratch = scratch_type(k.dtype)
-    o = new(B, T, HV, V, dtype=v.dtype) if output else None
     u = new(*u_shape(k, v, t.n_chunks, plan), dtype=scratch) if save else None
     s = new(*s_shape(k, v, t.n_chunks, plan), dtype=scratch) if save else None
     ht = new(t.n, HV, K, V, dtype=torch.float32) if final else None
     if t.n == 0:
-        return o, u, s, ht
+        return u, s, ht
     choice = plan.scan
     block_v, nv, block_k, _ = blocks(K, V, plan)
-    if plan.gluon_scans and output and hopper_tiles.accepts(q, k, v):
+    if plan.gluon_scans and o is not None and hopper_tiles.accepts(q, k, v):
         hopper_scan.scan(q, k, v, a, rk, h0, o, u, s, rq, ht, scale, t, cu_seqlens, plan.gluon_scans)
     else:
         columns = nv if phi is None else nv - (-K // block_v)
@@ -738,9 +737,9 @@ def scan(q, k, v, prepared, h0, scale, t: Tables, cu_seqlens, plan: Plan, *, out
             {
                 "K": K, "V": V, "BK": block_k, "BV": block_v, "C": CHUNK,
                 "L2NORM": rk is not None, "PACKED": cu_seqlens is not None, "EVEN": t.even, "HAS_H0": h0 is not None,
-                "HAS_HT": final, "OUTPUT": output, "SAVE": save, "PHI": phi is not None, "WIDE": k.dtype != torch.bfloat16,
+                "HAS_HT": final, "OUTPUT": o is not None, "SAVE": save, "PHI": phi is not None, "WIDE": k.dtype != torch.bfloat16,
                 "PRECISION": precision(k.dtype), "EPS": EPS, "STORED": plan.stored,
             },
             {"num_warps": choice.num_warps, "num_stages": choice.num_stages},
         )  # fmt: skip
-    return o, u, s, ht
+    return u, s, ht

@@ -24,7 +24,8 @@ from .chunk_forward import Tables
 from .configs import CHUNK, Plan
 
 
-MIN_CHUNKS = 64  # chunks a segment; below, the extra launches cost more than they spread
+MIN_CHUNKS = 16  # chunks a segment; below, the extra launches cost more than they spread
+MIN_CHUNKS_SHARED = 64  # the same where programs share multiprocessors, so that each of them is slower
 
 
 def count(B: int, T: int, HV: int, K: int, blocks: int, sms: int) -> int:
@@ -36,7 +37,9 @@ def count(B: int, T: int, HV: int, K: int, blocks: int, sms: int) -> int:
     if programs * 2 > sms or T % CHUNK or K > 128:
         return 1
     s = 1
-    while programs * s * 2 <= 2 * sms and T % (CHUNK * s * 2) == 0 and T // (CHUNK * s * 2) >= MIN_CHUNKS:
+    while programs * s * 2 <= 2 * sms and T % (CHUNK * s * 2) == 0:
+        if T // (CHUNK * s * 2) < (MIN_CHUNKS if programs * s * 2 <= sms else MIN_CHUNKS_SHARED):
+            break
         s *= 2
     # two extra passes: worth it from four segments on
     return s if s >= 4 else 1
@@ -105,9 +108,7 @@ def entry_states(k, v, prepared, h0, scale: float, t: Tables, plan: Plan, s: int
     K, HV = k.shape[3], v.shape[2]
     phi = k.new_empty(t.n, HV, K, K, dtype=torch.float32)
     entry = plan._replace(scan=plan.entry or plan.scan)
-    *_, n = chunk_forward.scan(
-        k, k, v, prepared, None, scale, t, None, entry, output=False, save=False, final=True, phi=phi
-    )
+    *_, n = chunk_forward.scan(k, k, v, prepared, None, scale, t, None, entry, save=False, final=True, phi=phi)
     return _chain(n, phi, h0, s, False), phi
 
 
