@@ -95,7 +95,10 @@ def main(arch: int, d: int, dtype: str = "bf16") -> dict:
         state = {"HAS_DHT": True, "HAS_DH0": True, "d_st": 16 * d}
         state |= {"BV": hopper_reverse.BLOCK_V, "STAGES": hopper_tiles.STAGES[hopper_reverse.BLOCK_V]}
         gluon = configs.Launch(64, 4, 1)
-        found["reverse, Gluon"] = compile_and_read(hopper_reverse.reverse_kernel, sizes | state, gluon, arch, dtype)
+        for save in (True, False):
+            found[f"reverse, Gluon, {save = }"] = compile_and_read(
+                hopper_reverse.reverse_kernel, sizes | state | {"SAVE": save}, gluon, arch, dtype
+            )
     return found
 
 

@@ -304,8 +304,9 @@ def reverse(q, k, do, prepared, dht, dv, dh0, scale, t: Tables, cu_seqlens, plan
         return ds
     choice = plan.reverse
     block_v, nv, block_k, _ = blocks(K, V, plan)
-    if plan.gluon_scans and save and hopper_tiles.accepts(q, k, do):
-        hopper_reverse.reverse(q, k, do, a, rq, rk, dht, dv, ds, dh0, scale, t, cu_seqlens)
+    heads = dv.stride(1) // V if save else HV
+    if plan.gluon_scans and hopper_tiles.accepts(q, k, do):
+        hopper_reverse.reverse(q, k, do, a, rq, rk, dht, dv, ds, dh0, scale, t, cu_seqlens, heads, save)
     else:
         launch(
             reverse_kernel, (nv, HV, t.n),
@@ -315,8 +316,7 @@ def reverse(q, k, do, prepared, dht, dv, dh0, scale, t: Tables, cu_seqlens, plan
                 cu_seqlens, t.chunk_offsets,
             ),
             (
-                scale, T, t.nt, H, HV, dv.stride(1) // V if save else HV,
-                *q.stride()[:3], *k.stride()[:3], *do.stride()[:3],
+                scale, T, t.nt, H, HV, heads, *q.stride()[:3], *k.stride()[:3], *do.stride()[:3],
             ),
             {
                 "K": K, "V": V, "BK": block_k, "BV": block_v, "C": CHUNK,

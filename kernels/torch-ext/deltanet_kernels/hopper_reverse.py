@@ -35,9 +35,12 @@ def reverse_kernel(
     # constants; heads and a token's strides among them, see `hopper_scan.py`
     H: gl.constexpr, HV: gl.constexpr, q_st: gl.constexpr, k_st: gl.constexpr, d_st: gl.constexpr,
     K: gl.constexpr, V: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, L2NORM: gl.constexpr, PACKED: gl.constexpr,
-    EVEN: gl.constexpr, HAS_DHT: gl.constexpr, HAS_DH0: gl.constexpr, STAGES: gl.constexpr,
+    EVEN: gl.constexpr, HAS_DHT: gl.constexpr, HAS_DH0: gl.constexpr, SAVE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Runs one sequence, value head and block of BV = 64 value columns from the last chunk to the first."""
+    """Runs one sequence, value head and block of BV = 64 value columns from the last chunk to the first.
+
+    Without SAVE only dh0 is written (first pass of a segmented scan).
+    """
     i_v = gl.program_id(0) * BV
     i_hv = gl.program_id(1)
     i_n = gl.program_id(2)
@@ -105,16 +108,18 @@ def reverse_kernel(
         b_u = warpgroup_mma(
             gl.convert_layout(b_c, left), t_k.index(slot).permute([1, 0]), zero, use_acc=False, is_async=True
         )
-        store_fragments(ds + i_c.to(gl.int64) * HV * V * K, b_c, BV, K)
+        if SAVE:
+            store_fragments(ds + i_c.to(gl.int64) * HV * V * K, b_c, BV, K)
         b_do = t_do.index(slot).permute([1, 0]).load(left).to(gl.float32)
         b_do = b_do * (t_rq.index(slot).load(gl.SliceLayout(0, left)) * scale)[None, :] if L2NORM else b_do * scale
         b_do = b_do.to(BF16)
         b_u = warpgroup_mma(b_do, t_p.index(i % 2), b_u, is_async=True)
         # dS^T <- dS^T + dO'^T Q - (rk dV)^T K
         b_s = warpgroup_mma(gl.convert_layout(b_do, left_w), t_q.index(slot), b_s, is_async=True)
-        # dV of the chunk before; in the first turn whatever lies there, which the second replaces
-        last = gl.minimum(i_c + 1, NT - 1)
-        store_tile(dv + last.to(gl.int64) * C * HV_ALL * V, HV_ALL * V, t_dv, T - last * C, BV, EVEN)
+        if SAVE:
+            # dV of the chunk before; in the first turn whatever lies there, which the second replaces
+            last = gl.minimum(i_c + 1, NT - 1)
+            store_tile(dv + last.to(gl.int64) * C * HV_ALL * V, HV_ALL * V, t_dv, T - last * C, BV, EVEN)
         if i + STAGES - 1 < NT:
             load_stage(
                 t_q, t_k, t_do, t_a, t_rk, t_rq, q, k, do, a, rk, rq, i_c - STAGES + 1, (i + STAGES - 1) % STAGES,
@@ -128,12 +133,13 @@ def reverse_kernel(
         b_s, b_v = warpgroup_mma_wait(1, deps=[b_s, b_v])
         b_w = b_v * -t_rk.index(slot).load(gl.SliceLayout(0, narrow))[None, :] if L2NORM else -b_v
         b_s = warpgroup_mma(gl.convert_layout(b_w.to(BF16), left_w), t_k.index(slot), b_s, is_async=True)
-        t_dv.permute([1, 0]).store(b_v.to(BF16))
+        if SAVE:
+            t_dv.permute([1, 0]).store(b_v.to(BF16))
         b_p = warpgroup_mma_wait(1, deps=[b_p])
         store_scores(t_p.index((i + 1) % 2), b_p, C, narrow)
         b_s = warpgroup_mma_wait(0, deps=[b_s])
 
-    if NT > 0:
+    if SAVE and NT > 0:
         store_tile(dv, HV_ALL * V, t_dv, T, BV, EVEN)
     if HAS_DH0:
         gl.store(dh0 + p_s, b_s)
@@ -142,8 +148,8 @@ def reverse_kernel(
 # --------------------------------------------------------------------------------------------------------- launchers
 
 
-def reverse(q, k, do, a, rq, rk, dht, dv, ds, dh0, scale, t, cu_seqlens) -> None:
-    """Writes dv and ds, and dh0 where it is given; the heads of dv, dht and dh0 may be a slice of more."""
+def reverse(q, k, do, a, rq, rk, dht, dv, ds, dh0, scale, t, cu_seqlens, heads: int, save: bool) -> None:
+    """Writes dv and ds unless `save` is false, and dh0 where it is given; dv, dht and dh0 have `heads` heads, or more."""
     H, K = k.shape[2:]
     HV, V = do.shape[2:]
     launch(
@@ -153,13 +159,14 @@ def reverse(q, k, do, a, rq, rk, dht, dv, ds, dh0, scale, t, cu_seqlens) -> None
             a if dh0 is None else dh0, cu_seqlens, t.chunk_offsets,
         ),
         (
-            scale, k.shape[1], t.nt, dv.stride(1) // V,
+            scale, k.shape[1], t.nt, heads,
             q.stride(0), q.stride(2), k.stride(0), k.stride(2), do.stride(0), do.stride(2),
         ),
         {
             "H": H, "HV": HV, "q_st": q.stride(1), "k_st": k.stride(1), "d_st": do.stride(1),
             "K": K, "V": V, "BV": BLOCK_V, "C": CHUNK, "L2NORM": rk is not None, "PACKED": cu_seqlens is not None,
-            "EVEN": t.even, "HAS_DHT": dht is not None, "HAS_DH0": dh0 is not None, "STAGES": STAGES[BLOCK_V],
+            "EVEN": t.even, "HAS_DHT": dht is not None, "HAS_DH0": dh0 is not None, "SAVE": save,
+            "STAGES": STAGES[BLOCK_V],
         },
         {"num_warps": 4},
     )  # fmt: skip
