@@ -212,13 +212,21 @@ def test_operators_trace(packed):
         assert error(a, b) < 1e-5
 
 
-def test_segment_count():
-    """Few programs: cut. Enough programs, short or odd lengths: leave alone."""
-    count = segments.count
-    assert count(1, 32768, 16, 128, 2, 132) == 8
-    assert [count(1, T, 16, 128, 2, 132) for T in (2048, 4096 - 64, 4096, 8192, 16384)] == [1, 1, 4, 4, 4]
-    assert count(8, 32768, 16, 128, 2, 132) == 1
-    assert count(1, 32768 + 1, 16, 128, 2, 132) == 1
+@pytest.mark.parametrize(
+    "shape, lengths",
+    [
+        ((1, 16, 128, 2), {2048: 1, 4096 - 64: 1, 4096: 4, 8192: 4, 16384: 4, 32768: 8, 32768 + 1: 1, 131072: 8}),
+        ((1, 32, 64, 1), {4096: 4, 32768: 4, 131072: 4}),  # whole heads already
+        ((1, 2, 128, 2), {4096: 4, 16384: 16, 131072: 32}),
+        ((2, 16, 128, 2), {8192: 1, 16384: 4}),
+        ((8, 16, 128, 2), {32768: 1}),
+        ((1, 2, 256, 2), {32768: 1}),
+    ],
+)
+def test_segment_count(shape, lengths):
+    """Few programs: cut. Enough programs, short or odd lengths, wide keys: leave alone."""
+    B, HV, K, blocks = shape
+    assert {T: segments.count(B, T, HV, K, blocks, sms=132) for T in lengths} == lengths
 
 
 @pytest.mark.parametrize(
@@ -348,9 +356,14 @@ def test_gpu_gluon_borders(l2norm, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_gpu_packed_and_long():
+def test_gpu_packed():
     compare(*make(1, 200, 2, 128, n=5, dtype=torch.bfloat16), cu_seqlens=[0, 0, 5, 68, 133, 200])
-    x = make(1, 16384, 1, 64, dtype=torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T, d", [(16384, 64), (4096, 128)])
+def test_gpu_segments(T, d):
+    x = make(1, T, 1, d, dtype=torch.bfloat16)
     assert chunk._plan(x[0], x[2], None)[1] > 1
     compare(*x)
 
