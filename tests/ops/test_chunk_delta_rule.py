@@ -363,6 +363,7 @@ def test_gpu_packed():
 @pytest.mark.gpu
 @pytest.mark.parametrize("T, d", [(16384, 64), (4096, 128)])
 def test_gpu_segments(T, d):
+    """What enters a segment would come from another place, or its gradient go to one."""
     x = make(1, T, 1, d, dtype=torch.bfloat16)
     assert chunk._plan(x[0], x[2], None)[1] > 1
     compare(*x)

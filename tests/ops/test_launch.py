@@ -85,9 +85,8 @@ class Call:
 
     def __call__(self, n, x, y):
         self.runs += 1
-        first = torch.empty_like(
-            x, memory_format=torch.contiguous_format
-        )  # detached, where somebody else holds it too
+        # detached, where somebody else holds it too
+        first = torch.empty_like(x, memory_format=torch.contiguous_format)
         second = x.new_empty(n, dtype=torch.float64)
         if self.odd is not None:
             first = self.odd(first)

@@ -104,8 +104,8 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, tensors: tuple):
         super().__init__()
         self.steps: list | None = []  # None: cannot be played
-        self.tensors = [None, *tensors]  # by place, and alive, or another tensor would take over an id
-        self.views = []
+        # kept alive, or another tensor would take over an id
+        self.tensors, self.views = [None, *tensors], []  # the former by place
         self.places = {id(x): place for place, x in enumerate(self.tensors) if x is not None} | {id(None): 0}
         given = [id(x) for x in tensors if x is not None]
         if len(set(given)) < len(given):

@@ -69,6 +69,11 @@ def _scratch_like(do: torch.Tensor) -> torch.Tensor:
     return _contiguous_like(do, chunk_forward.scratch_type(do.dtype))
 
 
+def _gradients_like(q, k, beta, do) -> list:
+    """dq, dk, dv and dbeta, to be written."""
+    return [_contiguous_like(q), _contiguous_like(k), _scratch_like(do), _contiguous_like(beta)]
+
+
 def _backward(scale: float, l2norm: bool, q, k, v, beta, h0, cu_seqlens, do, dht, *saved) -> list:
     """dq, dk, dv, dbeta, dh0. `saved` as `_forward` gave it; without, everything is computed again, heads in slices.
 
@@ -89,7 +94,7 @@ def _backward(scale: float, l2norm: bool, q, k, v, beta, h0, cu_seqlens, do, dht
         t = chunk_forward.tables(*parts[0].shape[:2], None)
         dht = segments.exit_gradients(parts[0], parts[1], parts[3], saved[:4], phi, dht, scale, t, plan, s)
         part = None if h0 is None else dht.new_empty(dht.shape)
-        out = [_contiguous_like(q), _contiguous_like(k), _scratch_like(do), _contiguous_like(beta)]
+        out = _gradients_like(*ins)
         _gradients(parts, saved, dht, part, scale, t, None, plan, [segments.cut(x, s) for x in out])
         if h0 is not None:
             dh0.copy_(part[::s])
@@ -99,7 +104,7 @@ def _backward(scale: float, l2norm: bool, q, k, v, beta, h0, cu_seqlens, do, dht
     else:
         plan = plan._replace(stored=True)  # a scan without output computes neither P nor the norms of q
         t = chunk_forward.tables(*q.shape[:2], cu_seqlens)
-        out = [_contiguous_like(q), _contiguous_like(k), _scratch_like(do), _contiguous_like(beta)]
+        out = _gradients_like(*ins)
         H, HV = q.shape[2], v.shape[2]
         slices = next(i for i in (4, 3, 2, 1) if H % i == 0)
         for i in range(slices):

@@ -315,9 +315,7 @@ def reverse(q, k, do, prepared, dht, dv, dh0, scale, t: Tables, cu_seqlens, plan
                 dv, ds, a if dh0 is None else dh0,
                 cu_seqlens, t.chunk_offsets,
             ),
-            (
-                scale, T, t.nt, H, HV, heads, *q.stride()[:3], *k.stride()[:3], *do.stride()[:3],
-            ),
+            (scale, T, t.nt, H, HV, heads, *q.stride()[:3], *k.stride()[:3], *do.stride()[:3]),
             {
                 "K": K, "V": V, "BK": block_k, "BV": block_v, "C": CHUNK,
                 "L2NORM": rk is not None, "PACKED": cu_seqlens is not None, "EVEN": t.even, "HAS_DHT": dht is not None,

@@ -149,7 +149,10 @@ def reverse_kernel(
 
 
 def reverse(q, k, do, a, rq, rk, dht, dv, ds, dh0, scale, t, cu_seqlens, heads: int, save: bool) -> None:
-    """Writes dv and ds unless `save` is false, and dh0 where it is given; dv, dht and dh0 have `heads` heads, or more."""
+    """Writes dh0 where it is given and, with `save`, dv and ds.
+
+    `heads` is how many dv, dht and dh0 have, of which a call may hold a slice.
+    """
     H, K = k.shape[2:]
     HV, V = do.shape[2:]
     launch(
