@@ -31,6 +31,7 @@ SHAPES = [
     (8, 4096, 32, 64),
     (8, 4096, 8, 256),
 ]
+ERROR_LENGTHS = 512, 4096  # the second is cut into segments
 COLD = """
 import time, torch
 t = time.time()
@@ -98,8 +99,8 @@ def measure(f, shape: tuple[int, ...], rep: int) -> dict:
 
 
 def errors(functions: dict, shape: tuple[int, ...]) -> dict:
-    """name -> ||x - ref|| / ||ref|| of the output and each gradient, on one input; ref is the rule token by token in fp64."""
-    from modeling_deltanet.delta_rule import torch_recurrent_delta_rule
+    """name -> ||x - ref|| / ||ref|| of the output and each gradient, on one input; ref is torch's chunked form in fp64."""
+    from modeling_deltanet.delta_rule import torch_chunk_delta_rule
 
     def both(f, inputs):
         inputs = [x.detach().requires_grad_() for x in inputs]
@@ -111,7 +112,7 @@ def errors(functions: dict, shape: tuple[int, ...]) -> dict:
     q, k, v, do = (torch.randn(B, T, H, d, device="cuda", dtype=torch.bfloat16) for _ in "qkvo")
     inputs = [q, k, v, torch.rand(B, T, H, device="cuda").bfloat16()]
     reference = both(
-        lambda *x: torch_recurrent_delta_rule(*x, use_qk_l2norm_in_kernel=True)[0], [x.double() for x in inputs]
+        lambda *x: torch_chunk_delta_rule(*x, use_qk_l2norm_in_kernel=True)[0], [x.double() for x in inputs]
     )
     found = {}
     for name in ("ours", "fla"):
@@ -162,7 +163,7 @@ def main() -> None:
     parser.add_argument("--rep", type=int, default=60, help="milliseconds of repetition a figure")
     parser.add_argument("--cold", action="store_true", help="also time the first call in a fresh process")
     parser.add_argument(
-        "--errors", action="store_true", help="also the errors against fp64, 1 x 512 tokens of each size"
+        "--errors", action="store_true", help="also the errors against fp64, 1 x 512 and 1 x 4096 tokens of each size"
     )
     parser.add_argument("--out", default=None, help="JSON file; default: results/<gpu>_ops.json")
     parser.add_argument("--plot", default=None, help="PNG or SVG against sequence length")
@@ -211,8 +212,9 @@ def main() -> None:
         print(shape, json.dumps(rows[-1]["results"]), json.dumps(rows[-1].get("ratio")), flush=True)
     if args.errors:
         record["errors"] = []
-        for H, d in sorted({shape[2:] for shape in shapes}):
-            record["errors"].append({"shape": (1, 512, H, d), **errors(functions, (1, 512, H, d))})
+        sizes = sorted({shape[2:] for shape in shapes})
+        for shape in [(1, T, *size) for T in ERROR_LENGTHS for size in sizes]:
+            record["errors"].append({"shape": shape, **errors(functions, shape)})
             save()
             print("errors", json.dumps(record["errors"][-1]), flush=True)
     if args.cold:
