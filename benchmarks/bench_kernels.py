@@ -34,7 +34,7 @@ def measure(shape, timer, triton_only: bool) -> dict:
     q, k, v, do = (torch.randn(B, T, H, d, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     beta = torch.rand(B, T, H, device="cuda", dtype=torch.bfloat16)
     scale = d**-0.5
-    plan, _ = chunk._plan(q, v, None)
+    plan, _ = chunk._plan(q, v, None, True)
     if triton_only:
         plan = plan._replace(gluon_grads=False, gluon_scans=False)
     t = chunk_forward.tables(B, T, None)

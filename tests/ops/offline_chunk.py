@@ -14,12 +14,12 @@ os.environ.pop("TRITON_INTERPRET", None)
 import triton  # noqa: E402
 from deltanet_kernels import chunk_backward as backward  # noqa: E402
 from deltanet_kernels import chunk_forward as forward  # noqa: E402
-from deltanet_kernels import configs, hopper_grads, hopper_reverse, hopper_scan, hopper_tiles  # noqa: E402
+from deltanet_kernels import configs, hopper_grads, hopper_reverse, hopper_scan, hopper_tiles, segments  # noqa: E402
 from offline import compile_kernel, resources, serialized  # noqa: E402
 
 
 INPUTS, SCRATCH = ("q", "k", "v", "do", "o", "dq", "dk", "beta", "dbeta"), ("a", "p", "u", "s", "ds", "dv")
-STATES = ("rq", "rk", "h0", "ht", "dh0", "dht")
+STATES = ("rq", "rk", "h0", "ht", "dh0", "dht", "n", "phi", "first", "out")
 TABLES = {"cu_seqlens": "*i64", "chunk_offsets": "*i32", "chunks": "*i32"}
 NOT_DIVISIBLE = {"T", "NT", "H", "HV", "HV_ALL", "H_ALL"}
 
@@ -28,6 +28,8 @@ def compile_and_read(kernel, constants, launch, arch, dtype):
     scratch = "bf16" if dtype == "bf16" else "fp32"
     pointers = dict.fromkeys(INPUTS, f"*{dtype}") | dict.fromkeys(SCRATCH, f"*{scratch}")
     pointers |= dict.fromkeys(STATES, "*fp32") | TABLES
+    if constants.get("PHI"):
+        pointers["o"] = "*fp32"  # Phi stands there
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     if launch.maxnreg:
         options["maxnreg"] = launch.maxnreg
@@ -65,6 +67,10 @@ def main(arch: int, d: int, dtype: str = "bf16") -> dict:
             "STORED": plan.stored,
         }
         found[f"scan, {name}"] = compile_and_read(forward.scan_kernel, scan | state, plan.scan, arch, dtype)
+        first = scan | state | {"HAS_HT": True, "PHI": True, "OUTPUT": False, "SAVE": False}
+        found[f"first scan, {name}"] = compile_and_read(
+            forward.scan_kernel, first, plan.entry or plan.scan, arch, dtype
+        )
         state = {
             "HAS_DHT": False,
             "HAS_DH0": False,
@@ -73,6 +79,14 @@ def main(arch: int, d: int, dtype: str = "bf16") -> dict:
             "DEEP": plan.reverse.deep,
         }
         found[f"reverse, {name}"] = compile_and_read(backward.reverse_kernel, scan | state, plan.reverse, arch, dtype)
+        first = scan | state | {"HAS_DH0": True, "SAVE": False}
+        found[f"first reverse, {name}"] = compile_and_read(backward.reverse_kernel, first, plan.reverse, arch, dtype)
+    for backwards in (False, True):
+        chain = {"K": d, "V": d, "BK": min(128, pad), "BV": configs.chain(arch, d).block_v, "S": 4}
+        chain |= {"HAS_FIRST": True, "REVERSE": backwards}
+        found[f"chain, {backwards = }"] = compile_and_read(
+            segments.chain_kernel, chain, configs.chain(arch, d), arch, dtype
+        )
     prepare = common | {"BK": min(plan.prepare.block_v, pad), "FP16": not wide, "EPS": 1e-6, "BETA_MIN": 2.0**-30}
     found["prepare"] = compile_and_read(forward.prepare_kernel, prepare, plan.prepare, arch, dtype)
     scores = common | {"BK": min(plan.scores.block_v, pad), "EPS": 1e-6}

@@ -178,15 +178,18 @@ def test_split_in_two_calls():
     assert error(torch.cat([first, second], 1), whole) < 1e-5 and error(state, end) < 1e-5
 
 
-@pytest.mark.parametrize("B, HV", [(1, 1), (2, 2)])
-def test_segments(monkeypatch, B, HV):
-    """A long sequence cut into segments gives what the plain scan gives; the switch point comes from the device."""
+@pytest.mark.parametrize(
+    "B, T, HV, K, V",
+    [(1, 1024, 1, 32, 32), (2, 1024, 2, 32, 16), (1, 1089, 1, 16, 32), (2, 1025, 2, 32, 32), (1, 1024, 1, 192, 16)],
+)
+def test_segments(monkeypatch, B, T, HV, K, V):
+    """A long sequence cut into segments gives what the plain scan gives; it need not be a multiple of them."""
     monkeypatch.setattr(segments, "MIN_CHUNKS", 1)
-    x = make(B, 256, 1, 32, HV=HV)
-    assert chunk._plan(x[0], x[2], None)[1] == 4
+    x = make(B, T, 1, K, V, HV=HV)
+    assert chunk._plan(x[0], x[2], None, True)[1] == 4
     cut = compare(*x)
     monkeypatch.setattr(chunk, "SEGMENTS", False)
-    assert chunk._plan(x[0], x[2], None)[1] == 1
+    assert chunk._plan(x[0], x[2], None, True)[1] == 1
     for a, b in zip(cut, compare(*x), strict=True):
         assert error(a, b) < 1e-5
 
@@ -213,20 +216,21 @@ def test_operators_trace(packed):
 
 
 @pytest.mark.parametrize(
-    "shape, lengths",
+    "shape, training, inference",
     [
-        ((1, 16, 128, 2), {2048: 1, 4096 - 64: 1, 4096: 4, 8192: 4, 16384: 4, 32768: 8, 32768 + 1: 1, 131072: 8}),
-        ((1, 32, 64, 1), {4096: 4, 32768: 4, 131072: 4}),  # whole heads already
-        ((1, 2, 128, 2), {4096: 4, 16384: 16, 131072: 32}),
-        ((2, 16, 128, 2), {8192: 1, 16384: 4}),
-        ((8, 16, 128, 2), {32768: 1}),
-        ((1, 2, 256, 2), {32768: 1}),
+        ((1, 16, 2), {1024: 1, 2048 - 64: 1, 2047: 4, 32768 + 1: 4, 131072: 4}, {2047: 4, 32768: 4, 131072: 8}),
+        ((1, 20, 2), {8192: 1, 131072: 1}, {16384: 1, 32768: 4, 131072: 4}),
+        ((1, 32, 1), {4096: 4, 131072: 4}, {4096: 4, 131072: 4}),  # whole heads already
+        ((1, 1, 2), {2048: 4, 4096: 8, 8192: 8, 16384: 16, 131072: 32}, {131072: 32}),  # the root of the chunks
+        ((2, 16, 2), {32768: 1}, {16384: 1, 32768: 4}),
+        ((8, 16, 2), {131072: 1}, {131072: 1}),
     ],
 )
-def test_segment_count(shape, lengths):
-    """Few programs: cut. Enough programs, short or odd lengths, wide keys: leave alone."""
-    B, HV, K, blocks = shape
-    assert {T: segments.count(B, T, HV, K, blocks, sms=132) for T in lengths} == lengths
+def test_segment_count(shape, training, inference):
+    """Few programs: cut. Enough programs or a short sequence: leave alone."""
+    B, HV, blocks = shape
+    for lengths, backward in ((training, True), (inference, False)):
+        assert {T: segments.count(B, T, HV, blocks, 132, backward) for T in lengths} == lengths
 
 
 @pytest.mark.parametrize(
@@ -307,7 +311,7 @@ def test_gpu_more_programs_than_multiprocessors(d, heads, cu_seqlens):
     """Where many heads run, other launch choices are made: they must be right too."""
     n = None if cu_seqlens is None else len(cu_seqlens) - 1
     x = make(1, 100, heads // 2, d, HV=heads, n=n, dtype=torch.bfloat16)
-    assert chunk._plan(x[0], x[2], None)[0] == configs.plan(configs.arch_of(0), d, d, False, few=False)
+    assert chunk._plan(x[0], x[2], None, True)[0] == configs.plan(configs.arch_of(0), d, d, False, few=False)
     compare(*x, cu_seqlens=cu_seqlens)
 
 
@@ -361,11 +365,11 @@ def test_gpu_packed():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("T, d", [(16384, 64), (4096, 128)])
+@pytest.mark.parametrize("T, d", [(16384, 64), (4096, 128), (2500, 64), (2240, 128)])
 def test_gpu_segments(T, d):
     """What enters a segment would come from another place, or its gradient go to one."""
-    x = make(1, T, 1, d, dtype=torch.bfloat16)
-    assert chunk._plan(x[0], x[2], None)[1] > 1
+    x = make(2 if T < 4096 else 1, T, 1, d, dtype=torch.bfloat16)
+    assert chunk._plan(x[0], x[2], None, True)[1] > 1
     compare(*x)
 
 

@@ -187,7 +187,7 @@ def test_gpu_hooks_see_every_launch():
     q, k, v = torch.randn(3, 1, 128, 2, 64, device="cuda", dtype=torch.bfloat16).unbind(0)
     beta = torch.rand(1, 128, 2, device="cuda").bfloat16()
     names, hook = [], triton.knobs.runtime.launch_enter_hook
-    plan, _ = chunk._plan(q, v, None)
+    plan, _ = chunk._plan(q, v, None, False)
 
     def see(metadata):
         names.append(metadata.get()["name"])
@@ -213,6 +213,7 @@ CASES = {
     "many programs": {"B": 40},
     "recompute": {"recompute": True},
     "segments": {"T": 4096, "H": 1},
+    "segments, of any length": {"T": 2500, "H": 1},
     "segments, states": {"T": 4096, "H": 1, "state": True},
 }
 

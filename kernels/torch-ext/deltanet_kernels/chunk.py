@@ -22,16 +22,18 @@ Saved = list[torch.Tensor]
 SEGMENTS = True  # tests switch segmentation off to compare
 
 
-def _plan(q: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None) -> tuple[configs.Plan, int]:
-    """The launch table's line for this call, and the number of segments a sequence is cut into."""
+def _plan(
+    q: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None, backward: bool
+) -> tuple[configs.Plan, int]:
+    """The launch table's line for this call, which backward may follow, and the number of segments a sequence is cut into."""
     B, T, _, K = q.shape
     HV, V = v.shape[2:]
-    arch, sms = (configs.arch_of(q.device.index), configs.multiprocessors(q.device.index)) if q.is_cuda else (90, 132)
+    arch, sms = configs.arch_of(q.device.index), configs.multiprocessors(q.device.index)
     n = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     wide = q.dtype != torch.bfloat16
     block_v = configs.plan(arch, K, V, wide, False).scan.block_v
     blocks = -(-V // block_v)
-    s = segments.count(B, T, HV, K, blocks, sms) if cu_seqlens is None and SEGMENTS else 1
+    s = segments.count(B, T, HV, blocks, sms, backward) if cu_seqlens is None and SEGMENTS else 1
     return configs.plan(arch, K, V, wide, n * s * HV * blocks <= sms), s
 
 
@@ -39,16 +41,19 @@ def _forward(scale: float, l2norm: bool, final: bool, save: bool, q, k, v, beta,
     """o, the final state or None, and with `save` what backward reads (a, p, rq, rk, u, s, phi)."""
     B, T, _, K = q.shape
     HV, V = v.shape[2:]
-    plan, s = _plan(q, v, cu_seqlens)
+    plan, s = _plan(q, v, cu_seqlens, save)
     parts = [segments.cut(x, s) for x in (q, k, v, beta)] if s > 1 else [None]
     if any(x is None for x in parts):
         s, parts = 1, (q, k, v, beta)
     q, k, v, beta = parts
-    t = chunk_forward.tables(q.shape[0], q.shape[1], cu_seqlens)
+    if s > 1:
+        t, cu_seqlens = segments.tables(B, T, s, k.device)
+    else:
+        t = chunk_forward.tables(B, T, cu_seqlens)
     prepared = chunk_forward.prepare(q, k, beta, scale, l2norm, t, cu_seqlens, plan)
     phi = None
     if s > 1:
-        h0, phi = segments.entry_states(k, v, prepared, h0, scale, t, plan, s)
+        h0, phi = segments.entry_states(k, v, prepared, h0, scale, t, cu_seqlens, plan, s)
     o = v.new_empty(B, T, HV, V)
     part = segments.cut(o, s) if s > 1 else o
     u, states, ht = chunk_forward.scan(
@@ -84,18 +89,18 @@ def _backward(scale: float, l2norm: bool, q, k, v, beta, h0, cu_seqlens, do, dht
     if dht is not None:
         dht = dht.contiguous()
     dh0 = None if h0 is None else _contiguous_like(h0)
-    plan, s = _plan(q, do, cu_seqlens)
+    plan, s = _plan(q, do, cu_seqlens, True)
     ins = q, k, beta, do
     *saved, phi = saved or [None]
     if phi is not None:
         parts = [segments.cut(x, s) for x in ins]
         if any(x is None for x in parts):  # only do can have such strides
             parts = [segments.cut(x.contiguous(), s) for x in ins]
-        t = chunk_forward.tables(*parts[0].shape[:2], None)
-        dht = segments.exit_gradients(parts[0], parts[1], parts[3], saved[:4], phi, dht, scale, t, plan, s)
+        t, borders = segments.tables(*q.shape[:2], s, q.device)
+        dht = segments.exit_gradients(parts[0], parts[1], parts[3], saved[:4], phi, dht, scale, t, borders, plan, s)
         part = None if h0 is None else dht.new_empty(dht.shape)
         out = _gradients_like(*ins)
-        _gradients(parts, saved, dht, part, scale, t, None, plan, [segments.cut(x, s) for x in out])
+        _gradients(parts, saved, dht, part, scale, t, borders, plan, [segments.cut(x, s) for x in out])
         if h0 is not None:
             dh0.copy_(part[::s])
     elif saved:
@@ -208,7 +213,7 @@ def _(q, k, v, beta, h0, cu_seqlens, scale, l2norm, final, save):
     ht = q.new_empty((n, HV, K, V) if final else (0,), dtype=torch.float32)
     if not save:
         return o, ht, []
-    plan, parts = _plan(q, v, cu_seqlens)
+    plan, parts = _plan(q, v, cu_seqlens, True)
     C = configs.CHUNK
     chunks = B * ((T + C - 1) // C) if cu_seqlens is None else T // C + n
     scratch = chunk_forward.scratch_type(k.dtype)

@@ -513,6 +513,8 @@ def scan_kernel(
         b_s2 = tl.zeros([BV, BK], tl.float32)
     if PHI:
         b_s1 += ((o_v[:, None] == o_k1[None, :]) & (i_v >= NV)).to(tl.float32)
+        if K > BK:
+            b_s2 += ((o_v[:, None] == o_k2[None, :]) & (i_v >= NV)).to(tl.float32)
     if HAS_H0:
         b_s1 += _load_tile_t(h0 + p_h, o_k1, V, o_v, m_k1, m_v)
         if K > BK:

@@ -11,50 +11,98 @@ chip of 132 multiprocessors. Over a segment the state goes S_out = Phi S_in + N,
 Backward is its adjoint, dS_in = Phi^T dS_out + dN, and reuses Phi. Phi is exact, nothing is truncated: the rule does
 not decay. Each factor has norm at most 1 for normalised keys and beta <= 2, so products cannot grow.
 
-Segments are batch entries: every tensor is viewed as [B * S, T / S, ...], which costs no copy.
+Where T is a multiple of the segments, they are batch entries: every tensor is viewed as [B * S, T / S, ...], which costs no
+copy. Else they are packed sequences of one batch entry, the last one the shortest.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from . import chunk_backward, chunk_forward
+from . import chunk_backward, chunk_forward, configs
 from ._launch import launch
 from .chunk_forward import Tables
 from .configs import CHUNK, Plan
 
 
-# Chunks a segment (H100, forward + backward of 16 heads of 128). 4096 tokens in four: 0.255 ms, in eight 0.300, uncut 0.312
-MIN_CHUNKS = 16
-# where a program holds all columns of a head. 16384 tokens in four: 0.834 ms, in eight 0.873; 32768: 1.595 and 1.634; but
-# 131072, forward alone: 1.90 to 2.01 and 1.82
-MIN_CHUNKS_WHOLE = 64
+# Chunks a segment. One head of 128, H100, forward + backward: 2048 tokens in four segments 0.083 ms, uncut 0.121
+MIN_CHUNKS = 8
+# where a program holds all columns of a head. 20 heads of 128, 32768 tokens, forward alone: 0.77 ms, uncut 0.95
+MIN_CHUNKS_WHOLE = 128
 
 
-def count(B: int, T: int, HV: int, K: int, blocks: int, sms: int) -> int:
-    """Segments a sequence: the largest power of two that divides T into whole chunks and gives each multiprocessor one
-    program at most: of a block of columns or, in long segments, of a whole head, which loads once what its blocks share.
+def count(B: int, T: int, HV: int, blocks: int, sms: int, backward: bool) -> int:
+    """Segments a sequence: the largest power of two that gives each multiprocessor one program at most, of a block of columns.
+
+    Not more than the chunks of a segment: the chain takes 3.4 us a segment and both scans 1.8 us a chunk, so that their sum
+    is least at about the root of all chunks, as was measured (`kernels/README.md`, "Segments").
+
+    Without backward, long segments may also fill the chip with programs of a whole head, which load once what its blocks of
+    columns share; with it, that lost an eighth (32 heads of 128).
     """
-    if K > 128:
-        return 1
-    s = 1
-    while T % (2 * s * CHUNK) == 0:
-        chunks, heads = T // (2 * s * CHUNK), 2 * s * B * HV
-        few = heads * blocks <= sms and chunks >= MIN_CHUNKS
-        whole = heads <= sms and heads * blocks <= 2 * sms and chunks >= MIN_CHUNKS_WHOLE
-        if not (few or whole):
+    s, chunks = 1, -(-T // CHUNK)
+    while True:
+        length, heads = chunks // (2 * s), 2 * s * B * HV
+        few = heads * blocks <= sms and length >= MIN_CHUNKS
+        whole = not backward and heads <= sms and length >= MIN_CHUNKS_WHOLE
+        if length < 2 * s or not (few or whole):
             break
         s *= 2
     # two extra passes: worth it from four segments on
     return s if s >= 4 else 1
 
 
+def _divides(T: int, s: int) -> bool:
+    return T % (s * CHUNK) == 0
+
+
 def cut(x: torch.Tensor, s: int) -> torch.Tensor | None:
-    """[B, T, ...] seen as [B * s, T / s, ...]; None where strides do not allow it."""
+    """[B, T, ...] seen as [B * s, T / s, ...], or as [1, B * T, ...]; None where strides do not allow it."""
     B, T = x.shape[:2]
     if B > 1 and x.stride(0) != T * x.stride(1):
         return None
-    return x.as_strided((B * s, T // s, *x.shape[2:]), (T // s * x.stride(1), *x.stride()[1:]), x.storage_offset())
+    shape = (B * s, T // s) if _divides(T, s) else (1, B * T)
+    return x.as_strided((*shape, *x.shape[2:]), (shape[1] * x.stride(1), *x.stride()[1:]), x.storage_offset())
+
+
+@triton.jit
+def borders_kernel(
+    # outputs, as `chunk_forward.index_kernel` writes them, and the segments' borders in [B * T]
+    borders, chunk_offsets, chunks,
+    T, NT, LENGTH, N, N_CHUNKS,
+    S: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Entries of BLOCK chunks and of as many segments. NT chunks a sequence, LENGTH a segment, the last ones maybe less."""
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(chunks + o * 2, o // NT * S + o % NT // LENGTH, mask=o < N_CHUNKS)
+    tl.store(chunks + o * 2 + 1, o % NT % LENGTH, mask=o < N_CHUNKS)
+    first = tl.minimum(o % S * LENGTH, NT)
+    tl.store(chunk_offsets + o, o // S * NT + first, mask=o <= N)
+    tl.store(borders + o, o // S * T + tl.minimum(first * C, T), mask=o <= N)
+
+
+def tables(B: int, T: int, s: int, device: torch.device) -> tuple[Tables, torch.Tensor | None]:
+    """Where the segments and their chunks lie; and, where they are packed, their borders."""
+    if _divides(T, s):
+        return chunk_forward.tables(B * s, T // s, None), None
+    nt = -(-T // CHUNK)
+    sizes = B * s + 1, B * s + 1, 2 * B * nt
+    borders, offsets, chunks = (torch.empty(x, dtype=torch.int32, device=device) for x in sizes)
+    launch(
+        borders_kernel, (-(-max(sizes[0], B * nt) // 128),),
+        (borders, offsets, chunks),
+        (T, nt, -(-nt // s), B * s, B * nt),
+        {"S": s, "C": CHUNK, "BLOCK": 128},
+        {"num_warps": 1},
+    )  # fmt: skip
+    return Tables(B * s, B * nt, 0, T % CHUNK == 0, offsets, chunks), borders
+
+
+@triton.jit
+def _load_block(p, o_r, o_c, K: tl.constexpr, REVERSE: tl.constexpr):
+    """A block of Phi [K, K], or of its transpose."""
+    o = o_r[:, None] + o_c[None, :] * K if REVERSE else o_r[:, None] * K + o_c[None, :]
+    return tl.load(p + o, mask=(o_r < K)[:, None] & (o_c < K)[None, :], other=0.0)
 
 
 @triton.jit
@@ -64,60 +112,79 @@ def chain_kernel(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, S: tl.constexpr,
     HAS_FIRST: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """state <- Phi state + N from segment to segment (backward: Phi^T, last to first); out is each one's entry."""
+    """state <- Phi state + N from segment to segment (backward: Phi^T, last to first); out is each one's entry.
+
+    Keys wider than BK = 128 are held as two halves, as in the scans.
+    """
     i_v = tl.program_id(0)
     i_b = tl.program_id(1).to(tl.int64) // HV
     i_hv = tl.program_id(1) % HV
-    o_k = tl.arange(0, BK)
+    o_k1 = tl.arange(0, BK)
+    o_k2 = BK + tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
-    m = (o_k < K)[:, None] & (o_v < V)[None, :]
-    o = o_k[:, None] * V + o_v[None, :]
+    m_1 = (o_k1 < K)[:, None] & (o_v < V)[None, :]
+    m_2 = (o_k2 < K)[:, None] & (o_v < V)[None, :]
+    o_1 = o_k1[:, None] * V + o_v[None, :]
+    o_2 = o_k2[:, None] * V + o_v[None, :]
+    b_s1 = tl.zeros([BK, BV], tl.float32)
+    b_s2 = tl.zeros([BK, BV], tl.float32)
     if HAS_FIRST:
-        b_s = tl.load(first + (i_b * HV + i_hv) * K * V + o, mask=m, other=0.0)
-    else:
-        b_s = tl.zeros([BK, BV], tl.float32)
+        first += (i_b * HV + i_hv) * K * V
+        b_s1 = tl.load(first + o_1, mask=m_1, other=0.0)
+        if K > BK:
+            b_s2 = tl.load(first + o_2, mask=m_2, other=0.0)
     STEP: tl.constexpr = -1 if REVERSE else 1
     p = ((i_b * S + (S - 1 if REVERSE else 0)) * HV + i_hv) * K
-    tl.store(out + p * V + o, b_s, mask=m)
+    tl.store(out + p * V + o_1, b_s1, mask=m_1)
+    if K > BK:
+        tl.store(out + p * V + o_2, b_s2, mask=m_2)
     for _ in range(S - 1):
-        if REVERSE:
-            p_phi = phi + p * K + o_k[:, None] + o_k[None, :] * K
-        else:
-            p_phi = phi + p * K + o_k[:, None] * K + o_k[None, :]
-        b_phi = tl.load(p_phi, mask=(o_k < K)[:, None] & (o_k < K)[None, :], other=0.0)
-        b_n = tl.load(n + p * V + o, mask=m, other=0.0)
-        b_s = tl.dot(b_phi, b_s, b_n, input_precision="tf32x3")
+        b_n1 = tl.load(n + p * V + o_1, mask=m_1, other=0.0)
+        b_phi = _load_block(phi + p * K, o_k1, o_k1, K, REVERSE)
+        b_n1 = tl.dot(b_phi, b_s1, b_n1, input_precision="tf32x3")
+        if K > BK:
+            b_n2 = tl.load(n + p * V + o_2, mask=m_2, other=0.0)
+            b_phi = _load_block(phi + p * K, o_k2, o_k1, K, REVERSE)
+            b_n2 = tl.dot(b_phi, b_s1, b_n2, input_precision="tf32x3")
+            b_phi = _load_block(phi + p * K, o_k1, o_k2, K, REVERSE)
+            b_n1 = tl.dot(b_phi, b_s2, b_n1, input_precision="tf32x3")
+            b_phi = _load_block(phi + p * K, o_k2, o_k2, K, REVERSE)
+            b_s2 = tl.dot(b_phi, b_s2, b_n2, input_precision="tf32x3")
+        b_s1 = b_n1
         p += STEP * HV * K
-        tl.store(out + p * V + o, b_s, mask=m)
+        tl.store(out + p * V + o_1, b_s1, mask=m_1)
+        if K > BK:
+            tl.store(out + p * V + o_2, b_s2, mask=m_2)
 
 
 def _chain(n, phi, first, s: int, reverse: bool) -> torch.Tensor:
     N, HV, K, V = n.shape
     out = torch.empty_like(n)
+    choice = configs.chain(configs.arch_of(n.device.index), K)
     launch(
-        chain_kernel, (-(-V // 16), N // s * HV),
+        chain_kernel, (-(-V // choice.block_v), N // s * HV),
         (n, phi, n if first is None else first, out),
         (HV,),
         {
-            "K": K, "V": V, "BK": max(16, triton.next_power_of_2(K)), "BV": 16, "S": s, "HAS_FIRST": first is not None,
-            "REVERSE": reverse,
+            "K": K, "V": V, "BK": min(128, max(16, triton.next_power_of_2(K))), "BV": choice.block_v, "S": s,
+            "HAS_FIRST": first is not None, "REVERSE": reverse,
         },
-        {"num_warps": 8, "num_stages": 3},  # Phi does not wait for the state: 27 us, not 51, for 8 segments at 32768 tokens
+        {"num_warps": choice.num_warps, "num_stages": choice.num_stages},
     )  # fmt: skip
     return out
 
 
-def entry_states(k, v, prepared, h0, scale: float, t: Tables, plan: Plan, s: int):
+def entry_states(k, v, prepared, h0, scale: float, t: Tables, borders, plan: Plan, s: int):
     """S_in of every segment, [B * s, HV, K, V], and Phi [B * s, HV, K, K]."""
     K, HV = k.shape[3], v.shape[2]
     phi = k.new_empty(t.n, HV, K, K, dtype=torch.float32)
     entry = plan._replace(scan=plan.entry or plan.scan)
-    *_, n = chunk_forward.scan(k, k, v, prepared, None, scale, t, None, entry, save=False, final=True, phi=phi)
+    *_, n = chunk_forward.scan(k, k, v, prepared, None, scale, t, borders, entry, save=False, final=True, phi=phi)
     return _chain(n, phi, h0, s, False), phi
 
 
-def exit_gradients(q, k, do, prepared, phi, dht, scale: float, t: Tables, plan: Plan, s: int) -> torch.Tensor:
+def exit_gradients(q, k, do, prepared, phi, dht, scale: float, t: Tables, borders, plan: Plan, s: int) -> torch.Tensor:
     """dS_out of every segment, [B * s, HV, K, V]."""
     n = k.new_empty(t.n, do.shape[2], k.shape[3], do.shape[3], dtype=torch.float32)
-    chunk_backward.reverse(q, k, do, prepared, None, n, n, scale, t, None, plan, save=False)
+    chunk_backward.reverse(q, k, do, prepared, None, n, n, scale, t, borders, plan, save=False)
     return _chain(n, phi, dht, s, True)
