@@ -218,19 +218,21 @@ def test_operators_trace(packed):
 @pytest.mark.parametrize(
     "shape, training, inference",
     [
-        ((1, 16, 2), {1024: 1, 2048 - 64: 1, 2047: 4, 32768 + 1: 4, 131072: 4}, {2047: 4, 32768: 4, 131072: 8}),
-        ((1, 20, 2), {8192: 1, 131072: 1}, {16384: 1, 32768: 4, 131072: 4}),
-        ((1, 32, 1), {4096: 4, 131072: 4}, {4096: 4, 131072: 4}),  # whole heads already
-        ((1, 1, 2), {2048: 4, 4096: 8, 8192: 8, 16384: 16, 131072: 32}, {131072: 32}),  # the root of the chunks
-        ((2, 16, 2), {32768: 1}, {16384: 1, 32768: 4}),
-        ((8, 16, 2), {131072: 1}, {131072: 1}),
+        ((1, 16, 128, 2), {1024: 1, 2048 - 64: 1, 2047: 4, 32768 + 1: 4, 131072: 4}, {2047: 4, 32768: 4, 131072: 8}),
+        ((1, 20, 128, 2), {8192: 1, 131072: 1}, {16384: 1, 32768: 4, 131072: 4}),
+        ((1, 32, 64, 1), {4096: 4, 131072: 4}, {4096: 4, 131072: 4}),  # whole heads already
+        ((1, 1, 128, 2), {2048: 4, 4096: 8, 8192: 8, 16384: 16, 131072: 32}, {131072: 32}),  # the root of the chunks
+        ((2, 16, 128, 2), {32768: 1}, {16384: 1, 32768: 4}),
+        ((8, 16, 128, 2), {131072: 1}, {131072: 1}),
+        ((1, 8, 256, 2), {2048: 4, 4096: 4, 8192: 8}, {32768: 8}),
+        ((1, 16, 256, 2), {2048: 1, 4096: 4}, {2048: 1}),
     ],
 )
 def test_segment_count(shape, training, inference):
     """Few programs: cut. Enough programs or a short sequence: leave alone."""
-    B, HV, blocks = shape
+    B, HV, K, blocks = shape
     for lengths, backward in ((training, True), (inference, False)):
-        assert {T: segments.count(B, T, HV, blocks, 132, backward) for T in lengths} == lengths
+        assert {T: segments.count(B, T, HV, K, blocks, 132, backward) for T in lengths} == lengths
 
 
 @pytest.mark.parametrize(
@@ -365,7 +367,9 @@ def test_gpu_packed():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("T, d", [(16384, 64), (4096, 128), (2500, 64), (2240, 128)])
+@pytest.mark.parametrize(
+    "T, d", [(16384, 64), (4096, 128), (4096, 256), (2500, 64), (2240, 128), (2100, 192), (2240, 256)]
+)
 def test_gpu_segments(T, d):
     """What enters a segment would come from another place, or its gradient go to one."""
     x = make(2 if T < 4096 else 1, T, 1, d, dtype=torch.bfloat16)

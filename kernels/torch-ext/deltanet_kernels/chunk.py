@@ -33,7 +33,7 @@ def _plan(
     wide = q.dtype != torch.bfloat16
     block_v = configs.plan(arch, K, V, wide, False).scan.block_v
     blocks = -(-V // block_v)
-    s = segments.count(B, T, HV, blocks, sms, backward) if cu_seqlens is None and SEGMENTS else 1
+    s = segments.count(B, T, HV, K, blocks, sms, backward) if cu_seqlens is None and SEGMENTS else 1
     return configs.plan(arch, K, V, wide, n * s * HV * blocks <= sms), s
 
 
