@@ -41,7 +41,7 @@ def measure(d: int, H: int, T: int) -> dict:
     try:
         for s in (1, 2, 4, 8, 16, 32):
             # at least four chunks each, and no more programs than a few a multiprocessor
-            sensible = T > 64 * 3 * s and s * H * d <= 8 * 132 * 64
+            sensible = 64 * 4 * s <= T and s * H * d <= 8 * 132 * 64
             if s > 1 and not sensible and s not in chosen:
                 continue
             segments.count = lambda *_, s=s: s
