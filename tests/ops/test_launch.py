@@ -213,7 +213,7 @@ CASES = {
     "many programs": {"B": 40},
     "recompute": {"recompute": True},
     "segments": {"T": 4096, "H": 1},
-    "segments, of any length": {"T": 2500, "H": 1},
+    "segments of any length": {"T": 3500, "H": 1},
     "segments, states": {"T": 4096, "H": 1, "state": True},
 }
 

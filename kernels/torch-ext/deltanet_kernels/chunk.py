@@ -42,11 +42,10 @@ def _forward(scale: float, l2norm: bool, final: bool, save: bool, q, k, v, beta,
     B, T, _, K = q.shape
     HV, V = v.shape[2:]
     plan, s = _plan(q, v, cu_seqlens, save)
-    parts = [segments.cut(x, s) for x in (q, k, v, beta)] if s > 1 else [None]
-    if any(x is None for x in parts):
-        s, parts = 1, (q, k, v, beta)
-    q, k, v, beta = parts
+    if s > 1 and not segments.can_cut(q, k, v, beta):
+        s = 1
     if s > 1:
+        q, k, v, beta = (segments.cut(x, s) for x in (q, k, v, beta))
         t, cu_seqlens = segments.tables(B, T, s, k.device)
     else:
         t = chunk_forward.tables(B, T, cu_seqlens)
@@ -93,9 +92,8 @@ def _backward(scale: float, l2norm: bool, q, k, v, beta, h0, cu_seqlens, do, dht
     ins = q, k, beta, do
     *saved, phi = saved or [None]
     if phi is not None:
-        parts = [segments.cut(x, s) for x in ins]
-        if any(x is None for x in parts):  # only do can have such strides
-            parts = [segments.cut(x.contiguous(), s) for x in ins]
+        # only do can have such strides that it cannot be cut
+        parts = [segments.cut(x if segments.can_cut(x) else x.contiguous(), s) for x in ins]
         t, borders = segments.tables(*q.shape[:2], s, q.device)
         dht = segments.exit_gradients(parts[0], parts[1], parts[3], saved[:4], phi, dht, scale, t, borders, plan, s)
         part = None if h0 is None else dht.new_empty(dht.shape)
@@ -218,6 +216,7 @@ def _(q, k, v, beta, h0, cu_seqlens, scale, l2norm, final, save):
     chunks = B * ((T + C - 1) // C) if cu_seqlens is None else T // C + n
     scratch = chunk_forward.scratch_type(k.dtype)
     norms = (chunks, H, C) if l2norm else (0,)
+    has_phi = parts > 1 and segments.can_cut(q, k, v, beta)
     return (
         o,
         ht,
@@ -231,7 +230,7 @@ def _(q, k, v, beta, h0, cu_seqlens, scale, l2norm, final, save):
             k.new_empty(norms, dtype=torch.float32),
             k.new_empty(chunk_forward.u_shape(k, v, chunks, plan), dtype=scratch),
             k.new_empty(chunk_forward.s_shape(k, v, chunks, plan), dtype=scratch),
-            k.new_empty((B * parts, HV, K, K) if parts > 1 else (0,), dtype=torch.float32),
+            k.new_empty((B * parts, HV, K, K) if has_phi else (0,), dtype=torch.float32),
         ],
     )
 

@@ -25,24 +25,28 @@ from .chunk_forward import Tables
 from .configs import CHUNK, Plan
 
 
-# Chunks a segment. 2048 tokens, H100, forward + backward: one head of 128 in four segments 0.084 ms, uncut 0.123; 16 heads 0.149
-# and 0.162; 1024 tokens 0.091 and 0.086
+# Chunks of a sequence from which on it is cut. Cut, a call has twice the launches, which at batch 1 an eager one waits for:
+# forward + backward of 2048 tokens, 16 heads of 128, took 0.22 ms uncut and 0.37 to 0.39 cut (three H100s), though the GPU was
+# done sooner (in CUDA graphs 0.162 and 0.149); 3072 tokens 0.42 and 0.35
+MIN_TOTAL = 48
+# Chunks a segment (one head of 128, H100, CUDA graphs: 4096 tokens in eight 0.105 ms, in four 0.125)
 MIN_CHUNKS = 8
 # where a program holds all columns of a head. 20 heads of 128, 32768 tokens, forward alone: 0.77 ms, uncut 0.95
 MIN_CHUNKS_WHOLE = 128
 
 
 def count(B: int, T: int, HV: int, K: int, blocks: int, sms: int, backward: bool) -> int:
-    """Segments a sequence: the largest power of two that gives each multiprocessor one program at most, of a block of columns.
+    """Segments of a sequence: the largest power of two that gives each multiprocessor one program at most, of a block
+    of columns. `backward` says whether gradients may be asked for.
 
     Not more than the chunks of a segment: the chain takes 3.4 us a segment and both scans 1.8 us a chunk, so that their sum
     is least at about the root of all chunks, as was measured (`kernels/README.md`, "Segments").
 
-    Without backward, long segments may also fill the chip with programs of a whole head, which load once what its blocks of
-    columns share; with it, that lost an eighth (32 heads of 128).
+    Without gradients, long segments may also fill the chip with programs of a whole head, which load once what its blocks of
+    columns share; with them, that lost an eighth (32 heads of 128).
     """
     s, chunks = 1, -(-T // CHUNK)
-    while True:
+    while chunks >= MIN_TOTAL:
         length, heads = chunks // (2 * s), 2 * s * B * HV
         # for Phi the first pass has as many programs again. Two share a multiprocessor, but of wide keys: they take turns
         # (8 heads of 256, 4096 tokens, forward: eight segments 0.219 ms, four 0.192)
@@ -60,11 +64,14 @@ def _divides(T: int, s: int) -> bool:
     return T % (s * CHUNK) == 0
 
 
-def cut(x: torch.Tensor, s: int) -> torch.Tensor | None:
-    """[B, T, ...] seen as [B * s, T / s, ...], or as [1, B * T, ...]; None where strides do not allow it."""
+def can_cut(*tensors: torch.Tensor) -> bool:
+    """Whether the rows of each [B, T, ...] follow each other in memory as one sequence's tokens do."""
+    return all(x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in tensors)
+
+
+def cut(x: torch.Tensor, s: int) -> torch.Tensor:
+    """[B, T, ...] seen as [B * s, T / s, ...], or as [1, B * T, ...]."""
     B, T = x.shape[:2]
-    if B > 1 and x.stride(0) != T * x.stride(1):
-        return None
     shape = (B * s, T // s) if _divides(T, s) else (1, B * T)
     return x.as_strided((*shape, *x.shape[2:]), (shape[1] * x.stride(1), *x.stride()[1:]), x.storage_offset())
 
