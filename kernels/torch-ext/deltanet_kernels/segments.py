@@ -27,8 +27,8 @@ from .configs import CHUNK, Plan
 
 # Chunks of a sequence from which on it is cut. Cut, a call has twice the launches, which at batch 1 an eager one waits for:
 # forward + backward of 2048 tokens, 16 heads of 128, took 0.22 ms uncut and 0.37 to 0.39 cut (three H100s), though the GPU was
-# done sooner (in CUDA graphs 0.162 and 0.149); 3072 tokens 0.42 and 0.35
-MIN_TOTAL = 48
+# done sooner (in CUDA graphs 0.162 and 0.149); 3072 tokens 0.42 and 0.35; so between the two
+MIN_TOTAL = 40
 # Chunks a segment (one head of 128, H100, CUDA graphs: 4096 tokens in eight 0.105 ms, in four 0.125)
 MIN_CHUNKS = 8
 # where a program holds all columns of a head. 20 heads of 128, 32768 tokens, forward alone: 0.77 ms, uncut 0.95
