@@ -52,7 +52,7 @@ def count(B: int, T: int, HV: int, K: int, blocks: int, sms: int, backward: bool
         # (8 heads of 256, 4096 tokens, forward: eight segments 0.219 ms, four 0.192)
         turns = 2 if K > 128 and 2 * heads * blocks > sms else 1
         few = heads * blocks <= sms and length >= turns * MIN_CHUNKS
-        whole = not backward and heads <= sms and length >= MIN_CHUNKS_WHOLE
+        whole = not backward and heads <= sms and heads * blocks <= 2 * sms and length >= MIN_CHUNKS_WHOLE
         if length < 2 * s or not (few or whole):
             break
         s *= 2
