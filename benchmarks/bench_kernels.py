@@ -40,16 +40,16 @@ def measure(shape, timer, triton_only: bool) -> dict:
     t = chunk_forward.tables(B, T, None)
 
     def prepare(plan=plan):
-        return chunk_forward.prepare(q, k, beta, scale, True, t, None, plan)
+        return chunk_forward.prepare(q, k, beta, scale, True, t, plan)
 
     def scan(save):
-        return chunk_forward.scan(q, k, v, prepared, None, scale, t, None, plan, save=save, final=False, o=o)
+        return chunk_forward.scan(q, k, v, prepared, None, scale, t, plan, save=save, final=False, o=o)
 
     def reverse():
-        return chunk_backward.reverse(q, k, do, prepared, None, dv, None, scale, t, None, plan)
+        return chunk_backward.reverse(q, k, do, prepared, None, dv, None, scale, t, plan)
 
     def grads():
-        chunk_backward.grads(q, k, do, a, u, dv, s, ds, rq, rk, dq, dk, dbeta, scale, t, None, plan)
+        chunk_backward.grads(q, k, do, a, u, dv, s, ds, rq, rk, dq, dk, dbeta, scale, t, plan)
 
     prepared = a, p, rq, rk = prepare()
     o, dv, dq, dk, dbeta = (torch.empty_like(x) for x in (v, v, q, k, beta))

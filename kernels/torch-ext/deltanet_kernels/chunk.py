@@ -46,18 +46,16 @@ def _forward(scale: float, l2norm: bool, final: bool, save: bool, q, k, v, beta,
         s = 1
     if s > 1:
         q, k, v, beta = (segments.cut(x, s) for x in (q, k, v, beta))
-        t, cu_seqlens = segments.tables(B, T, s, k.device)
+        t = segments.tables(B, T, s, k.device)
     else:
         t = chunk_forward.tables(B, T, cu_seqlens)
-    prepared = chunk_forward.prepare(q, k, beta, scale, l2norm, t, cu_seqlens, plan)
+    prepared = chunk_forward.prepare(q, k, beta, scale, l2norm, t, plan)
     phi = None
     if s > 1:
-        h0, phi = segments.entry_states(k, v, prepared, h0, scale, t, cu_seqlens, plan, s)
+        h0, phi = segments.entry_states(k, v, prepared, h0, scale, t, plan, s)
     o = v.new_empty(B, T, HV, V)
     part = segments.cut(o, s) if s > 1 else o
-    u, states, ht = chunk_forward.scan(
-        q, k, v, prepared, h0, scale, t, cu_seqlens, plan, save=save, final=final, o=part
-    )
+    u, states, ht = chunk_forward.scan(q, k, v, prepared, h0, scale, t, plan, save=save, final=final, o=part)
     if s > 1 and final:
         ht = ht[s - 1 :: s].contiguous()
     return [o, ht, *prepared, u, states, phi] if save else [o, ht]
@@ -94,16 +92,16 @@ def _backward(scale: float, l2norm: bool, q, k, v, beta, h0, cu_seqlens, do, dht
     if phi is not None:
         # only do can have such strides that it cannot be cut
         parts = [segments.cut(x if segments.can_cut(x) else x.contiguous(), s) for x in ins]
-        t, borders = segments.tables(*q.shape[:2], s, q.device)
-        dht = segments.exit_gradients(parts[0], parts[1], parts[3], saved[:4], phi, dht, scale, t, borders, plan, s)
+        t = segments.tables(*q.shape[:2], s, q.device)
+        dht = segments.exit_gradients(parts[0], parts[1], parts[3], saved[:4], phi, dht, scale, t, plan, s)
         part = None if h0 is None else dht.new_empty(dht.shape)
         out = _gradients_like(*ins)
-        _gradients(parts, saved, dht, part, scale, t, borders, plan, [segments.cut(x, s) for x in out])
+        _gradients(parts, saved, dht, part, scale, t, plan, [segments.cut(x, s) for x in out])
         if h0 is not None:
             dh0.copy_(part[::s])
     elif saved:
         t = chunk_forward.tables(*q.shape[:2], cu_seqlens)
-        out = _gradients(ins, saved, dht, dh0, scale, t, cu_seqlens, plan)
+        out = _gradients(ins, saved, dht, dh0, scale, t, plan)
     else:
         plan = plan._replace(stored=True)  # a scan without output computes neither P nor the norms of q
         t = chunk_forward.tables(*q.shape[:2], cu_seqlens)
@@ -113,28 +111,28 @@ def _backward(scale: float, l2norm: bool, q, k, v, beta, h0, cu_seqlens, do, dht
         for i in range(slices):
             hs, vs = slice(i * H // slices, (i + 1) * H // slices), slice(i * HV // slices, (i + 1) * HV // slices)
             part = [x[:, :, h] for x, h in zip(ins, (hs, hs, vs, vs), strict=True)]
-            prepared = chunk_forward.prepare(*part[:3], scale, l2norm, t, cu_seqlens, plan)
+            prepared = chunk_forward.prepare(*part[:3], scale, l2norm, t, plan)
             u, states, _ = chunk_forward.scan(
-                part[0], part[1], v[:, :, vs], prepared, None if h0 is None else h0[:, vs].contiguous(), scale, t,
-                cu_seqlens, plan, save=True, final=False,
+                part[0], part[1], v[:, :, vs], prepared, None if h0 is None else h0[:, vs].contiguous(), scale, t, plan,
+                save=True, final=False,
             )  # fmt: skip
             _gradients(
                 part, [*prepared, u, states], None if dht is None else dht[:, vs], None if dh0 is None else dh0[:, vs],
-                scale, t, cu_seqlens, plan, [x[:, :, h] for x, h in zip(out, (hs, hs, vs, vs), strict=True)],
+                scale, t, plan, [x[:, :, h] for x, h in zip(out, (hs, hs, vs, vs), strict=True)],
             )  # fmt: skip
     dq, dk, dv, dbeta = out
     return [dq, dk, dv if dv.dtype == do.dtype else dv.to(do.dtype), dbeta, dh0]
 
 
-def _gradients(ins, saved, dht, dh0, scale, t, cu_seqlens, plan, out=None):
+def _gradients(ins, saved, dht, dh0, scale, t, plan, out=None):
     """dq, dk, dv and dbeta, written to `out` where it is given."""
     q, k, beta, do = ins
     a, p, rq, rk, u, states = saved
     dv = _scratch_like(do) if out is None else out[2]
-    ds = chunk_backward.reverse(q, k, do, (a, p, rq, rk), dht, dv, dh0, scale, t, cu_seqlens, plan)
+    ds = chunk_backward.reverse(q, k, do, (a, p, rq, rk), dht, dv, dh0, scale, t, plan)
     # allocated while the reverse scan runs, since at batch 1 the GPU waits for the host
     dq, dk, _, dbeta = out or [_contiguous_like(q), _contiguous_like(k), dv, _contiguous_like(beta)]
-    chunk_backward.grads(q, k, do, a, u, dv, states, ds, rq, rk, dq, dk, dbeta, scale, t, cu_seqlens, plan)
+    chunk_backward.grads(q, k, do, a, u, dv, states, ds, rq, rk, dq, dk, dbeta, scale, t, plan)
     return dq, dk, dv, dbeta
 
 

@@ -294,7 +294,7 @@ def grads_kernel(
 # --------------------------------------------------------------------------------------------------------- launchers
 
 
-def reverse(q, k, do, prepared, dht, dv, dh0, scale, t: Tables, cu_seqlens, plan: Plan, save: bool = True):
+def reverse(q, k, do, prepared, dht, dv, dh0, scale, t: Tables, plan: Plan, save: bool = True):
     """Reverse scan. Writes dv and dh0 (whose heads may be a slice of more); returns ds [chunks, HV, V, K]."""
     a, p, rq, rk = prepared
     B, T, H, K = k.shape
@@ -306,19 +306,19 @@ def reverse(q, k, do, prepared, dht, dv, dh0, scale, t: Tables, cu_seqlens, plan
     block_v, nv, block_k, _ = blocks(K, V, plan)
     heads = dv.stride(1) // V if save else HV
     if plan.gluon_scans and hopper_tiles.accepts(q, k, do):
-        hopper_reverse.reverse(q, k, do, a, rq, rk, dht, dv, ds, dh0, scale, t, cu_seqlens, heads, save)
+        hopper_reverse.reverse(q, k, do, a, rq, rk, dht, dv, ds, dh0, scale, t, heads, save)
     else:
         launch(
             reverse_kernel, (nv, HV, t.n),
             (
                 q, k, do, a, a if p is None else p, a if rq is None else rq, a if rk is None else rk, a if dht is None else dht,
                 dv, ds, a if dh0 is None else dh0,
-                cu_seqlens, t.chunk_offsets,
+                t.cu_seqlens, t.chunk_offsets,
             ),
             (scale, T, t.nt, H, HV, heads, *q.stride()[:3], *k.stride()[:3], *do.stride()[:3]),
             {
                 "K": K, "V": V, "BK": block_k, "BV": block_v, "C": CHUNK,
-                "L2NORM": rk is not None, "PACKED": cu_seqlens is not None, "EVEN": t.even, "HAS_DHT": dht is not None,
+                "L2NORM": rk is not None, "PACKED": t.cu_seqlens is not None, "EVEN": t.even, "HAS_DHT": dht is not None,
                 "HAS_DH0": dh0 is not None, "SAVE": save, "STORED": plan.stored, "DEEP": choice.deep,
                 "WIDE": k.dtype != torch.bfloat16, "PRECISION": precision(k.dtype),
             },
@@ -327,7 +327,7 @@ def reverse(q, k, do, prepared, dht, dv, dh0, scale, t: Tables, cu_seqlens, plan
     return ds
 
 
-def grads(q, k, do, a, u, dv, s, ds, rq, rk, dq, dk, dbeta, scale, t: Tables, cu_seqlens, plan: Plan):
+def grads(q, k, do, a, u, dv, s, ds, rq, rk, dq, dk, dbeta, scale, t: Tables, plan: Plan):
     """Writes dq, dk and dbeta, whose heads may be a slice of more."""
     B, T, H, K = k.shape
     HV, V = do.shape[2:]
@@ -336,13 +336,13 @@ def grads(q, k, do, a, u, dv, s, ds, rq, rk, dq, dk, dbeta, scale, t: Tables, cu
     choice = plan.grads
     block_v, _, block_k, nk = blocks(K, V, plan)
     if plan.gluon_grads and hopper_tiles.accepts(q, k, do):
-        hopper_grads.grads(q, k, do, a, u, dv, s, ds, rq, rk, dq, dk, dbeta, scale, t, cu_seqlens, plan)
+        hopper_grads.grads(q, k, do, a, u, dv, s, ds, rq, rk, dq, dk, dbeta, scale, t, plan)
     else:
         launch(
             grads_kernel, (2 * H, t.n_chunks),
             (
                 q, k, do, a, u, dv, s, ds, u if rq is None else rq, u if rk is None else rk, dq, dk, dbeta,
-                cu_seqlens, t.chunks,
+                t.cu_seqlens, t.chunks,
             ),
             (
                 scale, T, t.nt, H, dk.stride(1) // K, dv.stride(1) // V,
@@ -350,7 +350,7 @@ def grads(q, k, do, a, u, dv, s, ds, rq, rk, dq, dk, dbeta, scale, t: Tables, cu
             ),
             {
                 "K": K, "V": V, "BK": block_k, "NK": nk, "BV": block_v, "W": min(block_v, choice.block_v), "C": CHUNK,
-                "G": HV // H, "L2NORM": rk is not None, "PACKED": cu_seqlens is not None, "EVEN": t.even,
+                "G": HV // H, "L2NORM": rk is not None, "PACKED": t.cu_seqlens is not None, "EVEN": t.even,
                 "WIDE": k.dtype != torch.bfloat16, "PRECISION": precision(k.dtype),
             },
             {"num_warps": choice.num_warps, "num_stages": choice.num_stages, "maxnreg": choice.maxnreg},

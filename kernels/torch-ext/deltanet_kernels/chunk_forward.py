@@ -614,6 +614,7 @@ class Tables(NamedTuple):
     n_chunks: int  # programs over chunks; an upper bound for packed sequences, whose lengths only the device knows
     nt: int  # chunks a sequence (dense)
     even: bool  # every chunk is known to be full
+    cu_seqlens: torch.Tensor | None = None  # borders
     chunk_offsets: torch.Tensor | None = None
     chunks: torch.Tensor | None = None
 
@@ -634,7 +635,7 @@ def tables(B: int, T: int, cu_seqlens: torch.Tensor | None) -> Tables:
         {"C": CHUNK, "BLOCK": 128},
         {"num_warps": 1},
     )
-    return Tables(n, n_chunks, 0, False, offsets, chunks)
+    return Tables(n, n_chunks, 0, False, cu_seqlens, offsets, chunks)
 
 
 def scratch_type(dtype: torch.dtype) -> torch.dtype:
@@ -670,7 +671,7 @@ def s_shape(k, v, n_chunks: int, plan: Plan) -> tuple[int, ...]:
     return n_chunks, HV, nv * block_v, nk * block_k
 
 
-def prepare(q, k, beta, scale: float, l2norm: bool, t: Tables, cu_seqlens, plan: Plan):
+def prepare(q, k, beta, scale: float, l2norm: bool, t: Tables, plan: Plan):
     """A [chunks, HV, C, C], P [chunks, H, C, C], and the reciprocal norms of q and k [chunks, H, C] (or None).
 
     P only where the plan stores it; else the norms of q are left to the scan to fill.
@@ -685,12 +686,12 @@ def prepare(q, k, beta, scale: float, l2norm: bool, t: Tables, cu_seqlens, plan:
     rq = k.new_empty(t.n_chunks, H, CHUNK, dtype=torch.float32) if l2norm else None
     if t.n_chunks > 0 and T > 0:
         constants = {
-            "K": K, "C": CHUNK, "L2NORM": l2norm, "PACKED": cu_seqlens is not None, "EVEN": t.even, "WIDE": wide,
+            "K": K, "C": CHUNK, "L2NORM": l2norm, "PACKED": t.cu_seqlens is not None, "EVEN": t.even, "WIDE": wide,
             "EPS": EPS,
         }  # fmt: skip
         launch(
             prepare_kernel, (HV, t.n_chunks),
-            (k, beta, a, a if rk is None else rk, cu_seqlens, t.chunks),
+            (k, beta, a, a if rk is None else rk, t.cu_seqlens, t.chunks),
             (T, t.nt, H, HV, *k.stride()[:3], *beta.stride()[:3]),
             {
                 **constants, "BK": min(plan.prepare.block_v, blocks(K, K, plan)[2]), "FP16": l2norm and not wide,
@@ -701,7 +702,7 @@ def prepare(q, k, beta, scale: float, l2norm: bool, t: Tables, cu_seqlens, plan:
         if plan.stored:
             launch(
                 scores_kernel, (H, t.n_chunks),
-                (q, k, p, a if rq is None else rq, cu_seqlens, t.chunks),
+                (q, k, p, a if rq is None else rq, t.cu_seqlens, t.chunks),
                 (scale, T, t.nt, H, *q.stride()[:3], *k.stride()[:3]),
                 {**constants, "BK": min(plan.scores.block_v, blocks(K, K, plan)[2]), "PRECISION": precision(k.dtype)},
                 {"num_warps": plan.scores.num_warps, "num_stages": plan.scores.num_stages},
@@ -709,7 +710,7 @@ def prepare(q, k, beta, scale: float, l2norm: bool, t: Tables, cu_seqlens, plan:
     return a, p, rq, rk
 
 
-def scan(q, k, v, prepared, h0, scale, t: Tables, cu_seqlens, plan: Plan, *, save, final, o=None, phi=None):
+def scan(q, k, v, prepared, h0, scale, t: Tables, plan: Plan, *, save, final, o=None, phi=None):
     """Forward scan. Returns u, s, ht; each is None unless asked for. Fills o, and phi [N, HV, K, K], for segments."""
     a, p, rq, rk = prepared
     B, T, H, K = k.shape
@@ -724,7 +725,7 @@ def scan(q, k, v, prepared, h0, scale, t: Tables, cu_seqlens, plan: Plan, *, sav
     choice = plan.scan
     block_v, nv, block_k, _ = blocks(K, V, plan)
     if plan.gluon_scans and o is not None and hopper_tiles.accepts(q, k, v):
-        hopper_scan.scan(q, k, v, a, rk, h0, o, u, s, rq, ht, scale, t, cu_seqlens, plan.gluon_scans)
+        hopper_scan.scan(q, k, v, a, rk, h0, o, u, s, rq, ht, scale, t, plan.gluon_scans)
     else:
         columns = nv if phi is None else nv - (-K // block_v)
         launch(
@@ -733,12 +734,12 @@ def scan(q, k, v, prepared, h0, scale, t: Tables, cu_seqlens, plan: Plan, *, sav
                 q, k, v, a, a if p is None else p, a if rk is None else rk, a if h0 is None else h0,
                 (a if phi is None else phi) if o is None else o, a if u is None else u, a if s is None else s,
                 a if rq is None else rq, a if ht is None else ht,
-                cu_seqlens, t.chunk_offsets,
+                t.cu_seqlens, t.chunk_offsets,
             ),
             (scale, T, t.nt, H, HV, HV, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
             {
                 "K": K, "V": V, "BK": block_k, "BV": block_v, "C": CHUNK,
-                "L2NORM": rk is not None, "PACKED": cu_seqlens is not None, "EVEN": t.even, "HAS_H0": h0 is not None,
+                "L2NORM": rk is not None, "PACKED": t.cu_seqlens is not None, "EVEN": t.even, "HAS_H0": h0 is not None,
                 "HAS_HT": final, "OUTPUT": o is not None, "SAVE": save, "PHI": phi is not None, "WIDE": k.dtype != torch.bfloat16,
                 "PRECISION": precision(k.dtype), "EPS": EPS, "STORED": plan.stored,
             },

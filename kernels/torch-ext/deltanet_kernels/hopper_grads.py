@@ -203,19 +203,19 @@ def grads_kernel(
 # --------------------------------------------------------------------------------------------------------- launchers
 
 
-def grads(q, k, do, a, u, dv, s, ds, rq, rk, dq, dk, dbeta, scale, t: Tables, cu_seqlens, plan: Plan):
+def grads(q, k, do, a, u, dv, s, ds, rq, rk, dq, dk, dbeta, scale, t: Tables, plan: Plan):
     """Writes dq, dk and dbeta, whose heads may be a slice of more."""
     H, K = k.shape[2:]
     HV, V = do.shape[2:]
     launch(
         grads_kernel, (H, t.n_chunks),
-        (q, k, do, a, u, dv, s, ds, u if rq is None else rq, u if rk is None else rk, dq, dk, dbeta, cu_seqlens, t.chunks),
+        (q, k, do, a, u, dv, s, ds, u if rq is None else rq, u if rk is None else rk, dq, dk, dbeta, t.cu_seqlens, t.chunks),
         (
             scale, q.shape[1], t.nt, H, dk.stride(1) // K, dv.stride(1) // V,
             *q.stride()[:3], *k.stride()[:3], *do.stride()[:3],
         ),
         {
-            "K": K, "V": V, "C": CHUNK, "G": HV // H, "L2NORM": rk is not None, "PACKED": cu_seqlens is not None,
+            "K": K, "V": V, "C": CHUNK, "G": HV // H, "L2NORM": rk is not None, "PACKED": t.cu_seqlens is not None,
             "EVEN": t.even,
         },
         {"num_warps": 4, "maxnreg": plan.grads.maxnreg},

@@ -148,7 +148,7 @@ def reverse_kernel(
 # --------------------------------------------------------------------------------------------------------- launchers
 
 
-def reverse(q, k, do, a, rq, rk, dht, dv, ds, dh0, scale, t, cu_seqlens, heads: int, save: bool) -> None:
+def reverse(q, k, do, a, rq, rk, dht, dv, ds, dh0, scale, t, heads: int, save: bool) -> None:
     """Writes dh0 where it is given and, with `save`, dv and ds.
 
     `heads` is how many dv, dht and dh0 have, of which a call may hold a slice.
@@ -159,7 +159,7 @@ def reverse(q, k, do, a, rq, rk, dht, dv, ds, dh0, scale, t, cu_seqlens, heads: 
         reverse_kernel, (V // BLOCK_V, HV, t.n),
         (
             q, k, do, a, a if rq is None else rq, a if rk is None else rk, a if dht is None else dht, dv, ds,
-            a if dh0 is None else dh0, cu_seqlens, t.chunk_offsets,
+            a if dh0 is None else dh0, t.cu_seqlens, t.chunk_offsets,
         ),
         (
             scale, k.shape[1], t.nt, heads,
@@ -167,7 +167,7 @@ def reverse(q, k, do, a, rq, rk, dht, dv, ds, dh0, scale, t, cu_seqlens, heads: 
         ),
         {
             "H": H, "HV": HV, "q_st": q.stride(1), "k_st": k.stride(1), "d_st": do.stride(1),
-            "K": K, "V": V, "BV": BLOCK_V, "C": CHUNK, "L2NORM": rk is not None, "PACKED": cu_seqlens is not None,
+            "K": K, "V": V, "BV": BLOCK_V, "C": CHUNK, "L2NORM": rk is not None, "PACKED": t.cu_seqlens is not None,
             "EVEN": t.even, "HAS_DHT": dht is not None, "HAS_DH0": dh0 is not None, "SAVE": save,
             "STAGES": STAGES[BLOCK_V],
         },

@@ -175,7 +175,7 @@ def scan_kernel(
 # --------------------------------------------------------------------------------------------------------- launchers
 
 
-def scan(q, k, v, a, rk, h0, o, u, s, rq, ht, scale, t, cu_seqlens, block_v: int) -> None:
+def scan(q, k, v, a, rk, h0, o, u, s, rq, ht, scale, t, block_v: int) -> None:
     """Writes o, and u, s, rq and ht where they are given; `t` are the call's Tables. K, V and block_v are 64 or 128."""
     H, K = k.shape[2:]
     HV, V = v.shape[2:]
@@ -183,12 +183,12 @@ def scan(q, k, v, a, rk, h0, o, u, s, rq, ht, scale, t, cu_seqlens, block_v: int
         scan_kernel, (V // block_v, HV, t.n),
         (
             q, k, v, a, a if rk is None else rk, a if h0 is None else h0, o, a if u is None else u, a if s is None else s,
-            a if rq is None else rq, a if ht is None else ht, cu_seqlens, t.chunk_offsets,
+            a if rq is None else rq, a if ht is None else ht, t.cu_seqlens, t.chunk_offsets,
         ),
         (scale, k.shape[1], t.nt, q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2)),
         {
             "H": H, "HV": HV, "q_st": q.stride(1), "k_st": k.stride(1), "v_st": v.stride(1),
-            "K": K, "V": V, "BV": block_v, "C": CHUNK, "L2NORM": rk is not None, "PACKED": cu_seqlens is not None,
+            "K": K, "V": V, "BV": block_v, "C": CHUNK, "L2NORM": rk is not None, "PACKED": t.cu_seqlens is not None,
             "EVEN": t.even, "HAS_H0": h0 is not None, "HAS_HT": ht is not None, "SAVE": u is not None, "EPS": EPS, "STAGES": STAGES[block_v],
         },
         {"num_warps": block_v // 16},

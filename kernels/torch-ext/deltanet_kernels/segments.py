@@ -92,10 +92,10 @@ def borders_kernel(
     tl.store(borders + o, o // S * T + tl.minimum(first * C, T), mask=o <= N)
 
 
-def tables(B: int, T: int, s: int, device: torch.device) -> tuple[Tables, torch.Tensor | None]:
-    """Where the segments and their chunks lie; and, where they are packed, their borders."""
+def tables(B: int, T: int, s: int, device: torch.device) -> Tables:
+    """Where the segments and their chunks lie. Packed, their borders come from the numbers, in the launch that indexes them."""
     if _divides(T, s):
-        return chunk_forward.tables(B * s, T // s, None), None
+        return chunk_forward.tables(B * s, T // s, None)
     nt = -(-T // CHUNK)
     sizes = B * s + 1, B * s + 1, 2 * B * nt
     borders, offsets, chunks = (torch.empty(x, dtype=torch.int32, device=device) for x in sizes)
@@ -106,7 +106,7 @@ def tables(B: int, T: int, s: int, device: torch.device) -> tuple[Tables, torch.
         {"S": s, "C": CHUNK, "BLOCK": 128},
         {"num_warps": 1},
     )  # fmt: skip
-    return Tables(B * s, B * nt, 0, T % CHUNK == 0, offsets, chunks), borders
+    return Tables(B * s, B * nt, 0, T % CHUNK == 0, borders, offsets, chunks)
 
 
 @triton.jit
@@ -185,17 +185,17 @@ def _chain(n, phi, first, s: int, reverse: bool) -> torch.Tensor:
     return out
 
 
-def entry_states(k, v, prepared, h0, scale: float, t: Tables, borders, plan: Plan, s: int):
+def entry_states(k, v, prepared, h0, scale: float, t: Tables, plan: Plan, s: int):
     """S_in of every segment, [B * s, HV, K, V], and Phi [B * s, HV, K, K]."""
     K, HV = k.shape[3], v.shape[2]
     phi = k.new_empty(t.n, HV, K, K, dtype=torch.float32)
     entry = plan._replace(scan=plan.entry or plan.scan)
-    *_, n = chunk_forward.scan(k, k, v, prepared, None, scale, t, borders, entry, save=False, final=True, phi=phi)
+    *_, n = chunk_forward.scan(k, k, v, prepared, None, scale, t, entry, save=False, final=True, phi=phi)
     return _chain(n, phi, h0, s, False), phi
 
 
-def exit_gradients(q, k, do, prepared, phi, dht, scale: float, t: Tables, borders, plan: Plan, s: int) -> torch.Tensor:
+def exit_gradients(q, k, do, prepared, phi, dht, scale: float, t: Tables, plan: Plan, s: int) -> torch.Tensor:
     """dS_out of every segment, [B * s, HV, K, V]."""
     n = k.new_empty(t.n, do.shape[2], k.shape[3], do.shape[3], dtype=torch.float32)
-    chunk_backward.reverse(q, k, do, prepared, None, n, n, scale, t, borders, plan, save=False)
+    chunk_backward.reverse(q, k, do, prepared, None, n, n, scale, t, plan, save=False)
     return _chain(n, phi, dht, s, True)
