@@ -9,7 +9,6 @@ Every ratio is of medians measured in this run, on the same inputs, in alternati
 
 import argparse
 import datetime
-import json
 import platform
 import statistics
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from results_file import write
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -154,7 +154,7 @@ def main():
             console.print(table(name.replace("_", " "), rows))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+        write(args.out, results)
         console.print(f"written to {args.out}")
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from results_file import write
 
 
 def median_ms(function: Callable[[], object], repeats: int = 30, inner: int = 1) -> float:
@@ -223,7 +224,7 @@ def main() -> None:
     name = gpu.lower().replace("nvidia ", "").replace(" ", "_")
     output = args.output or Path(__file__).parent / "results" / f"decode_{name}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n")
+    write(output, result)
     print(f"written to {output}")
 
 

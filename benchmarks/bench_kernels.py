@@ -6,7 +6,6 @@ python benchmarks/bench_kernels.py --out benchmarks/results/h200_kernels.json
 """
 
 import argparse
-import json
 import sys
 from datetime import date
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 from bench_ops import SHAPES
 from deltanet_kernels import chunk, chunk_backward, chunk_forward
+from results_file import write
 
 
 def copy_bandwidth(timer) -> float:
@@ -93,7 +93,7 @@ def main() -> None:
             record["rows"].append(row)
             print(shape, f"{kernel:20} {ms:.4f} ms, floor {row['floor_ms']:.4f}", flush=True)
             if args.out:  # after every figure: a run that is cut off keeps what it has
-                args.out.write_text(json.dumps(record, indent=1) + "\n")
+                write(args.out, record)
         torch.cuda.empty_cache()
 
 

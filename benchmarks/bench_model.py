@@ -25,7 +25,6 @@ is not installed.
 
 import argparse
 import datetime
-import json
 import multiprocessing
 import sys
 import time
@@ -34,6 +33,7 @@ from pathlib import Path
 import torch
 import transformers
 import triton
+from results_file import write
 from rich.console import Console
 from rich.table import Table
 from torch._dynamo.utils import counters
@@ -259,7 +259,7 @@ def main():
             results[task].append(row)
             console.print(task, {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
             if args.out:
-                args.out.write_text(json.dumps(results, indent=1) + "\n")
+                write(args.out, results)
         columns = max((list(row) for row in results[task]), key=len, default=[])
         table = Table(*columns, title=f"{task}, {args.size}")
         for row in results[task]:

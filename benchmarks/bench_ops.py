@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from results_file import write
 
 
 SHAPES = [
@@ -195,7 +196,7 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
 
     def save() -> None:  # after every figure: a run that is cut off keeps what it has
-        out.write_text(json.dumps(record, indent=1) + "\n")
+        write(out, record)
 
     for shape in shapes:
         results = {}

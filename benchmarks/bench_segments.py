@@ -14,6 +14,9 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from bench_decode import graph_of, median_ms
+from deltanet_kernels import _replay, chunk, chunk_delta_rule, segments
+from results_file import write
 
 
 SIZES = ["128,1", "128,8", "128,16", "128,20", "128,32", "64,8", "64,32", "256,1", "256,8", "256,16"]
@@ -22,9 +25,6 @@ LENGTHS = [1024, 2048, 3001, 4096, 8192, 10001, 32768, 65536]
 
 def measure(d: int, H: int, T: int) -> dict:
     """{segments: [ms forward, ms forward + backward]}, and what the rule chooses for either."""
-    from bench_decode import graph_of, median_ms
-    from deltanet_kernels import _replay, chunk, chunk_delta_rule, segments
-
     torch.manual_seed(0)
     q, k, v, do = (torch.randn(1, T, H, d, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     x = [t.requires_grad_() for t in (q, k, v, torch.rand(1, T, H, device="cuda").bfloat16())]
@@ -79,7 +79,7 @@ def main() -> None:
     for size in args.sizes:
         for T in args.lengths:
             rows.append(measure(*map(int, size.split(",")), T))
-            out.write_text(json.dumps(record) + "\n")  # after every row: a run that is cut off keeps what it has
+            write(out, record)  # after every row: a run that is cut off keeps what it has
             print(json.dumps(rows[-1]), flush=True)
             torch.cuda.empty_cache()
     for row in rows:

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from results_file import write
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -123,7 +124,7 @@ def main():
         "rows": rows,
     }
     if args.out:
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+        write(args.out, results)
     table = Table(*rows[0], title=f"converting the {args.size} preset, bf16")
     for row in rows:
         table.add_row(*map(str, row.values()))

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
+from results_file import write
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
@@ -202,7 +203,7 @@ def main():
             results["cases"].append(compare(case, fla_config, fla_model, Path(folder)))
         console.print({k: f"{v:.3g}" if isinstance(v, float) else v for k, v in results["cases"][-1].items()})
         if args.out:
-            args.out.write_text(json.dumps(results, indent=1) + "\n")
+            write(args.out, results)
     table = Table(*results["cases"][0], title=f"fla {version} and ours, {results['gpu']}")
     for row in results["cases"]:
         table.add_row(*(f"{x:.3g}" if isinstance(x, float) else str(x) for x in row.values()))

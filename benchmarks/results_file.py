@@ -1,0 +1,30 @@
+"""What a benchmark found, as JSON that a person can read: one row a line."""
+
+import json
+import os
+from pathlib import Path
+
+
+def write(path: Path, record: dict) -> None:
+    """Under a temporary name first: benchmarks write after every figure, and one that is cut off keeps what it has."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(_expanded(record, "") + "\n")
+    os.replace(partial, path)
+
+
+def _expanded(record: dict, indent: str) -> str:
+    """An entry a line; of a list of dicts, a row a line."""
+    lines = [f"{indent} {json.dumps(key)}: {_text(value, indent + ' ')}" for key, value in record.items()]
+    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+
+
+def _text(value, indent: str) -> str:
+    if isinstance(value, dict) and any(map(_is_rows, value.values())):
+        return _expanded(value, indent)
+    if _is_rows(value):
+        return "[\n" + ",\n".join(f"{indent} {_text(row, indent + ' ')}" for row in value) + f"\n{indent}]"
+    return json.dumps(value)
+
+
+def _is_rows(value) -> bool:
+    return isinstance(value, list) and any(isinstance(row, dict) for row in value)
