@@ -39,21 +39,25 @@ def measure(shape, timer, triton_only: bool) -> dict:
         plan = plan._replace(gluon_grads=False, gluon_scans=False)
     t = chunk_forward.tables(B, T, None)
 
-    def prepare(plan=plan):
-        return chunk_forward.prepare(q, k, beta, scale, True, t, plan)
+    _, scratch = chunk_forward.new_scratch(k, v, True, True, t.n_chunks, plan)
+    a, p, rq, rk, u, s = scratch
+    o, dv, dq, dk, dbeta = (torch.empty_like(x) for x in (v, v, q, k, beta))
+
+    def prepare():
+        chunk_forward.prepare(q, k, beta, scale, scratch, t, plan)
 
     def scan(save):
-        return chunk_forward.scan(q, k, v, prepared, None, scale, t, plan, save=save, final=False, o=o)
+        x = scratch if save else scratch._replace(u=None, s=None)
+        chunk_forward.scan(q, k, v, x, None, scale, t, plan, o=o)
 
     def reverse():
-        return chunk_backward.reverse(q, k, do, prepared, None, dv, None, scale, t, plan)
+        return chunk_backward.reverse(q, k, do, scratch, None, dv, None, scale, t, plan)
 
     def grads():
-        chunk_backward.grads(q, k, do, a, u, dv, s, ds, rq, rk, dq, dk, dbeta, scale, t, plan)
+        chunk_backward.grads(q, k, do, scratch, dv, ds, dq, dk, dbeta, scale, t, plan)
 
-    prepared = a, p, rq, rk = prepare()
-    o, dv, dq, dk, dbeta = (torch.empty_like(x) for x in (v, v, q, k, beta))
-    u, s, _ = scan(save=True)
+    prepare()
+    scan(save=True)
     ds = reverse()
     return {
         "prepare" if p is None else "prepare and scores": (timer(prepare), size(k, beta, a, rk, rq, p) + size(q) * (p is not None)),

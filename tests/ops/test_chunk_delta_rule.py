@@ -179,13 +179,19 @@ def test_split_in_two_calls():
 
 
 @pytest.mark.parametrize(
-    "B, T, HV, K, V",
-    [(1, 1024, 1, 32, 32), (2, 1024, 2, 32, 16), (1, 1089, 1, 16, 32), (2, 1025, 1, 32, 32), (1, 1024, 1, 192, 16)],
-)
-def test_segments(monkeypatch, B, T, HV, K, V):
-    """A long sequence cut into segments gives what the plain scan gives; it need not be a multiple of them."""
+    "B, T, HV, K, V, backward",
+    [
+        (1, 1024, 1, 32, 32, False), (2, 1024, 2, 32, 16, True), (1, 1089, 1, 16, 32, False), (2, 1025, 1, 32, 32, True),
+        (1, 1024, 1, 192, 16, True),
+    ],
+)  # fmt: skip
+def test_segments(monkeypatch, B, T, HV, K, V, backward):
+    """A long sequence cut into segments, in backward too or not, gives what the plain scan gives. It need not be a
+    multiple of them.
+    """
     monkeypatch.setattr(segments, "MIN_TOTAL", 1)
     monkeypatch.setattr(segments, "MIN_CHUNKS", 1)
+    monkeypatch.setattr(segments, "MIN_BACKWARD", 1 if backward else 1000)
     x = make(B, T, 1, K, V, HV=HV)
     assert chunk._plan(x[0], x[2], None, True)[1] == 4
     cut = compare(*x)
@@ -234,6 +240,12 @@ def test_segment_count(shape, training, inference):
     B, HV, K, blocks = shape
     for lengths, backward in ((training, True), (inference, False)):
         assert {T: segments.count(B, T, HV, K, blocks, 132, backward) for T in lengths} == lengths
+
+
+def test_backward_is_cut_where_it_pays():
+    """A short sequence waits for the host, an uncut one is never cut in backward."""
+    for T, K, s, cut in ((8128, 128, 4, False), (8129, 128, 4, True), (4096, 256, 4, True), (65536, 128, 1, False)):
+        assert segments.cuts_backward(T, K, s) is cut
 
 
 @pytest.mark.parametrize(
@@ -371,9 +383,11 @@ def test_gpu_packed():
 @pytest.mark.parametrize(
     "T, d", [(16384, 64), (4096, 128), (4096, 256), (2500, 64), (2240, 128), (2100, 192), (2240, 256)]
 )
-def test_gpu_segments(monkeypatch, T, d):
-    """What enters a segment would come from another place, or its gradient go to one."""
+@pytest.mark.parametrize("backward", [True, False])
+def test_gpu_segments(monkeypatch, T, d, backward):
+    """What enters a segment would come from another place, or its gradient go to one; backward may be uncut."""
     monkeypatch.setattr(segments, "MIN_TOTAL", 1)
+    monkeypatch.setattr(segments, "MIN_BACKWARD", 1 if backward else 1000)
     x = make(2 if T < 4096 else 1, T, 1, d, dtype=torch.bfloat16)
     assert chunk._plan(x[0], x[2], None, True)[1] > 1
     compare(*x)

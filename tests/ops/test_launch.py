@@ -212,8 +212,9 @@ CASES = {
     "off alignment": {"shift": 1},
     "many programs": {"B": 40},
     "recompute": {"recompute": True},
-    "segments": {"T": 4096, "H": 1},
-    "segments of any length": {"T": 3500, "H": 1},
+    "segments": {"T": 8192, "H": 1},
+    "segments of any length": {"T": 8200, "H": 1},
+    "segments in forward": {"T": 4096, "H": 1},
     "segments, states": {"T": 4096, "H": 1, "state": True},
 }
 

@@ -55,18 +55,23 @@ def launch(kernel, grid: tuple[int, ...], pointers: tuple, sizes: tuple, constan
         if compiled is not None:  # as the interpreter returns
             _compiled[key] = found
     else:
-        run(found[0], grid, driver.active.get_current_stream(device), addresses, found[1])
+        run(found[0], grid, driver.active.get_current_stream(device), addresses, found[1], hooked())
     if here.recorder is not None:
         here.recorder.launched(found[0], grid, pointers, found[1])
     return None
 
 
-def run(compiled, grid: tuple[int, int, int], stream: int, addresses: list, rest: tuple) -> None:
+def run(compiled, grid: tuple[int, int, int], stream: int, addresses: list, rest: tuple, hooked: bool) -> None:
     """Launches on the current device; `rest` are the sizes and the constants in the order of the kernel's parameters."""
-    if _is_set(knobs.runtime.launch_enter_hook) or _is_set(knobs.runtime.launch_exit_hook):
+    if hooked:
         compiled[grid](*addresses, *rest)
     else:  # what that comes to without hooks, whose arguments it prepares all the same
         compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *addresses, *rest)
+
+
+def hooked() -> bool:
+    """Whether somebody, a profiler say, is to be told of launches."""
+    return _is_set(knobs.runtime.launch_enter_hook) or _is_set(knobs.runtime.launch_exit_hook)
 
 
 def _is_set(hook) -> bool:

@@ -3,7 +3,7 @@
 Which memory a call takes and which kernels it launches on it follows from its signature: its numbers, and the shapes,
 strides, dtypes and alignment of its tensors. Working that out took the host longer than all else at batch 1. So the
 second call of a signature is recorded, as a tape of allocations and launches in their order, and later ones play the tape.
-A call that does anything else with a tensor, be it a copy or a view from its middle, is never played.
+A call that does anything else with a tensor than launch on it, or on a view of it, is never played.
 """
 
 from typing import NamedTuple
@@ -21,15 +21,20 @@ class Allocation(NamedTuple):
     dtype: torch.dtype
 
 
+class View(NamedTuple):
+    place: int
+    offset: int  # bytes
+
+
 class Launch(NamedTuple):
     compiled: object
     grid: tuple[int, int, int]
-    places: list[int]  # of its pointers among the call's tensors
+    places: list[int]  # of its pointers among the call's tensors, views from their middle among these
     rest: tuple  # sizes and constants
 
 
 class Tape(NamedTuple):
-    steps: list[Allocation | Launch]
+    steps: list[Allocation | View | Launch]
     results: list[int]  # places
 
 
@@ -40,8 +45,14 @@ ALLOCATIONS = (
     torch.ops.aten.empty_strided.default,
     torch.ops.aten.new_empty.default,
 )
-# those of which a kernel is given the tensor's own address (torch.empty_like detaches what somebody else holds too)
-VIEWS = torch.ops.aten.as_strided.default, torch.ops.aten.detach.default
+VIEWS = (
+    torch.ops.aten.as_strided.default,
+    torch.ops.aten.detach.default,  # torch.empty_like detaches what somebody else holds too
+    torch.ops.aten.select.int,
+    torch.ops.aten.slice.Tensor,
+    torch.ops.aten.view.default,
+    torch.ops.aten.view.dtype,
+)
 _tapes: dict[tuple, object] = {}
 _LIMIT = 4096  # signatures remembered; beyond, start again
 
@@ -64,9 +75,9 @@ def replay(function, numbers: tuple, tensors: tuple) -> list:
         else:
             address = x.data_ptr()
             addresses.append(address)
-            signature += x.shape, x.stride(), x.dtype, address % 16
+            signature += x.shape, x.stride(), x.dtype, x.get_device(), address % 16
     device = tensors[0].get_device()
-    signature = (device, *signature)
+    signature = tuple(signature)
     tape = _tapes.get(signature)
     if type(tape) is Tape:
         return _play(tape, tensors, addresses, device)
@@ -87,14 +98,17 @@ def _play(tape: Tape, tensors: tuple, addresses: list, device: int) -> list:
         with torch.cuda.device(device):
             return _play(tape, tensors, addresses, device)
     tensors, where = [None, *tensors], tensors[0].device
-    stream = driver.active.get_current_stream(device)
+    stream, hooked = driver.active.get_current_stream(device), _launch.hooked()
     for step in tape.steps:
         if type(step) is Allocation:
             x = torch.empty_strided(step.shape, step.strides, dtype=step.dtype, device=where)
             tensors.append(x)
             addresses.append(x.data_ptr())
+        elif type(step) is View:
+            tensors.append(None)
+            addresses.append(addresses[step.place] + step.offset)
         else:
-            _launch.run(step.compiled, step.grid, stream, [addresses[i] for i in step.places], step.rest)
+            _launch.run(step.compiled, step.grid, stream, [addresses[i] for i in step.places], step.rest, hooked)
     return [tensors[i] for i in tape.results]
 
 
@@ -104,8 +118,8 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, tensors: tuple):
         super().__init__()
         self.steps: list | None = []  # None: cannot be played
-        # kept alive, or another tensor would take over an id
-        self.tensors, self.views = [None, *tensors], []  # the former by place
+        # kept alive, or another tensor would take over an id; the former by place, None where that is a view's
+        self.tensors, self.views = [None, *tensors], []
         self.places = {id(x): place for place, x in enumerate(self.tensors) if x is not None} | {id(None): 0}
         given = [id(x) for x in tensors if x is not None]
         if len(set(given)) < len(given):
@@ -124,15 +138,22 @@ class _Recorder(TorchDispatchMode):
         if self.steps is None:
             pass
         elif operator in ALLOCATIONS:
-            self.steps.append(Allocation(tuple(out.shape), out.stride(), out.dtype))
-            self.places[id(out)] = len(self.tensors)
-            self.tensors.append(out)
-        elif operator in VIEWS and id(args[0]) in self.places and out.data_ptr() == args[0].data_ptr():
-            self.places[id(out)] = self.places[id(args[0])]
+            self._add(Allocation(tuple(out.shape), out.stride(), out.dtype), out, out)
+        elif operator in VIEWS and id(args[0]) in self.places and out.numel() > 0:
             self.views.append(out)
+            place, offset = self.places[id(args[0])], out.data_ptr() - args[0].data_ptr()
+            if offset == 0:
+                self.places[id(out)] = place
+            else:
+                self._add(View(place, offset), out, None)
         else:
             self.steps = None
         return out
+
+    def _add(self, step: Allocation | View, out: torch.Tensor, at_place: torch.Tensor | None) -> None:
+        self.steps.append(step)
+        self.places[id(out)] = len(self.tensors)
+        self.tensors.append(at_place)
 
     def launched(self, compiled, grid: tuple[int, int, int], pointers: tuple, rest: tuple) -> None:
         places = [self.places.get(id(x)) for x in pointers]
@@ -149,6 +170,6 @@ class _Recorder(TorchDispatchMode):
 
     def _is_whole(self, x: torch.Tensor | None, place: int | None) -> bool:
         """Whether what stands at the place may be returned for x, which may be a view of it."""
-        if x is None or place is None:
+        if x is None or place is None or self.tensors[place] is None:
             return x is None
         return x.shape == self.tensors[place].shape and x.stride() == self.tensors[place].stride()

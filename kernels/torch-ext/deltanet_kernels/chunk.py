@@ -18,7 +18,6 @@ from ._replay import replay
 
 __all__ = ["chunk_delta_rule", "keep_results", "keep_results_compiled"]
 
-Saved = list[torch.Tensor]
 SEGMENTS = True  # tests switch segmentation off to compare
 
 
@@ -37,8 +36,10 @@ def _plan(
     return configs.plan(arch, K, V, wide, n * s * HV * blocks <= sms), s
 
 
-def _forward(scale: float, l2norm: bool, final: bool, save: bool, q, k, v, beta, h0, cu_seqlens) -> list:
-    """o, the final state or None, and with `save` what backward reads (a, p, rq, rk, u, s, phi)."""
+def _forward(scale: float | None, l2norm: bool, final: bool, save: bool, q, k, v, beta, h0, cu_seqlens) -> list:
+    """o, the final state or None, and with `save` what backward reads: the memory of the scratch, and Phi or None."""
+    # here, and so not again where a call is played that has been checked
+    scale = check_arguments(q, k, v, beta, scale, h0, cu_seqlens)
     B, T, _, K = q.shape
     HV, V = v.shape[2:]
     plan, s = _plan(q, v, cu_seqlens, save)
@@ -49,16 +50,20 @@ def _forward(scale: float, l2norm: bool, final: bool, save: bool, q, k, v, beta,
         t = segments.tables(B, T, s, k.device)
     else:
         t = chunk_forward.tables(B, T, cu_seqlens)
-    prepared = chunk_forward.prepare(q, k, beta, scale, l2norm, t, plan)
+    memory, scratch = chunk_forward.new_scratch(k, v, l2norm, save, t.n_chunks, plan)
+    chunk_forward.prepare(q, k, beta, scale, scratch, t, plan)
     phi = None
     if s > 1:
-        h0, phi = segments.entry_states(k, v, prepared, h0, scale, t, plan, s)
+        h0, phi = segments.entry_states(k, v, scratch, h0, scale, t, plan, s)
+        if not segments.cuts_backward(T, K, s):
+            phi = None
     o = v.new_empty(B, T, HV, V)
+    ht = k.new_empty(t.n, HV, K, V, dtype=torch.float32) if final else None
     part = segments.cut(o, s) if s > 1 else o
-    u, states, ht = chunk_forward.scan(q, k, v, prepared, h0, scale, t, plan, save=save, final=final, o=part)
+    chunk_forward.scan(q, k, v, scratch, h0, scale, t, plan, o=part, ht=ht)
     if s > 1 and final:
         ht = ht[s - 1 :: s].contiguous()
-    return [o, ht, *prepared, u, states, phi] if save else [o, ht]
+    return [o, ht, memory, phi] if save else [o, ht]
 
 
 def _contiguous_like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -76,11 +81,12 @@ def _gradients_like(q, k, beta, do) -> list:
     return [_contiguous_like(q), _contiguous_like(k), _scratch_like(do), _contiguous_like(beta)]
 
 
-def _backward(scale: float, l2norm: bool, q, k, v, beta, h0, cu_seqlens, do, dht, *saved) -> list:
-    """dq, dk, dv, dbeta, dh0. `saved` as `_forward` gave it; without, everything is computed again, heads in slices.
+def _backward(scale: float | None, l2norm: bool, q, k, v, beta, h0, cu_seqlens, do, dht, memory, phi) -> list:
+    """dq, dk, dv, dbeta, dh0. `memory` and `phi` as `_forward` gave them; without, all is computed again, heads in slices.
 
     Only then is v read; else it may be None.
     """
+    scale = q.shape[3] ** -0.5 if scale is None else scale
     if do.stride(-1) != 1:
         do = do.contiguous()
     if dht is not None:
@@ -88,20 +94,23 @@ def _backward(scale: float, l2norm: bool, q, k, v, beta, h0, cu_seqlens, do, dht
     dh0 = None if h0 is None else _contiguous_like(h0)
     plan, s = _plan(q, do, cu_seqlens, True)
     ins = q, k, beta, do
-    *saved, phi = saved or [None]
+    if memory is not None:
+        n_chunks = chunk_forward.count_chunks(*q.shape[:2], cu_seqlens)
+        layout, _ = chunk_forward.scratch_layout(k, do, l2norm, True, n_chunks, plan)
+        scratch = chunk_forward.scratch_in(memory, layout)
     if phi is not None:
         # only do can have such strides that it cannot be cut
         parts = [segments.cut(x if segments.can_cut(x) else x.contiguous(), s) for x in ins]
         t = segments.tables(*q.shape[:2], s, q.device)
-        dht = segments.exit_gradients(parts[0], parts[1], parts[3], saved[:4], phi, dht, scale, t, plan, s)
+        dht = segments.exit_gradients(parts[0], parts[1], parts[3], scratch, phi, dht, scale, t, plan, s)
         part = None if h0 is None else dht.new_empty(dht.shape)
         out = _gradients_like(*ins)
-        _gradients(parts, saved, dht, part, scale, t, plan, [segments.cut(x, s) for x in out])
+        _gradients(parts, scratch, dht, part, scale, t, plan, [segments.cut(x, s) for x in out])
         if h0 is not None:
             dh0.copy_(part[::s])
-    elif saved:
+    elif memory is not None:
         t = chunk_forward.tables(*q.shape[:2], cu_seqlens)
-        out = _gradients(ins, saved, dht, dh0, scale, t, plan)
+        out = _gradients(ins, scratch, dht, dh0, scale, t, plan)
     else:
         plan = plan._replace(stored=True)  # a scan without output computes neither P nor the norms of q
         t = chunk_forward.tables(*q.shape[:2], cu_seqlens)
@@ -111,28 +120,27 @@ def _backward(scale: float, l2norm: bool, q, k, v, beta, h0, cu_seqlens, do, dht
         for i in range(slices):
             hs, vs = slice(i * H // slices, (i + 1) * H // slices), slice(i * HV // slices, (i + 1) * HV // slices)
             part = [x[:, :, h] for x, h in zip(ins, (hs, hs, vs, vs), strict=True)]
-            prepared = chunk_forward.prepare(*part[:3], scale, l2norm, t, plan)
-            u, states, _ = chunk_forward.scan(
-                part[0], part[1], v[:, :, vs], prepared, None if h0 is None else h0[:, vs].contiguous(), scale, t, plan,
-                save=True, final=False,
+            _, scratch = chunk_forward.new_scratch(part[1], part[3], l2norm, True, t.n_chunks, plan)
+            chunk_forward.prepare(*part[:3], scale, scratch, t, plan)
+            chunk_forward.scan(
+                part[0], part[1], v[:, :, vs], scratch, None if h0 is None else h0[:, vs].contiguous(), scale, t, plan
             )  # fmt: skip
             _gradients(
-                part, [*prepared, u, states], None if dht is None else dht[:, vs], None if dh0 is None else dh0[:, vs],
+                part, scratch, None if dht is None else dht[:, vs], None if dh0 is None else dh0[:, vs],
                 scale, t, plan, [x[:, :, h] for x, h in zip(out, (hs, hs, vs, vs), strict=True)],
             )  # fmt: skip
     dq, dk, dv, dbeta = out
     return [dq, dk, dv if dv.dtype == do.dtype else dv.to(do.dtype), dbeta, dh0]
 
 
-def _gradients(ins, saved, dht, dh0, scale, t, plan, out=None):
+def _gradients(ins, scratch, dht, dh0, scale, t, plan, out=None):
     """dq, dk, dv and dbeta, written to `out` where it is given."""
     q, k, beta, do = ins
-    a, p, rq, rk, u, states = saved
     dv = _scratch_like(do) if out is None else out[2]
-    ds = chunk_backward.reverse(q, k, do, (a, p, rq, rk), dht, dv, dh0, scale, t, plan)
+    ds = chunk_backward.reverse(q, k, do, scratch, dht, dv, dh0, scale, t, plan)
     # allocated while the reverse scan runs, since at batch 1 the GPU waits for the host
     dq, dk, _, dbeta = out or [_contiguous_like(q), _contiguous_like(k), dv, _contiguous_like(beta)]
-    chunk_backward.grads(q, k, do, a, u, dv, states, ds, rq, rk, dq, dk, dbeta, scale, t, plan)
+    chunk_backward.grads(q, k, do, scratch, dv, ds, dq, dk, dbeta, scale, t, plan)
     return dq, dk, dv, dbeta
 
 
@@ -172,18 +180,19 @@ class _ChunkDeltaRule(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, beta, h0, cu_seqlens, numbers, recompute):
         save = not recompute and any(ctx.needs_input_grad)
-        o, ht, *saved = _forward_once((*numbers, save), (q, k, v, beta, h0, cu_seqlens))
-        ctx.save_for_backward(q, k, None if save else v, beta, h0, cu_seqlens, *saved)
+        results = _forward_once((*numbers, save), (q, k, v, beta, h0, cu_seqlens))
+        o, ht, memory, phi = results if save else (*results, None, None)
+        ctx.save_for_backward(q, k, None if save else v, beta, h0, cu_seqlens, memory, phi)
         ctx.numbers, ctx.v_size = numbers[:2], v.shape[3]
         ctx.set_materialize_grads(False)
         return o, ht
 
     @staticmethod
     def backward(ctx, do, dht):
-        q, k, v, beta, h0, cu_seqlens, *saved = ctx.saved_tensors
+        q, k, v, beta, h0, cu_seqlens, memory, phi = ctx.saved_tensors
         if do is None:
             do = q.new_zeros(*beta.shape, ctx.v_size)
-        tensors = q, k, v, beta, h0, cu_seqlens, do, dht, *saved
+        tensors = q, k, v, beta, h0, cu_seqlens, do, dht, memory, phi
         return *replay(_backward, ctx.numbers, tensors), None, None, None
 
 
@@ -194,73 +203,62 @@ class _ChunkDeltaRule(torch.autograd.Function):
 def _forward_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor, h0: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None, scale: float, l2norm: bool, final: bool, save: bool,
-) -> tuple[torch.Tensor, torch.Tensor, Saved]:  # fmt: skip
-    o, ht, *saved = replay(_forward, (scale, l2norm, final, save), (q, k, v, beta, h0, cu_seqlens))
-    ht, *saved = [q.new_empty(0, dtype=torch.float32) if x is None else x for x in (ht, *saved)]
-    return o, ht, saved
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    results = replay(_forward, (scale, l2norm, final, save), (q, k, v, beta, h0, cu_seqlens))
+    o, ht, memory, phi = results if save else (*results, None, None)
+    # an operator returns no None
+    ht, phi = [q.new_empty(0, dtype=torch.float32) if x is None else x for x in (ht, phi)]
+    return o, ht, q.new_empty(0, dtype=torch.uint8) if memory is None else memory, phi
 
 
 @_forward_op.register_fake
 def _(q, k, v, beta, h0, cu_seqlens, scale, l2norm, final, save):
-    B, T, H, K = k.shape
+    B, T, _, K = k.shape
     HV, V = v.shape[2:]
     n = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    o = v.new_empty(B, T, HV, V)
-    ht = q.new_empty((n, HV, K, V) if final else (0,), dtype=torch.float32)
-    if not save:
-        return o, ht, []
-    plan, parts = _plan(q, v, cu_seqlens, True)
-    C = configs.CHUNK
-    chunks = B * ((T + C - 1) // C) if cu_seqlens is None else T // C + n
-    scratch = chunk_forward.scratch_type(k.dtype)
-    norms = (chunks, H, C) if l2norm else (0,)
-    has_phi = parts > 1 and segments.can_cut(q, k, v, beta)
+    plan, parts = _plan(q, v, cu_seqlens, save)
+    n_chunks = chunk_forward.count_chunks(B, T, cu_seqlens)
+    size = chunk_forward.scratch_layout(k, v, l2norm, True, n_chunks, plan)[1] if save else 0
+    has_phi = save and segments.cuts_backward(T, K, parts) and segments.can_cut(q, k, v, beta)
     return (
-        o,
-        ht,
-        [
-            k.new_empty(chunks, HV, C, C, dtype=scratch),
-            k.new_empty(
-                (chunks, H, C, C) if plan.stored else (0,),
-                dtype=scratch if plan.stored else torch.float32,
-            ),
-            k.new_empty(norms, dtype=torch.float32),
-            k.new_empty(norms, dtype=torch.float32),
-            k.new_empty(chunk_forward.u_shape(k, v, chunks, plan), dtype=scratch),
-            k.new_empty(chunk_forward.s_shape(k, v, chunks, plan), dtype=scratch),
-            k.new_empty((B * parts, HV, K, K) if has_phi else (0,), dtype=torch.float32),
-        ],
+        v.new_empty(B, T, HV, V),
+        q.new_empty((n, HV, K, V) if final else (0,), dtype=torch.float32),
+        k.new_empty(size, dtype=torch.uint8),
+        k.new_empty((B * parts, HV, K, K) if has_phi else (0,), dtype=torch.float32),
     )
 
 
 @torch.library.custom_op("deltanet_kernels::chunk_backward", mutates_args=())
 def _backward_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, beta: torch.Tensor, h0: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None, saved: Saved, do: torch.Tensor, dht: torch.Tensor | None, scale: float,
-    l2norm: bool,
+    cu_seqlens: torch.Tensor | None, do: torch.Tensor, dht: torch.Tensor | None, memory: torch.Tensor | None,
+    phi: torch.Tensor | None, scale: float, l2norm: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    saved = [None if x.dim() == 1 else x for x in saved]
-    *grads, dh0 = replay(_backward, (scale, l2norm), (q, k, v, beta, h0, cu_seqlens, do, dht, *saved))
+    *grads, dh0 = replay(_backward, (scale, l2norm), (q, k, v, beta, h0, cu_seqlens, do, dht, memory, phi))
     return *grads, q.new_empty(0, dtype=torch.float32) if dh0 is None else dh0
 
 
 @_backward_op.register_fake
-def _(q, k, v, beta, h0, cu_seqlens, saved, do, dht, scale, l2norm):
+def _(q, k, v, beta, h0, cu_seqlens, do, dht, memory, phi, scale, l2norm):
     dh0 = q.new_empty(0, dtype=torch.float32) if h0 is None else h0.new_empty(h0.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), do.new_empty(do.shape), beta.new_empty(beta.shape), dh0
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, beta, h0, cu_seqlens, ctx.scale, ctx.l2norm, _, _ = inputs
+    q, k, v, beta, h0, cu_seqlens, ctx.scale, ctx.l2norm, _, save = inputs
+    _, _, memory, phi = output
     ctx.v_size = v.shape[3]
-    ctx.save_for_backward(q, k, None if output[2] else v, beta, h0, cu_seqlens, *output[2])
+    if save:
+        ctx.save_for_backward(q, k, None, beta, h0, cu_seqlens, memory, phi if phi.dim() > 1 else None)
+    else:
+        ctx.save_for_backward(q, k, v, beta, h0, cu_seqlens, None, None)
 
 
-def _backward_of_op(ctx, do, dht, _):
-    q, k, v, beta, h0, cu_seqlens, *saved = ctx.saved_tensors
+def _backward_of_op(ctx, do, dht, *_):
+    q, k, v, beta, h0, cu_seqlens, memory, phi = ctx.saved_tensors
     do = q.new_zeros(*beta.shape, ctx.v_size) if do is None else do
     dht = None if dht is None or dht.numel() == 0 else dht
-    *grads, dh0 = _backward_op(q, k, v, beta, h0, cu_seqlens, saved, do, dht, ctx.scale, ctx.l2norm)
+    *grads, dh0 = _backward_op(q, k, v, beta, h0, cu_seqlens, do, dht, memory, phi, ctx.scale, ctx.l2norm)
     return *grads, None if h0 is None else dh0, None, None, None, None, None
 
 
@@ -334,17 +332,21 @@ def chunk_delta_rule(
     Raises:
         ValueError: a shape, dtype, stride or device is not as above; says what came and what was wanted.
     """
-    scale = check_arguments(q, k, v, beta, scale, initial_state, cu_seqlens)
+    compiling = torch.compiler.is_compiling()
+    if compiling:
+        scale = check_arguments(q, k, v, beta, scale, initial_state, cu_seqlens)
+    elif scale is not None:
+        scale = float(scale)
     if initial_state is not None:
         initial_state = initial_state.contiguous()
     numbers = scale, use_qk_l2norm_in_kernel, output_final_state
-    if torch.compiler.is_compiling():
+    if compiling:
         save = (
             not recompute
             and torch.is_grad_enabled()
             and any(x is not None and x.requires_grad for x in (q, k, v, beta, initial_state))
         )
-        o, ht, _ = _forward_op(q, k, v, beta, initial_state, cu_seqlens, *numbers, save)
+        o, ht, *_ = _forward_op(q, k, v, beta, initial_state, cu_seqlens, *numbers, save)
     elif torch.is_grad_enabled():
         o, ht = _ChunkDeltaRule.apply(q, k, v, beta, initial_state, cu_seqlens, numbers, recompute)
     else:

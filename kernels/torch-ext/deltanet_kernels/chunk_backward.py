@@ -19,6 +19,7 @@ import triton.language as tl
 
 from ._launch import launch
 from .chunk_forward import (
+    Scratch,
     Tables,
     _below,
     _load_rows,
@@ -294,9 +295,9 @@ def grads_kernel(
 # --------------------------------------------------------------------------------------------------------- launchers
 
 
-def reverse(q, k, do, prepared, dht, dv, dh0, scale, t: Tables, plan: Plan, save: bool = True):
+def reverse(q, k, do, x: Scratch, dht, dv, dh0, scale, t: Tables, plan: Plan, save: bool = True):
     """Reverse scan. Writes dv and dh0 (whose heads may be a slice of more); returns ds [chunks, HV, V, K]."""
-    a, p, rq, rk = prepared
+    a, p, rq, rk = x[:4]
     B, T, H, K = k.shape
     HV, V = do.shape[2:]
     ds = k.new_empty(*s_shape(k, do, t.n_chunks, plan), dtype=scratch_type(k.dtype)) if save else a
@@ -327,8 +328,9 @@ def reverse(q, k, do, prepared, dht, dv, dh0, scale, t: Tables, plan: Plan, save
     return ds
 
 
-def grads(q, k, do, a, u, dv, s, ds, rq, rk, dq, dk, dbeta, scale, t: Tables, plan: Plan):
+def grads(q, k, do, x: Scratch, dv, ds, dq, dk, dbeta, scale, t: Tables, plan: Plan):
     """Writes dq, dk and dbeta, whose heads may be a slice of more."""
+    a, _, rq, rk, u, s = x
     B, T, H, K = k.shape
     HV, V = do.shape[2:]
     if t.n_chunks == 0 or T == 0:

@@ -14,6 +14,7 @@ round trip through shared memory (`kernels/README.md`, "Transposed scan").
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -619,13 +620,16 @@ class Tables(NamedTuple):
     chunks: torch.Tensor | None = None
 
 
+def count_chunks(B: int, T: int, cu_seqlens: torch.Tensor | None) -> int:
+    """`Tables.n_chunks`."""
+    return B * ((T + CHUNK - 1) // CHUNK) if cu_seqlens is None else T // CHUNK + cu_seqlens.shape[0] - 1
+
+
 def tables(B: int, T: int, cu_seqlens: torch.Tensor | None) -> Tables:
+    n_chunks = count_chunks(B, T, cu_seqlens)
     if cu_seqlens is None:
-        nt = -(-T // CHUNK)
-        return Tables(B, B * nt, nt, T % CHUNK == 0)
-    n = cu_seqlens.numel() - 1
-    n_chunks = T // CHUNK + n
-    # not two parts of one: a call that makes views is never replayed
+        return Tables(B, n_chunks, -(-T // CHUNK), T % CHUNK == 0)
+    n = cu_seqlens.shape[0] - 1
     offsets, chunks = (torch.empty(x, dtype=torch.int32, device=cu_seqlens.device) for x in (n + 1, 2 * n_chunks))
     launch(
         index_kernel,
@@ -659,10 +663,60 @@ def blocks(K: int, V: int, plan: Plan) -> tuple[int, int, int, int]:
     return block_v, -(-V // block_v), block_k, -(-K // block_k)
 
 
-def u_shape(k, v, n_chunks: int, plan: Plan) -> tuple[int, ...]:
+class Scratch(NamedTuple):
+    """What the kernels leave to each other (`kernels/README.md`, "Symbols")."""
+
+    a: torch.Tensor  # [chunks, HV, C, C]
+    p: torch.Tensor | None  # [chunks, H, C, C], where the plan stores it
+    rq: torch.Tensor | None  # [chunks, H, C], with the L2 norm
+    rk: torch.Tensor | None
+    u: torch.Tensor | None  # in tiles, and so is s; for backward alone
+    s: torch.Tensor | None
+
+
+ALIGNMENT = 128  # bytes, a line of the cache
+
+
+def scratch_layout(k, v, l2norm: bool, save: bool, n_chunks: int, plan: Plan) -> tuple[Scratch, int]:
+    """(first byte, shape, dtype) of each tensor in one piece of memory, and the bytes of that.
+
+    One piece, since each allocation takes the host up to 6 us, and each tensor that backward is left some more.
+    """
+    H, K = k.shape[2:]
     HV, V = v.shape[2:]
-    block_v, nv, _, _ = blocks(k.shape[3], V, plan)
-    return n_chunks, HV, nv * block_v, CHUNK
+    block_v, nv, _, _ = blocks(K, V, plan)
+    norms = n_chunks, H, CHUNK
+    wanted = Scratch(
+        a=(n_chunks, HV, CHUNK, CHUNK),
+        p=(n_chunks, H, CHUNK, CHUNK) if plan.stored else None,
+        rq=norms if l2norm else None,
+        rk=norms if l2norm else None,
+        u=(n_chunks, HV, nv * block_v, CHUNK) if save else None,
+        s=s_shape(k, v, n_chunks, plan) if save else None,
+    )
+    places, end = [], 0
+    for name, shape in wanted._asdict().items():
+        dtype = torch.float32 if name in ("rq", "rk") else scratch_type(k.dtype)
+        places.append(None if shape is None else (end, shape, dtype))
+        if shape is not None:
+            end += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+    return Scratch(*places), end
+
+
+def scratch_in(memory: torch.Tensor, layout: Scratch) -> Scratch:
+    """The tensors in `memory`, as many bytes as `scratch_layout` says."""
+
+    def at(start, shape, dtype):
+        return memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+    return Scratch(*(None if place is None else at(*place) for place in layout))
+
+
+def new_scratch(k, v, l2norm: bool, save: bool, n_chunks: int, plan: Plan) -> tuple[torch.Tensor, Scratch]:
+    """The memory, and the tensors in it."""
+    layout, size = scratch_layout(k, v, l2norm, save, n_chunks, plan)
+    memory = k.new_empty(size, dtype=torch.uint8)
+    return memory, scratch_in(memory, layout)
 
 
 def s_shape(k, v, n_chunks: int, plan: Plan) -> tuple[int, ...]:
@@ -671,19 +725,12 @@ def s_shape(k, v, n_chunks: int, plan: Plan) -> tuple[int, ...]:
     return n_chunks, HV, nv * block_v, nk * block_k
 
 
-def prepare(q, k, beta, scale: float, l2norm: bool, t: Tables, plan: Plan):
-    """A [chunks, HV, C, C], P [chunks, H, C, C], and the reciprocal norms of q and k [chunks, H, C] (or None).
-
-    P only where the plan stores it; else the norms of q are left to the scan to fill.
-    """
+def prepare(q, k, beta, scale: float, x: Scratch, t: Tables, plan: Plan) -> None:
+    """Writes A, the norms of k and, where the plan stores P, that and the norms of q, which else the scan writes."""
     B, T, H, K = k.shape
     HV = beta.shape[2]
-    wide = k.dtype != torch.bfloat16
-    a = k.new_empty(t.n_chunks, HV, CHUNK, CHUNK, dtype=scratch_type(k.dtype))
-    p = k.new_empty(t.n_chunks, H, CHUNK, CHUNK, dtype=scratch_type(k.dtype)) if plan.stored else None
-    # two tensors, not two halves of one: an operator's outputs may not share memory
-    rk = k.new_empty(t.n_chunks, H, CHUNK, dtype=torch.float32) if l2norm else None
-    rq = k.new_empty(t.n_chunks, H, CHUNK, dtype=torch.float32) if l2norm else None
+    a, p, rq, rk = x[:4]
+    l2norm, wide = rk is not None, k.dtype != torch.bfloat16
     if t.n_chunks > 0 and T > 0:
         constants = {
             "K": K, "C": CHUNK, "L2NORM": l2norm, "PACKED": t.cu_seqlens is not None, "EVEN": t.even, "WIDE": wide,
@@ -707,21 +754,17 @@ def prepare(q, k, beta, scale: float, l2norm: bool, t: Tables, plan: Plan):
                 {**constants, "BK": min(plan.scores.block_v, blocks(K, K, plan)[2]), "PRECISION": precision(k.dtype)},
                 {"num_warps": plan.scores.num_warps, "num_stages": plan.scores.num_stages},
             )  # fmt: skip
-    return a, p, rq, rk
 
 
-def scan(q, k, v, prepared, h0, scale, t: Tables, plan: Plan, *, save, final, o=None, phi=None):
-    """Forward scan. Returns u, s, ht; each is None unless asked for. Fills o, and phi [N, HV, K, K], for segments."""
-    a, p, rq, rk = prepared
+def scan(q, k, v, x: Scratch, h0, scale, t: Tables, plan: Plan, *, o=None, ht=None, phi=None) -> None:
+    """Forward scan. Writes o and the final state ht where they are given, u and s where x has them, and, for segments,
+    phi [N, HV, K, K].
+    """
+    a, p, rq, rk, u, s = x
     B, T, H, K = k.shape
     HV, V = v.shape[2:]
-    new = k.new_empty
-    scratch = scratch_type(k.dtype)
-    u = new(*u_shape(k, v, t.n_chunks, plan), dtype=scratch) if save else None
-    s = new(*s_shape(k, v, t.n_chunks, plan), dtype=scratch) if save else None
-    ht = new(t.n, HV, K, V, dtype=torch.float32) if final else None
     if t.n == 0:
-        return u, s, ht
+        return
     choice = plan.scan
     block_v, nv, block_k, _ = blocks(K, V, plan)
     if plan.gluon_scans and o is not None and hopper_tiles.accepts(q, k, v):
@@ -740,9 +783,8 @@ def scan(q, k, v, prepared, h0, scale, t: Tables, plan: Plan, *, save, final, o=
             {
                 "K": K, "V": V, "BK": block_k, "BV": block_v, "C": CHUNK,
                 "L2NORM": rk is not None, "PACKED": t.cu_seqlens is not None, "EVEN": t.even, "HAS_H0": h0 is not None,
-                "HAS_HT": final, "OUTPUT": o is not None, "SAVE": save, "PHI": phi is not None, "WIDE": k.dtype != torch.bfloat16,
+                "HAS_HT": ht is not None, "OUTPUT": o is not None, "SAVE": u is not None, "PHI": phi is not None, "WIDE": k.dtype != torch.bfloat16,
                 "PRECISION": precision(k.dtype), "EPS": EPS, "STORED": plan.stored,
             },
             {"num_warps": choice.num_warps, "num_stages": choice.num_stages},
         )  # fmt: skip
-    return u, s, ht

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from . import chunk_backward, chunk_forward, configs
 from ._launch import launch
-from .chunk_forward import Tables
+from .chunk_forward import Scratch, Tables
 from .configs import CHUNK, Plan
 
 
@@ -29,6 +29,8 @@ from .configs import CHUNK, Plan
 # forward + backward of 2048 tokens, 16 heads of 128, took 0.22 ms uncut and 0.37 to 0.39 cut (three H100s), though the GPU was
 # done sooner (in CUDA graphs 0.162 and 0.149); 3072 tokens 0.42 and 0.35; so between the two
 MIN_TOTAL = 40
+# The same for backward, whose two extra launches come when the GPU has nothing else left to do. Wider keys than 128 gain more
+MIN_BACKWARD = 128
 # Chunks a segment (one head of 128, H100, CUDA graphs: 4096 tokens in eight 0.105 ms, in four 0.125)
 MIN_CHUNKS = 8
 # where a program holds all columns of a head. 20 heads of 128, 32768 tokens, forward alone: 0.77 ms, uncut 0.95
@@ -58,6 +60,11 @@ def count(B: int, T: int, HV: int, K: int, blocks: int, sms: int, backward: bool
         s *= 2
     # two extra passes: worth it from four segments on
     return s if s >= 4 else 1
+
+
+def cuts_backward(T: int, K: int, s: int) -> bool:
+    """Whether backward, too, is cut into the s segments that forward was."""
+    return s > 1 and (K > 128 or -(-T // CHUNK) >= MIN_BACKWARD)
 
 
 def _divides(T: int, s: int) -> bool:
@@ -168,9 +175,14 @@ def chain_kernel(
             tl.store(out + p * V + o_2, b_s2, mask=m_2)
 
 
-def _chain(n, phi, first, s: int, reverse: bool) -> torch.Tensor:
+def _new_states(x: torch.Tensor, N: int, HV: int, K: int, V: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the first pass writes N, and where the chain writes what enters each segment."""
+    both = x.new_empty(2, N, HV, K, V, dtype=torch.float32)
+    return both[0], both[1]
+
+
+def _chain(n, phi, first, out, s: int, reverse: bool) -> torch.Tensor:
     N, HV, K, V = n.shape
-    out = torch.empty_like(n)
     choice = configs.chain(configs.arch_of(n.device.index), K)
     launch(
         chain_kernel, (-(-V // choice.block_v), N // s * HV),
@@ -185,17 +197,18 @@ def _chain(n, phi, first, s: int, reverse: bool) -> torch.Tensor:
     return out
 
 
-def entry_states(k, v, prepared, h0, scale: float, t: Tables, plan: Plan, s: int):
+def entry_states(k, v, x: Scratch, h0, scale: float, t: Tables, plan: Plan, s: int):
     """S_in of every segment, [B * s, HV, K, V], and Phi [B * s, HV, K, K]."""
     K, HV = k.shape[3], v.shape[2]
     phi = k.new_empty(t.n, HV, K, K, dtype=torch.float32)
+    n, out = _new_states(k, t.n, HV, K, v.shape[3])
     entry = plan._replace(scan=plan.entry or plan.scan)
-    *_, n = chunk_forward.scan(k, k, v, prepared, None, scale, t, entry, save=False, final=True, phi=phi)
-    return _chain(n, phi, h0, s, False), phi
+    chunk_forward.scan(k, k, v, x._replace(u=None, s=None), None, scale, t, entry, ht=n, phi=phi)
+    return _chain(n, phi, h0, out, s, False), phi
 
 
-def exit_gradients(q, k, do, prepared, phi, dht, scale: float, t: Tables, plan: Plan, s: int) -> torch.Tensor:
+def exit_gradients(q, k, do, x: Scratch, phi, dht, scale: float, t: Tables, plan: Plan, s: int) -> torch.Tensor:
     """dS_out of every segment, [B * s, HV, K, V]."""
-    n = k.new_empty(t.n, do.shape[2], k.shape[3], do.shape[3], dtype=torch.float32)
-    chunk_backward.reverse(q, k, do, prepared, None, n, n, scale, t, plan, save=False)
-    return _chain(n, phi, dht, s, True)
+    n, out = _new_states(k, t.n, do.shape[2], k.shape[3], do.shape[3])
+    chunk_backward.reverse(q, k, do, x, None, n, n, scale, t, plan, save=False)
+    return _chain(n, phi, dht, out, s, True)
