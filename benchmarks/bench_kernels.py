@@ -34,7 +34,7 @@ def measure(shape, timer, triton_only: bool) -> dict:
     q, k, v, do = (torch.randn(B, T, H, d, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     beta = torch.rand(B, T, H, device="cuda", dtype=torch.bfloat16)
     scale = d**-0.5
-    plan, _ = chunk._plan(q, v, None, True)
+    plan, *_ = chunk._plan(q, v, None, True)
     if triton_only:
         plan = plan._replace(gluon_grads=False, gluon_scans=False)
     t = chunk_forward.tables(B, T, None)
@@ -54,11 +54,11 @@ def measure(shape, timer, triton_only: bool) -> dict:
         return chunk_backward.reverse(q, k, do, scratch, None, dv, None, scale, t, plan)
 
     def grads():
-        chunk_backward.grads(q, k, do, scratch, dv, ds, dq, dk, dbeta, scale, t, plan)
+        chunk_backward.grads(q, k, do, scratch, dv, ds, None, dq, dk, dbeta, scale, t, plan)
 
     prepare()
     scan(save=True)
-    ds = reverse()
+    ds, _ = reverse()
     return {
         "prepare" if p is None else "prepare and scores": (timer(prepare), size(k, beta, a, rk, rq, p) + size(q) * (p is not None)),
         "scan, inference": (timer(lambda: scan(save=False)), size(q, k, v, a, p, rk, o)),

@@ -20,7 +20,7 @@ from offline import compile_kernel, resources, serialized  # noqa: E402
 
 INPUTS, SCRATCH = ("q", "k", "v", "do", "o", "dq", "dk", "beta", "dbeta"), ("a", "p", "u", "s", "ds", "dv")
 STATES = ("rq", "rk", "h0", "ht", "dh0", "dht", "n", "phi", "first", "out")
-TABLES = {"cu_seqlens": "*i64", "chunk_offsets": "*i32", "chunks": "*i32"}
+TABLES = {"cu_seqlens": "*i64", "flags": "*i32", "chunk_offsets": "*i32", "chunks": "*i32"}
 NOT_DIVISIBLE = {"T", "NT", "H", "HV", "HV_ALL", "H_ALL"}
 
 
@@ -96,7 +96,10 @@ def main(arch: int, d: int, dtype: str = "bf16") -> dict:
     found["grads"] = compile_and_read(backward.grads_kernel, grads, plan.grads, arch, dtype)
     if plan.gluon_grads:
         sizes = {"K": d, "V": d, "C": configs.CHUNK, "L2NORM": True, "PACKED": False, "EVEN": False}
-        found["grads, Gluon"] = compile_and_read(hopper_grads.grads_kernel, sizes | {"G": 1}, plan.grads, arch, dtype)
+        for beside in (False, True):
+            found[f"grads, Gluon, {beside = }"] = compile_and_read(
+                hopper_grads.grads_kernel, sizes | {"G": 1, "BESIDE": beside}, plan.grads, arch, dtype
+            )
     if plan.gluon_scans:
         sizes |= {"H": 16, "HV": 16, "q_st": 16 * d, "k_st": 16 * d}
         for block_v in sorted({64, d}):
@@ -109,9 +112,9 @@ def main(arch: int, d: int, dtype: str = "bf16") -> dict:
         state = {"HAS_DHT": True, "HAS_DH0": True, "d_st": 16 * d}
         state |= {"BV": hopper_reverse.BLOCK_V, "STAGES": hopper_tiles.STAGES[hopper_reverse.BLOCK_V]}
         gluon = configs.Launch(64, 4, 1)
-        for save in (True, False):
-            found[f"reverse, Gluon, {save = }"] = compile_and_read(
-                hopper_reverse.reverse_kernel, sizes | state | {"SAVE": save}, gluon, arch, dtype
+        for save, beside in ((True, False), (True, True), (False, False)):
+            found[f"reverse, Gluon, {save = }, {beside = }"] = compile_and_read(
+                hopper_reverse.reverse_kernel, sizes | state | {"SAVE": save, "BESIDE": beside}, gluon, arch, dtype
             )
     return found
 

@@ -11,7 +11,7 @@ from tests.ops._reference import delta_rule_fp64, error
 
 
 triton = pytest.importorskip("triton")
-from deltanet_kernels import chunk, chunk_delta_rule, configs, segments  # noqa: E402
+from deltanet_kernels import _replay, chunk, chunk_backward, chunk_delta_rule, configs, segments  # noqa: E402
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -242,10 +242,16 @@ def test_segment_count(shape, training, inference):
         assert {T: segments.count(B, T, HV, K, blocks, 132, backward) for T in lengths} == lengths
 
 
-def test_backward_is_cut_where_it_pays():
-    """A short sequence waits for the host, an uncut one is never cut in backward."""
-    for T, K, s, cut in ((8128, 128, 4, False), (8129, 128, 4, True), (4096, 256, 4, True), (65536, 128, 1, False)):
-        assert segments.cuts_backward(T, K, s) is cut
+@pytest.mark.parametrize(
+    "T, K, programs, beside, cut",
+    [
+        (8128, 128, 16, True, False), (8129, 128, 16, True, True), (65536, 128, 32, True, False),
+        (8129, 128, 32, False, True), (4096, 256, 16, False, True),
+    ],
+)  # fmt: skip
+def test_backward_is_cut_where_it_pays(T, K, programs, beside, cut):
+    """A short sequence would wait for the host, and gradients for a chip that is full."""
+    assert segments.cuts_backward(T, K, programs, 132, beside) is cut
 
 
 @pytest.mark.parametrize(
@@ -372,6 +378,41 @@ def test_gpu_gluon_borders(l2norm, monkeypatch):
         inside.copy_(torch.cat((q, k, v), -1))
         compare(*inside.split(128, -1), beta, h0, l2norm=l2norm)
         assert ran == kernels
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize(
+    "T, cu_seqlens",
+    [(50, None), (300, None), (1000, None), (4096, None), (1000, [0, 0, 5, 325, 325, 1000]), (700, [0, 64, 700])],
+)
+def test_gpu_gradients_beside_the_scan(T, cu_seqlens, d, monkeypatch):
+    """They would be computed from what the scan has not written yet, and only sometimes."""
+    x = make(1, T, 4, d, HV=8, n=None if cu_seqlens is None else len(cu_seqlens) - 1, dtype=torch.bfloat16)
+    x = [t.requires_grad_() for t in x]
+    cu = None if cu_seqlens is None else torch.tensor(cu_seqlens, device=DEVICE)
+    do = torch.randn_like(x[2])
+    plan, reverse, flags = configs.plan, chunk_backward.hopper_reverse.reverse, []
+    monkeypatch.setattr(
+        chunk_backward.hopper_reverse, "reverse", lambda *args: flags.append(args[10]) or reverse(*args)
+    )
+
+    def run(times):
+        _replay.forget()
+        o, _ = chunk_delta_rule(*x[:4], initial_state=x[4], use_qk_l2norm_in_kernel=True, cu_seqlens=cu)
+        for _ in range(times):  # through one graph, from memory that holds neither zeros nor what the last time wrote
+            poison = [torch.full((2**25,), torch.nan, device=DEVICE)]
+            poison += [torch.ones(2**15, dtype=torch.int32, device=DEVICE) for _ in range(100)]
+            del poison
+            yield torch.autograd.grad(o, x, do, retain_graph=True)
+
+    monkeypatch.setattr(configs, "plan", lambda *args: plan(*args)._replace(beside=False))
+    (want,) = run(1)
+    assert flags == [None]
+    monkeypatch.setattr(configs, "plan", plan)
+    for got in run(10):
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert flags[1] is not None
 
 
 @pytest.mark.gpu

@@ -23,8 +23,10 @@ SEGMENTS = True  # tests switch segmentation off to compare
 
 def _plan(
     q: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None, backward: bool
-) -> tuple[configs.Plan, int]:
-    """The launch table's line for this call, which backward may follow, and the number of segments a sequence is cut into."""
+) -> tuple[configs.Plan, int, int]:
+    """The launch table's line for this call, which backward may follow, and the numbers of segments that forward and backward
+    cut a sequence into: the latter's are the former's, or one.
+    """
     B, T, _, K = q.shape
     HV, V = v.shape[2:]
     arch, sms = configs.arch_of(q.device.index), configs.multiprocessors(q.device.index)
@@ -33,7 +35,8 @@ def _plan(
     block_v = configs.plan(arch, K, V, wide, False).scan.block_v
     blocks = -(-V // block_v)
     s = segments.count(B, T, HV, K, blocks, sms, backward) if cu_seqlens is None and SEGMENTS else 1
-    return configs.plan(arch, K, V, wide, n * s * HV * blocks <= sms), s
+    plan = configs.plan(arch, K, V, wide, n * s * HV * blocks <= sms)
+    return plan, s, s if s > 1 and segments.cuts_backward(T, K, B * HV * blocks, sms, plan.beside) else 1
 
 
 def _forward(scale: float | None, l2norm: bool, final: bool, save: bool, q, k, v, beta, h0, cu_seqlens) -> list:
@@ -42,7 +45,7 @@ def _forward(scale: float | None, l2norm: bool, final: bool, save: bool, q, k, v
     scale = check_arguments(q, k, v, beta, scale, h0, cu_seqlens)
     B, T, _, K = q.shape
     HV, V = v.shape[2:]
-    plan, s = _plan(q, v, cu_seqlens, save)
+    plan, s, s_backward = _plan(q, v, cu_seqlens, save)
     if s > 1 and not segments.can_cut(q, k, v, beta):
         s = 1
     if s > 1:
@@ -55,7 +58,7 @@ def _forward(scale: float | None, l2norm: bool, final: bool, save: bool, q, k, v
     phi = None
     if s > 1:
         h0, phi = segments.entry_states(k, v, scratch, h0, scale, t, plan, s)
-        if not segments.cuts_backward(T, K, s):
+        if s_backward == 1:
             phi = None
     o = v.new_empty(B, T, HV, V)
     ht = k.new_empty(t.n, HV, K, V, dtype=torch.float32) if final else None
@@ -92,7 +95,7 @@ def _backward(scale: float | None, l2norm: bool, q, k, v, beta, h0, cu_seqlens, 
     if dht is not None:
         dht = dht.contiguous()
     dh0 = None if h0 is None else _contiguous_like(h0)
-    plan, s = _plan(q, do, cu_seqlens, True)
+    plan, _, s = _plan(q, do, cu_seqlens, True)
     ins = q, k, beta, do
     if memory is not None:
         n_chunks = chunk_forward.count_chunks(*q.shape[:2], cu_seqlens)
@@ -133,14 +136,20 @@ def _backward(scale: float | None, l2norm: bool, q, k, v, beta, h0, cu_seqlens, 
     return [dq, dk, dv if dv.dtype == do.dtype else dv.to(do.dtype), dbeta, dh0]
 
 
+def _replay_backward(numbers: tuple, tensors: tuple) -> list:
+    """`_backward`, but for `recompute` not from a tape, which would hold the scratch of all slices of heads at once."""
+    *_, memory, _ = tensors
+    return _backward(*numbers, *tensors) if memory is None else replay(_backward, numbers, tensors)
+
+
 def _gradients(ins, scratch, dht, dh0, scale, t, plan, out=None):
     """dq, dk, dv and dbeta, written to `out` where it is given."""
     q, k, beta, do = ins
     dv = _scratch_like(do) if out is None else out[2]
-    ds = chunk_backward.reverse(q, k, do, scratch, dht, dv, dh0, scale, t, plan)
+    ds, flags = chunk_backward.reverse(q, k, do, scratch, dht, dv, dh0, scale, t, plan)
     # allocated while the reverse scan runs, since at batch 1 the GPU waits for the host
     dq, dk, _, dbeta = out or [_contiguous_like(q), _contiguous_like(k), dv, _contiguous_like(beta)]
-    chunk_backward.grads(q, k, do, scratch, dv, ds, dq, dk, dbeta, scale, t, plan)
+    chunk_backward.grads(q, k, do, scratch, dv, ds, flags, dq, dk, dbeta, scale, t, plan)
     return dq, dk, dv, dbeta
 
 
@@ -193,7 +202,7 @@ class _ChunkDeltaRule(torch.autograd.Function):
         if do is None:
             do = q.new_zeros(*beta.shape, ctx.v_size)
         tensors = q, k, v, beta, h0, cu_seqlens, do, dht, memory, phi
-        return *replay(_backward, ctx.numbers, tensors), None, None, None
+        return *_replay_backward(ctx.numbers, tensors), None, None, None
 
 
 # ------------------------------------------------------------------------------------------- torch.library operators
@@ -216,15 +225,15 @@ def _(q, k, v, beta, h0, cu_seqlens, scale, l2norm, final, save):
     B, T, _, K = k.shape
     HV, V = v.shape[2:]
     n = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    plan, parts = _plan(q, v, cu_seqlens, save)
+    plan, _, s = _plan(q, v, cu_seqlens, save)
     n_chunks = chunk_forward.count_chunks(B, T, cu_seqlens)
     size = chunk_forward.scratch_layout(k, v, l2norm, True, n_chunks, plan)[1] if save else 0
-    has_phi = save and segments.cuts_backward(T, K, parts) and segments.can_cut(q, k, v, beta)
+    has_phi = save and s > 1 and segments.can_cut(q, k, v, beta)
     return (
         v.new_empty(B, T, HV, V),
         q.new_empty((n, HV, K, V) if final else (0,), dtype=torch.float32),
         k.new_empty(size, dtype=torch.uint8),
-        k.new_empty((B * parts, HV, K, K) if has_phi else (0,), dtype=torch.float32),
+        k.new_empty((B * s, HV, K, K) if has_phi else (0,), dtype=torch.float32),
     )
 
 
@@ -234,7 +243,7 @@ def _backward_op(
     cu_seqlens: torch.Tensor | None, do: torch.Tensor, dht: torch.Tensor | None, memory: torch.Tensor | None,
     phi: torch.Tensor | None, scale: float, l2norm: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    *grads, dh0 = replay(_backward, (scale, l2norm), (q, k, v, beta, h0, cu_seqlens, do, dht, memory, phi))
+    *grads, dh0 = _replay_backward((scale, l2norm), (q, k, v, beta, h0, cu_seqlens, do, dht, memory, phi))
     return *grads, q.new_empty(0, dtype=torch.float32) if dh0 is None else dh0
 
 

@@ -33,7 +33,7 @@ from .chunk_forward import (
     s_shape,
     scratch_type,
 )
-from .configs import CHUNK, GLUON, Plan
+from .configs import CHUNK, GLUON, Plan, multiprocessors
 
 
 if GLUON:
@@ -296,18 +296,25 @@ def grads_kernel(
 
 
 def reverse(q, k, do, x: Scratch, dht, dv, dh0, scale, t: Tables, plan: Plan, save: bool = True):
-    """Reverse scan. Writes dv and dh0 (whose heads may be a slice of more); returns ds [chunks, HV, V, K]."""
+    """Reverse scan. Writes dv and dh0 (whose heads may be a slice of more).
+
+    Returns ds [chunks, HV, V, K], and flags or None, by which `grads`, the next launch, runs beside this one.
+    """
     a, p, rq, rk = x[:4]
     B, T, H, K = k.shape
     HV, V = do.shape[2:]
     ds = k.new_empty(*s_shape(k, do, t.n_chunks, plan), dtype=scratch_type(k.dtype)) if save else a
+    flags = None
     if t.n == 0:
-        return ds
+        return ds, flags
     choice = plan.reverse
     block_v, nv, block_k, _ = blocks(K, V, plan)
     heads = dv.stride(1) // V if save else HV
     if plan.gluon_scans and hopper_tiles.accepts(q, k, do):
-        hopper_reverse.reverse(q, k, do, a, rq, rk, dht, dv, ds, dh0, scale, t, heads, save)
+        # at a chip's last quarter or less there is no room for the gradients
+        if plan.beside and save and 4 * nv * HV * t.n <= 3 * multiprocessors(k.device.index):
+            flags = k.new_empty(t.n_chunks, HV, nv, dtype=torch.int32)
+        hopper_reverse.reverse(q, k, do, a, rq, rk, dht, dv, ds, dh0, flags, scale, t, heads, save)
     else:
         launch(
             reverse_kernel, (nv, HV, t.n),
@@ -325,10 +332,10 @@ def reverse(q, k, do, x: Scratch, dht, dv, dh0, scale, t: Tables, plan: Plan, sa
             },
             {"num_warps": choice.num_warps, "num_stages": choice.num_stages},
         )  # fmt: skip
-    return ds
+    return ds, flags
 
 
-def grads(q, k, do, x: Scratch, dv, ds, dq, dk, dbeta, scale, t: Tables, plan: Plan):
+def grads(q, k, do, x: Scratch, dv, ds, flags, dq, dk, dbeta, scale, t: Tables, plan: Plan):
     """Writes dq, dk and dbeta, whose heads may be a slice of more."""
     a, _, rq, rk, u, s = x
     B, T, H, K = k.shape
@@ -338,7 +345,7 @@ def grads(q, k, do, x: Scratch, dv, ds, dq, dk, dbeta, scale, t: Tables, plan: P
     choice = plan.grads
     block_v, _, block_k, nk = blocks(K, V, plan)
     if plan.gluon_grads and hopper_tiles.accepts(q, k, do):
-        hopper_grads.grads(q, k, do, a, u, dv, s, ds, rq, rk, dq, dk, dbeta, scale, t, plan)
+        hopper_grads.grads(q, k, do, a, u, dv, s, ds, rq, rk, flags, dq, dk, dbeta, scale, t, plan)
     else:
         launch(
             grads_kernel, (2 * H, t.n_chunks),

@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ._launch import launch
 from .chunk_forward import Tables, _norm_backward
 from .configs import CHUNK, Plan
+from .hopper_beside import chunk_in_order, wait_for_chunk, wait_for_scan
 from .hopper_tiles import copy_tile, load_fragments, store_tile
 
 
@@ -26,7 +27,7 @@ from .hopper_tiles import copy_tile, load_fragments, store_tile
 @gluon.jit
 def grads_kernel(
     # inputs; dv as the reverse scan wrote it, in the scratch type
-    q, k, do, a, u, dv, s, ds, rq, rk,
+    q, k, do, a, u, dv, s, ds, rq, rk, flags,
     # outputs
     dq, dk, dbeta,
     # packed sequences
@@ -36,16 +37,21 @@ def grads_kernel(
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, d_sb, d_st, d_sh,
     # constants; G the value heads of a key head
     K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, G: gl.constexpr, L2NORM: gl.constexpr, PACKED: gl.constexpr,
-    EVEN: gl.constexpr,
+    EVEN: gl.constexpr, BESIDE: gl.constexpr,
 ):  # fmt: skip
-    """One chunk and key head: dq, dk, dbeta. Tiles of values are halves of 64 columns, as the scans cut them."""
+    """One chunk and key head: dq, dk, dbeta. Tiles of values are halves of 64 columns, as the scans cut them.
+
+    With BESIDE the reverse scan still runs (`hopper_beside.py`).
+    """
     i_h = gl.program_id(0)
-    i_t = gl.program_id(1)
+    i_t = chunk_in_order(NT, PACKED) if BESIDE else gl.program_id(1)
     HV = H * G
     T_all = T
     if PACKED:
         i_n = gl.load(chunks + i_t * 2)
         if i_n < 0:  # beyond the last chunk: the host knows only an upper bound
+            if BESIDE:
+                wait_for_scan()
             return
         i_c = gl.load(chunks + i_t * 2 + 1)
         i_b = i_n.to(gl.int64) * 0
@@ -111,6 +117,8 @@ def grads_kernel(
         if NV == 2:
             b_u1 = load_fragments(u + i_g * V * C + 64 * C, 64, C)
             b_s1 = load_fragments(s + i_g * V * K + 64 * K, 64, K)
+        if BESIDE:
+            wait_for_chunk(flags + ((chunk - i_c) * HV + i_h * G + i_g) * NV, HV * NV, (T + C - 1) // C, i_c, NV)
         for h in gl.static_range(NV):
             copy_tile(t_dv.index(h), dv + i_g * V + h * 64, HV_ALL * V, length, 64, EVEN)
             copy_tile(t_do.index(h), do + i_g * d_sh + h * 64, d_st, length, 64, EVEN)
@@ -198,25 +206,27 @@ def grads_kernel(
     store_tile(dk + p_x, H_ALL * K, t_k, length, K, EVEN)
     t_q.store(b_dq.to(BF16))
     store_tile(dq + p_x, H_ALL * K, t_q, length, K, EVEN)
+    if BESIDE and i_c == 0:
+        wait_for_scan()
 
 
 # --------------------------------------------------------------------------------------------------------- launchers
 
 
-def grads(q, k, do, a, u, dv, s, ds, rq, rk, dq, dk, dbeta, scale, t: Tables, plan: Plan):
-    """Writes dq, dk and dbeta, whose heads may be a slice of more."""
+def grads(q, k, do, a, u, dv, s, ds, rq, rk, flags, dq, dk, dbeta, scale, t: Tables, plan: Plan):
+    """Writes dq, dk and dbeta, whose heads may be a slice of more. `flags` as `hopper_reverse.reverse` was given them."""
     H, K = k.shape[2:]
     HV, V = do.shape[2:]
     launch(
         grads_kernel, (H, t.n_chunks),
-        (q, k, do, a, u, dv, s, ds, u if rq is None else rq, u if rk is None else rk, dq, dk, dbeta, t.cu_seqlens, t.chunks),
+        (q, k, do, a, u, dv, s, ds, u if rq is None else rq, u if rk is None else rk, u if flags is None else flags, dq, dk, dbeta, t.cu_seqlens, t.chunks),
         (
             scale, q.shape[1], t.nt, H, dk.stride(1) // K, dv.stride(1) // V,
             *q.stride()[:3], *k.stride()[:3], *do.stride()[:3],
         ),
         {
             "K": K, "V": V, "C": CHUNK, "G": HV // H, "L2NORM": rk is not None, "PACKED": t.cu_seqlens is not None,
-            "EVEN": t.even,
+            "EVEN": t.even, "BESIDE": flags is not None,
         },
-        {"num_warps": 4, "maxnreg": plan.grads.maxnreg},
+        {"num_warps": 4, "maxnreg": plan.grads.maxnreg, "launch_pdl": flags is not None},
     )  # fmt: skip

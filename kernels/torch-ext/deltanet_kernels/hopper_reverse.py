@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ._launch import launch
 from .configs import CHUNK
+from .hopper_beside import let_dependents_start, say_all_written, say_written
 from .hopper_tiles import STAGES, load_stage, locate_sequence, store_fragments, store_scores, store_tile
 
 
@@ -26,8 +27,8 @@ BLOCK_V = 64
 def reverse_kernel(
     # inputs; a, rq and rk as forward left them
     q, k, do, a, rq, rk, dht,
-    # outputs; ds, in tiles like s: gradient of the state leaving a chunk
-    dv, ds, dh0,
+    # outputs; ds, in tiles like s: gradient of the state leaving a chunk; flags only with BESIDE
+    dv, ds, dh0, flags,
     # packed sequences
     cu_seqlens, chunk_offsets,
     # sizes and strides
@@ -35,11 +36,12 @@ def reverse_kernel(
     # constants; heads and a token's strides among them, see `hopper_scan.py`
     H: gl.constexpr, HV: gl.constexpr, q_st: gl.constexpr, k_st: gl.constexpr, d_st: gl.constexpr,
     K: gl.constexpr, V: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, L2NORM: gl.constexpr, PACKED: gl.constexpr,
-    EVEN: gl.constexpr, HAS_DHT: gl.constexpr, HAS_DH0: gl.constexpr, SAVE: gl.constexpr, STAGES: gl.constexpr,
+    EVEN: gl.constexpr, HAS_DHT: gl.constexpr, HAS_DH0: gl.constexpr, SAVE: gl.constexpr, BESIDE: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """Runs one sequence, value head and block of BV = 64 value columns from the last chunk to the first.
 
-    Without SAVE only dh0 is written (first pass of a segmented scan).
+    Without SAVE only dh0 is written (first pass of a segmented scan). With BESIDE the gradients run meanwhile.
     """
     i_v = gl.program_id(0) * BV
     i_hv = gl.program_id(1)
@@ -51,6 +53,8 @@ def reverse_kernel(
     do += i_b * d_sb + bos * d_st + i_hv * d_sh + i_v
     dv += (row * HV_ALL + i_hv) * V + i_v
     ds += ((chunk_0 * HV + i_hv) * V + i_v) * K
+    FLAGS: gl.constexpr = HV * (V // BV)  # of a chunk
+    flags += chunk_0 * FLAGS + i_hv * (V // BV) + gl.program_id(0)
     a += (chunk_0 * HV + i_hv) * C * C
     rk += (chunk_0 * H + i_h) * C
     rq += (chunk_0 * H + i_h) * C
@@ -91,6 +95,8 @@ def reverse_kernel(
                 K, BV, C, L2NORM, EVEN, True,
             )  # fmt: skip
         async_copy.commit_group()
+    if BESIDE:
+        let_dependents_start(flags, FLAGS, NT)
     async_copy.wait_group(STAGES - 2)
     fence_async_shared()
     b_p = warpgroup_mma(t_q.index(0), t_k.index(0).permute([1, 0]), zero, use_acc=False, is_async=True)
@@ -103,6 +109,8 @@ def reverse_kernel(
         after = (i + 1) % STAGES
         async_copy.wait_group(STAGES - 3)
         fence_async_shared()
+        if BESIDE:
+            say_written(flags, FLAGS, NT, i)
         b_c = b_s.to(BF16)
         # dU^T = dS^T K^T + dO'^T lower(Q K^T) with dO' = scale rq dO
         b_u = warpgroup_mma(
@@ -141,6 +149,8 @@ def reverse_kernel(
 
     if SAVE and NT > 0:
         store_tile(dv, HV_ALL * V, t_dv, T, BV, EVEN)
+        if BESIDE:
+            say_all_written(flags, FLAGS, NT)
     if HAS_DH0:
         gl.store(dh0 + p_s, b_s)
 
@@ -148,8 +158,8 @@ def reverse_kernel(
 # --------------------------------------------------------------------------------------------------------- launchers
 
 
-def reverse(q, k, do, a, rq, rk, dht, dv, ds, dh0, scale, t, heads: int, save: bool) -> None:
-    """Writes dh0 where it is given and, with `save`, dv and ds.
+def reverse(q, k, do, a, rq, rk, dht, dv, ds, dh0, flags, scale, t, heads: int, save: bool) -> None:
+    """Writes dh0 where it is given and, with `save`, dv and ds. With flags, `hopper_grads.grads` must be next in the stream.
 
     `heads` is how many dv, dht and dh0 have, of which a call may hold a slice.
     """
@@ -159,7 +169,7 @@ def reverse(q, k, do, a, rq, rk, dht, dv, ds, dh0, scale, t, heads: int, save: b
         reverse_kernel, (V // BLOCK_V, HV, t.n),
         (
             q, k, do, a, a if rq is None else rq, a if rk is None else rk, a if dht is None else dht, dv, ds,
-            a if dh0 is None else dh0, t.cu_seqlens, t.chunk_offsets,
+            a if dh0 is None else dh0, a if flags is None else flags, t.cu_seqlens, t.chunk_offsets,
         ),
         (
             scale, k.shape[1], t.nt, heads,
@@ -169,7 +179,7 @@ def reverse(q, k, do, a, rq, rk, dht, dv, ds, dh0, scale, t, heads: int, save: b
             "H": H, "HV": HV, "q_st": q.stride(1), "k_st": k.stride(1), "d_st": do.stride(1),
             "K": K, "V": V, "BV": BLOCK_V, "C": CHUNK, "L2NORM": rk is not None, "PACKED": t.cu_seqlens is not None,
             "EVEN": t.even, "HAS_DHT": dht is not None, "HAS_DH0": dh0 is not None, "SAVE": save,
-            "STAGES": STAGES[BLOCK_V],
+            "BESIDE": flags is not None, "STAGES": STAGES[BLOCK_V],
         },
         {"num_warps": 4},
     )  # fmt: skip

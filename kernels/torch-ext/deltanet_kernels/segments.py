@@ -29,7 +29,7 @@ from .configs import CHUNK, Plan
 # forward + backward of 2048 tokens, 16 heads of 128, took 0.22 ms uncut and 0.37 to 0.39 cut (three H100s), though the GPU was
 # done sooner (in CUDA graphs 0.162 and 0.149); 3072 tokens 0.42 and 0.35; so between the two
 MIN_TOTAL = 40
-# The same for backward, whose two extra launches come when the GPU has nothing else left to do. Wider keys than 128 gain more
+# The same for backward
 MIN_BACKWARD = 128
 # Chunks a segment (one head of 128, H100, CUDA graphs: 4096 tokens in eight 0.105 ms, in four 0.125)
 MIN_CHUNKS = 8
@@ -62,9 +62,13 @@ def count(B: int, T: int, HV: int, K: int, blocks: int, sms: int, backward: bool
     return s if s >= 4 else 1
 
 
-def cuts_backward(T: int, K: int, s: int) -> bool:
-    """Whether backward, too, is cut into the s segments that forward was."""
-    return s > 1 and (K > 128 or -(-T // CHUNK) >= MIN_BACKWARD)
+def cuts_backward(T: int, K: int, programs: int, sms: int, beside: bool) -> bool:
+    """Whether backward of a sequence that forward cut is cut, too. `programs` are those of the uncut reverse scan.
+
+    Its two extra launches come when the host is behind. Where the gradients run `beside` the scan (Plan), they fill the chip,
+    and only a scan of fewer programs still gains; wide keys gain most.
+    """
+    return K > 128 or (-(-T // CHUNK) >= MIN_BACKWARD and (not beside or 6 * programs <= sms))
 
 
 def _divides(T: int, s: int) -> bool:
