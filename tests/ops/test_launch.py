@@ -1,5 +1,9 @@
 """Launches that go past Triton, and calls past the launchers: on a CPU with a kernel that only notes down what it is told."""
 
+import os
+import subprocess
+import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +11,7 @@ import torch
 
 
 triton = pytest.importorskip("triton")
-from deltanet_kernels import _launch, _replay, chunk, chunk_delta_rule  # noqa: E402
+from deltanet_kernels import _ahead, _launch, _replay, chunk, chunk_delta_rule  # noqa: E402
 
 
 class Kernel:
@@ -24,6 +28,11 @@ class Kernel:
 
     def first(self, args, constants):
         self.compiled += 1
+        return self
+
+    def warmup(self, *args, grid, **constants):
+        self.compiled += 1
+        self.thread = threading.current_thread()
         return self
 
     def run(self, *args):
@@ -75,6 +84,35 @@ def test_with_a_hook_triton_launches(kernel, monkeypatch, name):
     monkeypatch.setattr(triton.knobs.runtime, name, lambda metadata: None)
     launch(kernel, a, a)
     assert kernel.told == [((5, 6, 1), (a.data_ptr(), a.data_ptr(), 3, 7, 8))]
+
+
+def test_a_kernel_is_compiled_ahead(kernel, monkeypatch):
+    """A first step would wait for one kernel after the other; or backward's would run before there is a gradient."""
+    monkeypatch.setattr(_ahead, "knobs", SimpleNamespace(runtime=SimpleNamespace(interpret=False)))
+    monkeypatch.setattr(_ahead, "_started", set())
+
+    def call(n, x, y):
+        _ahead.wait()  # as backward does; the thread must not wait for itself
+        launch(kernel, x, y, n)
+
+    for rows in (8, 8, 9):  # the length does not count
+        _ahead.compile_ahead(call, (3,), (torch.zeros(rows, 2), None))
+        _ahead.wait()
+        assert kernel.compiled == 1 and kernel.told == []
+        assert kernel.thread is not threading.current_thread() and not kernel.thread.is_alive()
+    _ahead.compile_ahead(call, (3,), (torch.zeros(8, 2).double(), None))
+    _ahead.wait()
+    assert kernel.compiled == 2
+    launch(kernel, torch.zeros(8), None)
+    assert kernel.compiled == 3  # this thread launches as ever
+
+
+def test_an_error_ahead_is_left_to_the_call(kernel, monkeypatch):
+    """It would end in a thread that nobody looks at, and take the forward pass with it, or not."""
+    monkeypatch.setattr(_ahead, "knobs", SimpleNamespace(runtime=SimpleNamespace(interpret=False)))
+    monkeypatch.setattr(_ahead, "_started", set())
+    _ahead.compile_ahead(lambda x: 1 / 0, (), (torch.zeros(1),))
+    _ahead.wait()
 
 
 class Call:
@@ -199,6 +237,30 @@ def test_gpu_hooks_see_every_launch():
             results.append(chunk_delta_rule(q, k, v, beta, use_qk_l2norm_in_kernel=True)[0])
         assert names == ["prepare_kernel", *["scores_kernel"] * plan.stored, "scan_kernel"] * 3
     assert all(torch.equal(results[0], x) for x in results[1:])
+
+
+AHEAD = """
+import threading, torch, triton
+from deltanet_kernels import chunk_delta_rule
+compiled = []
+# of threads: MainThread, Thread-1, and Dummy-1 for autograd's
+triton.knobs.compilation.listener = lambda src, **_: compiled.append(f"{threading.current_thread().name[:6]} {src.name}")
+x = [torch.randn(1, 200, 2, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv"]
+x.append(torch.rand(1, 200, 2, device="cuda").bfloat16().requires_grad_())
+for _ in range(2):
+    o, _ = chunk_delta_rule(*x, use_qk_l2norm_in_kernel=True)
+    torch.autograd.grad(o.float().square().sum(), x)
+print(sorted(compiled))
+"""
+
+
+@pytest.mark.gpu
+def test_gpu_backward_is_compiled_ahead(tmp_path):
+    """Each kernel once, backward's in a thread: a first step would take twice as long."""
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", AHEAD], env=env, capture_output=True, text=True, check=True)
+    expected = ["MainTh prepare_kernel", "MainTh scan_kernel", "Thread grads_kernel", "Thread reverse_kernel"]
+    assert done.stdout.strip() == str(expected)
 
 
 CASES = {

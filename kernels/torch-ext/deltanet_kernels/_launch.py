@@ -15,6 +15,7 @@ from triton.runtime import driver
 
 class _Here(threading.local):
     recorder = None  # is told of each launch (see `_replay.py`)
+    compile_only = False  # launches compile their kernel and leave it at that (see `_ahead.py`)
 
 
 here = _Here()
@@ -46,6 +47,10 @@ def launch(kernel, grid: tuple[int, ...], pointers: tuple, sizes: tuple, constan
     # by the function: a Triton kernel's own hash takes a lock
     key = kernel.fn, device, misaligned, sizes, *dtypes, *constants.values(), *options.values()
     found = _compiled.get(key)
+    if here.compile_only:
+        if found is None:
+            kernel.warmup(*pointers, *sizes, grid=grid, **constants, **options).run  # noqa: B018 - loads it, too
+        return None
     if found is None:
         compiled = kernel[grid](*pointers, *sizes, **constants, **options)
         names = kernel.arg_names[len(pointers) + len(sizes) :]

@@ -12,6 +12,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from . import chunk_backward, chunk_forward, configs, segments
+from ._ahead import compile_ahead, wait
 from ._checks import check_arguments
 from ._replay import replay
 
@@ -48,25 +49,27 @@ def _forward(scale: float | None, l2norm: bool, final: bool, save: bool, q, k, v
     plan, s, s_backward = _plan(q, v, cu_seqlens, save)
     if s > 1 and not segments.can_cut(q, k, v, beta):
         s = 1
+    whole = q, k, None, beta, h0, cu_seqlens
     if s > 1:
         q, k, v, beta = (segments.cut(x, s) for x in (q, k, v, beta))
         t = segments.tables(B, T, s, k.device)
     else:
         t = chunk_forward.tables(B, T, cu_seqlens)
     memory, scratch = chunk_forward.new_scratch(k, v, l2norm, save, t.n_chunks, plan)
-    chunk_forward.prepare(q, k, beta, scale, scratch, t, plan)
-    phi = None
-    if s > 1:
-        h0, phi = segments.entry_states(k, v, scratch, h0, scale, t, plan, s)
-        if s_backward == 1:
-            phi = None
+    phi = k.new_empty(t.n, HV, K, K, dtype=torch.float32) if s > 1 else None
+    kept = phi if s_backward > 1 else None
     o = v.new_empty(B, T, HV, V)
     ht = k.new_empty(t.n, HV, K, V, dtype=torch.float32) if final else None
+    if save:
+        compile_ahead(_backward, (scale, l2norm), (*whole, o, None, memory, kept))
+    chunk_forward.prepare(q, k, beta, scale, scratch, t, plan)
+    if s > 1:
+        h0 = segments.entry_states(k, v, scratch, h0, phi, scale, t, plan, s)
     part = segments.cut(o, s) if s > 1 else o
     chunk_forward.scan(q, k, v, scratch, h0, scale, t, plan, o=part, ht=ht)
     if s > 1 and final:
         ht = ht[s - 1 :: s].contiguous()
-    return [o, ht, memory, phi] if save else [o, ht]
+    return [o, ht, memory, kept] if save else [o, ht]
 
 
 def _contiguous_like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -89,6 +92,7 @@ def _backward(scale: float | None, l2norm: bool, q, k, v, beta, h0, cu_seqlens, 
 
     Only then is v read; else it may be None.
     """
+    wait()
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if do.stride(-1) != 1:
         do = do.contiguous()

@@ -201,14 +201,12 @@ def _chain(n, phi, first, out, s: int, reverse: bool) -> torch.Tensor:
     return out
 
 
-def entry_states(k, v, x: Scratch, h0, scale: float, t: Tables, plan: Plan, s: int):
-    """S_in of every segment, [B * s, HV, K, V], and Phi [B * s, HV, K, K]."""
-    K, HV = k.shape[3], v.shape[2]
-    phi = k.new_empty(t.n, HV, K, K, dtype=torch.float32)
-    n, out = _new_states(k, t.n, HV, K, v.shape[3])
+def entry_states(k, v, x: Scratch, h0, phi, scale: float, t: Tables, plan: Plan, s: int) -> torch.Tensor:
+    """S_in of every segment, [B * s, HV, K, V]; writes Phi [B * s, HV, K, K]."""
+    n, out = _new_states(k, t.n, v.shape[2], k.shape[3], v.shape[3])
     entry = plan._replace(scan=plan.entry or plan.scan)
     chunk_forward.scan(k, k, v, x._replace(u=None, s=None), None, scale, t, entry, ht=n, phi=phi)
-    return _chain(n, phi, h0, out, s, False), phi
+    return _chain(n, phi, h0, out, s, False)
 
 
 def exit_gradients(q, k, do, x: Scratch, phi, dht, scale: float, t: Tables, plan: Plan, s: int) -> torch.Tensor:

@@ -1,0 +1,46 @@
+"""Compiles the kernels of backward while those of forward compile, each of which takes a second or more.
+
+A first forward + backward waits for little else. Most of a compilation runs outside of Python, so that a thread helps.
+"""
+
+import contextlib
+import threading
+
+import torch
+from triton import knobs
+
+from . import _launch
+
+
+_started: set[tuple] = set()
+_threads: list[threading.Thread] = []
+
+
+def compile_ahead(function, numbers: tuple, tensors: tuple) -> None:
+    """Compiles what `function(*numbers, *tensors)` would launch, in a thread, once for each kind of tensors.
+
+    What it allocates is freed at the end. A kind leaves lengths out: a kernel that depends on one may still have to compile.
+    """
+    kinds = [None if x is None else (x.dtype, x.shape[2:], x.stride()[1:]) for x in tensors]
+    key = (function, tensors[0].device, *numbers, *kinds)
+    is_cuda = tensors[0].is_cuda
+    if key in _started or knobs.runtime.interpret or (is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    _started.add(key)
+    stream = torch.cuda.stream(torch.cuda.current_stream(tensors[0].device)) if is_cuda else contextlib.nullcontext()
+
+    def run():
+        _launch.here.compile_only = True
+        # an error will be met by the call itself, where somebody can catch it
+        with contextlib.suppress(Exception), torch.no_grad(), stream:
+            function(*numbers, *tensors)
+
+    _threads.append(threading.Thread(target=run))
+    _threads[-1].start()
+
+
+def wait() -> None:
+    """For what is being compiled ahead, lest it be compiled twice."""
+    if not _launch.here.compile_only:
+        for thread in _threads:
+            thread.join()
