@@ -92,27 +92,26 @@ def test_a_kernel_is_compiled_ahead(kernel, monkeypatch):
     monkeypatch.setattr(_ahead, "_started", set())
 
     def call(n, x, y):
-        _ahead.wait()  # as backward does; the thread must not wait for itself
         launch(kernel, x, y, n)
 
-    for rows in (8, 8, 9):  # the length does not count
-        _ahead.compile_ahead(call, (3,), (torch.zeros(rows, 2), None))
-        _ahead.wait()
-        assert kernel.compiled == 1 and kernel.told == []
-        assert kernel.thread is not threading.current_thread() and not kernel.thread.is_alive()
-    _ahead.compile_ahead(call, (3,), (torch.zeros(8, 2).double(), None))
-    _ahead.wait()
+    thread = _ahead.compile_ahead(call, (3,), (torch.zeros(8, 2), None))
+    thread.join()
+    assert kernel.compiled == 1 and kernel.told == [] and kernel.thread is thread
+    assert _ahead.compile_ahead(call, (3,), (torch.zeros(9, 2), None)) is None  # the length does not count
+    _ahead.compile_ahead(call, (3,), (torch.zeros(8, 2).double(), None)).join()
     assert kernel.compiled == 2
     launch(kernel, torch.zeros(8), None)
     assert kernel.compiled == 3  # this thread launches as ever
 
 
 def test_an_error_ahead_is_left_to_the_call(kernel, monkeypatch):
-    """It would end in a thread that nobody looks at, and take the forward pass with it, or not."""
+    """It would be printed by a thread, and raised by nobody."""
     monkeypatch.setattr(_ahead, "knobs", SimpleNamespace(runtime=SimpleNamespace(interpret=False)))
     monkeypatch.setattr(_ahead, "_started", set())
-    _ahead.compile_ahead(lambda x: 1 / 0, (), (torch.zeros(1),))
-    _ahead.wait()
+    errors = []
+    monkeypatch.setattr(threading, "excepthook", errors.append)
+    _ahead.compile_ahead(lambda x: 1 / 0, (), (torch.zeros(1),)).join()
+    assert errors == []
 
 
 class Call:

@@ -13,19 +13,19 @@ from . import _launch
 
 
 _started: set[tuple] = set()
-_threads: list[threading.Thread] = []
 
 
-def compile_ahead(function, numbers: tuple, tensors: tuple) -> None:
-    """Compiles what `function(*numbers, *tensors)` would launch, in a thread, once for each kind of tensors.
+def compile_ahead(function, numbers: tuple, tensors: tuple) -> threading.Thread | None:
+    """Compiles what `function(*numbers, *tensors)` would launch, once for each kind of tensors, in the thread it returns.
 
-    What it allocates is freed at the end. A kind leaves lengths out: a kernel that depends on one may still have to compile.
+    The caller joins it: it allocates, which would end a capture that comes next. What it allocates is freed at the end.
+    A kind leaves lengths out: a kernel that depends on one may still have to compile.
     """
     kinds = [None if x is None else (x.dtype, x.shape[2:], x.stride()[1:]) for x in tensors]
     key = (function, tensors[0].device, *numbers, *kinds)
     is_cuda = tensors[0].is_cuda
     if key in _started or knobs.runtime.interpret or (is_cuda and torch.cuda.is_current_stream_capturing()):
-        return
+        return None
     _started.add(key)
     stream = torch.cuda.stream(torch.cuda.current_stream(tensors[0].device)) if is_cuda else contextlib.nullcontext()
 
@@ -35,12 +35,6 @@ def compile_ahead(function, numbers: tuple, tensors: tuple) -> None:
         with contextlib.suppress(Exception), torch.no_grad(), stream:
             function(*numbers, *tensors)
 
-    _threads.append(threading.Thread(target=run))
-    _threads[-1].start()
-
-
-def wait() -> None:
-    """For what is being compiled ahead, lest it be compiled twice."""
-    if not _launch.here.compile_only:
-        for thread in _threads:
-            thread.join()
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread

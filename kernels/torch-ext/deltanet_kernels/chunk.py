@@ -12,7 +12,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from . import chunk_backward, chunk_forward, configs, segments
-from ._ahead import compile_ahead, wait
+from ._ahead import compile_ahead
 from ._checks import check_arguments
 from ._replay import replay
 
@@ -60,13 +60,14 @@ def _forward(scale: float | None, l2norm: bool, final: bool, save: bool, q, k, v
     kept = phi if s_backward > 1 else None
     o = v.new_empty(B, T, HV, V)
     ht = k.new_empty(t.n, HV, K, V, dtype=torch.float32) if final else None
-    if save:
-        compile_ahead(_backward, (scale, l2norm), (*whole, o, None, memory, kept))
+    ahead = compile_ahead(_backward, (scale, l2norm), (*whole, o, None, memory, kept)) if save else None
     chunk_forward.prepare(q, k, beta, scale, scratch, t, plan)
     if s > 1:
         h0 = segments.entry_states(k, v, scratch, h0, phi, scale, t, plan, s)
     part = segments.cut(o, s) if s > 1 else o
     chunk_forward.scan(q, k, v, scratch, h0, scale, t, plan, o=part, ht=ht)
+    if ahead is not None:
+        ahead.join()
     if s > 1 and final:
         ht = ht[s - 1 :: s].contiguous()
     return [o, ht, memory, kept] if save else [o, ht]
@@ -92,7 +93,6 @@ def _backward(scale: float | None, l2norm: bool, q, k, v, beta, h0, cu_seqlens, 
 
     Only then is v read; else it may be None.
     """
-    wait()
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if do.stride(-1) != 1:
         do = do.contiguous()
