@@ -201,6 +201,21 @@ def test_a_view_from_the_start_is_played(kernel):
     assert out.shape == x.shape and kernel.told[-1][-5:-3] == (x.data_ptr(), out.data_ptr())
 
 
+def test_a_view_from_the_middle_is_played(kernel):
+    """Tensors that are parts of one piece of memory would be taken for all of it."""
+
+    def call(x):
+        memory = x.new_empty(64, dtype=torch.uint8)
+        launch(kernel, x, memory[32:].view(torch.float32).view(4, 2)[1])
+        return [memory]
+
+    for _ in range(4):
+        x = torch.zeros(8, 2)
+        (memory,) = _replay.replay(call, (), (x,))
+    assert type(*_replay._tapes.values()) is _replay.Tape
+    assert kernel.told[-1][-5:-3] == (x.data_ptr(), memory.data_ptr() + 40)
+
+
 def test_one_tensor_under_two_names_is_not_recorded(kernel):
     """The next call's would be taken for one another."""
     x, call = torch.zeros(8, 2), Call(kernel)

@@ -336,7 +336,7 @@ def chunk_delta_rule(
         cu_seqlens: `[N + 1]` int32 or int64 on the device of q: borders of sequences packed along T, with B = 1.
             Empty sequences are allowed.
         recompute: keep only the inputs for backward and compute the rest again, a slice of heads at a time: 0.6 of the
-            extra memory for twice the time; on one long sequence, which is then not cut into segments, 4 times.
+            extra memory for twice the time; on one long sequence, which is then not cut into segments, 4 to 5 times.
 
     Returns:
         `(o, final_state)`: o `[B, T, HV, V]` in v's dtype; final_state is None unless asked for. All gradients are

@@ -108,7 +108,7 @@ def plan(arch: int, K: int, V: int, wide: bool, few: bool) -> Plan:
             # state is all that counts, so P is computed elsewhere (0.12 ms, not 0.27, at 1 x 4096 x 16 x 128); Gluon's scans
             # compute it in the chain's gaps
             scan, reverse = Launch(64, 4, 3), Launch(64, 4, 3, deep=True)
-            return Plan(prepare, scores, scan, reverse, grads, entry, gluon, scans, not gluon, gluon)
+            return Plan(prepare, scores, scan, reverse, grads, entry, gluon, scans, stored=not gluon, beside=gluon)
         if arch != 90:  # compiled, not measured: the form that spills least
             return Plan(prepare, scores, Launch(64, 4, 2), Launch(64, 4, 2), grads, entry)
         # as many stages as let two programs share a multiprocessor, where memory's bandwidth is what counts

@@ -14,7 +14,7 @@ for the gradients alone; hence those of a first chunk wait for the end of the sc
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
 
 GROUP = gl.constexpr(4)
@@ -72,8 +72,3 @@ def chunk_in_order(NT, PACKED: gl.constexpr):
         sequences = gl.num_programs(1) // NT
         i_t = i % sequences * NT + NT - 1 - i // sequences
     return i_t
-
-
-@gluon.jit
-def wait_for_scan():
-    gdc_wait()

@@ -13,11 +13,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_wait
 
 from ._launch import launch
 from .chunk_forward import Tables, _norm_backward
 from .configs import CHUNK, Plan
-from .hopper_beside import chunk_in_order, wait_for_chunk, wait_for_scan
+from .hopper_beside import chunk_in_order, wait_for_chunk
 from .hopper_tiles import copy_tile, load_fragments, store_tile
 
 
@@ -51,7 +52,7 @@ def grads_kernel(
         i_n = gl.load(chunks + i_t * 2)
         if i_n < 0:  # beyond the last chunk: the host knows only an upper bound
             if BESIDE:
-                wait_for_scan()
+                gdc_wait()
             return
         i_c = gl.load(chunks + i_t * 2 + 1)
         i_b = i_n.to(gl.int64) * 0
@@ -207,7 +208,7 @@ def grads_kernel(
     t_q.store(b_dq.to(BF16))
     store_tile(dq + p_x, H_ALL * K, t_q, length, K, EVEN)
     if BESIDE and i_c == 0:
-        wait_for_scan()
+        gdc_wait()
 
 
 # --------------------------------------------------------------------------------------------------------- launchers
@@ -219,7 +220,10 @@ def grads(q, k, do, a, u, dv, s, ds, rq, rk, flags, dq, dk, dbeta, scale, t: Tab
     HV, V = do.shape[2:]
     launch(
         grads_kernel, (H, t.n_chunks),
-        (q, k, do, a, u, dv, s, ds, u if rq is None else rq, u if rk is None else rk, u if flags is None else flags, dq, dk, dbeta, t.cu_seqlens, t.chunks),
+        (
+            q, k, do, a, u, dv, s, ds, u if rq is None else rq, u if rk is None else rk, u if flags is None else flags,
+            dq, dk, dbeta, t.cu_seqlens, t.chunks,
+        ),
         (
             scale, q.shape[1], t.nt, H, dk.stride(1) // K, dv.stride(1) // V,
             *q.stride()[:3], *k.stride()[:3], *do.stride()[:3],
