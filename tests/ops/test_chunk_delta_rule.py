@@ -181,19 +181,18 @@ def test_split_in_two_calls():
 @pytest.mark.parametrize(
     "B, T, HV, K, V, backward",
     [
-        (1, 1024, 1, 32, 32, False), (2, 1024, 2, 32, 16, True), (1, 1089, 1, 16, 32, False), (2, 1025, 1, 32, 32, True),
-        (1, 1024, 1, 192, 16, True),
+        (1, 512, 1, 32, 32, False), (2, 512, 2, 32, 16, True), (1, 577, 1, 16, 32, False), (2, 513, 1, 32, 32, True),
+        (1, 512, 1, 192, 16, True),
     ],
 )  # fmt: skip
 def test_segments(monkeypatch, B, T, HV, K, V, backward):
     """A long sequence cut into segments, in backward too or not, gives what the plain scan gives. It need not be a
     multiple of them.
     """
-    monkeypatch.setattr(segments, "MIN_TOTAL", 1)
-    monkeypatch.setattr(segments, "MIN_CHUNKS", 1)
-    monkeypatch.setattr(segments, "MIN_BACKWARD", 1 if backward else 1000)
+    monkeypatch.setattr(segments, "count", lambda *_: 4)
+    monkeypatch.setattr(segments, "cuts_backward", lambda *_: backward)
     x = make(B, T, 1, K, V, HV=HV)
-    assert chunk._plan(x[0], x[2], None, True)[1] == 4
+    assert chunk._plan(x[0], x[2], None, True)[1:] == (4, 4 if backward else 1)
     cut = compare(*x)
     monkeypatch.setattr(chunk, "SEGMENTS", False)
     assert chunk._plan(x[0], x[2], None, True)[1] == 1
