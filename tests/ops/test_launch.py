@@ -48,6 +48,14 @@ def kernel(monkeypatch):
     return Kernel()
 
 
+@pytest.fixture
+def ahead(monkeypatch):
+    """`compile_ahead` as where Triton does not interpret, having compiled nothing."""
+    monkeypatch.setattr(_ahead, "knobs", SimpleNamespace(runtime=SimpleNamespace(interpret=False)))
+    monkeypatch.setattr(_ahead, "_started", set())
+    return _ahead.compile_ahead
+
+
 def launch(kernel, x, y, n=3, **constants):
     _launch.launch(kernel, (5, 6), (x, y), (n,), {"D": 8, "C": 7, **constants}, {"num_warps": 4})
 
@@ -86,31 +94,27 @@ def test_with_a_hook_triton_launches(kernel, monkeypatch, name):
     assert kernel.told == [((5, 6, 1), (a.data_ptr(), a.data_ptr(), 3, 7, 8))]
 
 
-def test_a_kernel_is_compiled_ahead(kernel, monkeypatch):
+def test_a_kernel_is_compiled_ahead(kernel, ahead):
     """A first step would wait for one kernel after the other; or backward's would run before there is a gradient."""
-    monkeypatch.setattr(_ahead, "knobs", SimpleNamespace(runtime=SimpleNamespace(interpret=False)))
-    monkeypatch.setattr(_ahead, "_started", set())
 
     def call(n, x, y):
         launch(kernel, x, y, n)
 
-    thread = _ahead.compile_ahead(call, (3,), (torch.zeros(8, 2), None))
+    thread = ahead(call, (3,), (torch.zeros(8, 2), None))
     thread.join()
     assert kernel.compiled == 1 and kernel.told == [] and kernel.thread is thread
-    assert _ahead.compile_ahead(call, (3,), (torch.zeros(9, 2), None)) is None  # the length does not count
-    _ahead.compile_ahead(call, (3,), (torch.zeros(8, 2).double(), None)).join()
+    assert ahead(call, (3,), (torch.zeros(9, 2), None)) is None  # the length does not count
+    ahead(call, (3,), (torch.zeros(8, 2).double(), None)).join()
     assert kernel.compiled == 2
     launch(kernel, torch.zeros(8), None)
     assert kernel.compiled == 3  # this thread launches as ever
 
 
-def test_an_error_ahead_is_left_to_the_call(kernel, monkeypatch):
+def test_an_error_ahead_is_left_to_the_call(ahead, monkeypatch):
     """It would be printed by a thread, and raised by nobody."""
-    monkeypatch.setattr(_ahead, "knobs", SimpleNamespace(runtime=SimpleNamespace(interpret=False)))
-    monkeypatch.setattr(_ahead, "_started", set())
     errors = []
     monkeypatch.setattr(threading, "excepthook", errors.append)
-    _ahead.compile_ahead(lambda x: 1 / 0, (), (torch.zeros(1),)).join()
+    ahead(lambda x: 1 / 0, (), (torch.zeros(1),)).join()
     assert errors == []
 
 

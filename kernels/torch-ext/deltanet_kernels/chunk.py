@@ -41,7 +41,9 @@ def _plan(
 
 
 def _forward(scale: float | None, l2norm: bool, final: bool, save: bool, q, k, v, beta, h0, cu_seqlens) -> list:
-    """o, the final state or None, and with `save` what backward reads: the memory of the scratch, and Phi or None."""
+    """o, the final state or None, and with `save` what backward reads: the memory of the scratch, and Phi or None; else two
+    more None.
+    """
     # here, and so not again where a call is played that has been checked
     scale = check_arguments(q, k, v, beta, scale, h0, cu_seqlens)
     B, T, _, K = q.shape
@@ -70,7 +72,7 @@ def _forward(scale: float | None, l2norm: bool, final: bool, save: bool, q, k, v
         ahead.join()
     if s > 1 and final:
         ht = ht[s - 1 :: s].contiguous()
-    return [o, ht, memory, kept] if save else [o, ht]
+    return [o, ht, memory, kept] if save else [o, ht, None, None]
 
 
 def _contiguous_like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -193,8 +195,7 @@ class _ChunkDeltaRule(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, beta, h0, cu_seqlens, numbers, recompute):
         save = not recompute and any(ctx.needs_input_grad)
-        results = _forward_once((*numbers, save), (q, k, v, beta, h0, cu_seqlens))
-        o, ht, memory, phi = results if save else (*results, None, None)
+        o, ht, memory, phi = _forward_once((*numbers, save), (q, k, v, beta, h0, cu_seqlens))
         ctx.save_for_backward(q, k, None if save else v, beta, h0, cu_seqlens, memory, phi)
         ctx.numbers, ctx.v_size = numbers[:2], v.shape[3]
         ctx.set_materialize_grads(False)
@@ -217,8 +218,7 @@ def _forward_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor, h0: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None, scale: float, l2norm: bool, final: bool, save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    results = replay(_forward, (scale, l2norm, final, save), (q, k, v, beta, h0, cu_seqlens))
-    o, ht, memory, phi = results if save else (*results, None, None)
+    o, ht, memory, phi = replay(_forward, (scale, l2norm, final, save), (q, k, v, beta, h0, cu_seqlens))
     # an operator returns no None
     ht, phi = [q.new_empty(0, dtype=torch.float32) if x is None else x for x in (ht, phi)]
     return o, ht, q.new_empty(0, dtype=torch.uint8) if memory is None else memory, phi
@@ -363,5 +363,5 @@ def chunk_delta_rule(
     elif torch.is_grad_enabled():
         o, ht = _ChunkDeltaRule.apply(q, k, v, beta, initial_state, cu_seqlens, numbers, recompute)
     else:
-        o, ht = replay(_forward, (*numbers, False), (q, k, v, beta, initial_state, cu_seqlens))
+        o, ht, *_ = replay(_forward, (*numbers, False), (q, k, v, beta, initial_state, cu_seqlens))
     return o, ht if output_final_state else None
