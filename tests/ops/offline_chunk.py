@@ -87,7 +87,7 @@ def main(arch: int, d: int, dtype: str = "bf16") -> dict:
         found[f"chain, {backwards = }"] = compile_and_read(
             segments.chain_kernel, chain, configs.chain(arch, d), arch, dtype
         )
-    prepare = common | {"BK": min(plan.prepare.block_v, pad), "FP16": not wide, "EPS": 1e-6, "BETA_MIN": 2.0**-30}
+    prepare = common | {"BK": min(plan.prepare.block_v, pad), "FP16": not wide, "EPS": 1e-6, "BETA_MIN": forward.BETA_MIN}
     found["prepare"] = compile_and_read(forward.prepare_kernel, prepare, plan.prepare, arch, dtype)
     scores = common | {"BK": min(plan.scores.block_v, pad), "EPS": 1e-6}
     found["scores"] = compile_and_read(forward.scores_kernel, scores, plan.scores, arch, dtype)

@@ -29,7 +29,7 @@ if GLUON:
     from . import hopper_scan, hopper_tiles
 
 
-BETA_MIN = 2.0**-30  # beta is kept this far from zero inside the kernels
+BETA_MIN = 2.0**-28  # beta is kept this far from zero inside the kernels: its root is the smallest normal fp16 number
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
@@ -149,12 +149,17 @@ def _squares(b):
 
 @triton.jit
 def _load_beta(p, i_b: tl.constexpr, o_t, t_0, stride, T, BETA_MIN: tl.constexpr):
-    """beta, kept away from zero: its gradient divides by it (README, "Where beta is zero"). Zero beyond the end."""
+    """beta, kept away from zero: its gradient divides by it (README, "Where beta is zero"). So is what lies beyond the end,
+    where keys are zero."""
     o = i_b * 16 + o_t
-    m = t_0 + o < T
-    b = tl.load(p + o * stride, mask=m, other=0.0).to(tl.float32)
-    b = tl.where(tl.abs(b) < BETA_MIN, BETA_MIN, b)
-    return tl.where(m, b, 0.0)
+    b = tl.load(p + o * stride, mask=t_0 + o < T, other=0.0).to(tl.float32)
+    return tl.where(tl.abs(b) < BETA_MIN, BETA_MIN, b)
+
+
+@triton.jit
+def _root(b_b):
+    """p of beta's sign with p |p| = beta."""
+    return b_b * tl.rsqrt(tl.abs(b_b))
 
 
 @triton.jit
@@ -374,25 +379,39 @@ def prepare_kernel(
             tl.store(rk + p_r + 16 + o_t, r1)
             tl.store(rk + p_r + 32 + o_t, r2)
             tl.store(rk + p_r + 48 + o_t, r3)
-    # N = -beta rk rk' K K^T, of the diagonal blocks the transpose too: K K^T is symmetric
-    w0 = -b_b0 * r0
-    w1 = -b_b1 * r1
-    w2 = -b_b2 * r2
-    w3 = -b_b3 * r3
-    n00 = g00 * w0[:, None] * r0[None, :]
-    n10 = g10 * w1[:, None] * r0[None, :]
-    n11 = g11 * w1[:, None] * r1[None, :]
-    n20 = g20 * w2[:, None] * r0[None, :]
-    n21 = g21 * w2[:, None] * r1[None, :]
-    n22 = g22 * w2[:, None] * r2[None, :]
-    n30 = g30 * w3[:, None] * r0[None, :]
-    n31 = g31 * w3[:, None] * r1[None, :]
-    n32 = g32 * w3[:, None] * r2[None, :]
-    n33 = g33 * w3[:, None] * r3[None, :]
-    s00 = g00 * r0[:, None] * w0[None, :]
-    s11 = g11 * r1[:, None] * w1[None, :]
-    s22 = g22 * r2[:, None] * w2[None, :]
-    s33 = g33 * r3[:, None] * w3[None, :]
+    # |beta| is split evenly between rows (q) and columns (p, with the sign): N = -q rk K K^T rk' p, and A = rk p T q. So
+    # where beta is tiny, its row and its column stay within fp16's range. Of the diagonal blocks the transpose too: K K^T
+    # is symmetric
+    p0 = _root(b_b0)
+    p1 = _root(b_b1)
+    p2 = _root(b_b2)
+    p3 = _root(b_b3)
+    q0 = tl.abs(p0)
+    p0 *= r0
+    w0 = -q0 * r0
+    q1 = tl.abs(p1)
+    p1 *= r1
+    w1 = -q1 * r1
+    q2 = tl.abs(p2)
+    p2 *= r2
+    w2 = -q2 * r2
+    q3 = tl.abs(p3)
+    p3 *= r3
+    w3 = -q3 * r3
+    n00 = g00 * w0[:, None] * p0[None, :]
+    n10 = g10 * w1[:, None] * p0[None, :]
+    n11 = g11 * w1[:, None] * p1[None, :]
+    n20 = g20 * w2[:, None] * p0[None, :]
+    n21 = g21 * w2[:, None] * p1[None, :]
+    n22 = g22 * w2[:, None] * p2[None, :]
+    n30 = g30 * w3[:, None] * p0[None, :]
+    n31 = g31 * w3[:, None] * p1[None, :]
+    n32 = g32 * w3[:, None] * p2[None, :]
+    n33 = g33 * w3[:, None] * p3[None, :]
+    s00 = g00 * p0[:, None] * w0[None, :]
+    s11 = g11 * p1[:, None] * w1[None, :]
+    s22 = g22 * p2[:, None] * w2[None, :]
+    s33 = g33 * p3[:, None] * w3[None, :]
 
     # fp16 blocks take half the registers: twice as many programs fit a multiprocessor
     HT: tl.constexpr = tl.float16 if FP16 else tl.float32
@@ -423,16 +442,16 @@ def prepare_kernel(
     t30 = _dot_t(t33, y30, _dot_t(t32, y20, zero, FP16, PRECISION), FP16, PRECISION)
     t31 = _dot_t(t33, y31, _dot_t(t32, y21, zero, FP16, PRECISION), FP16, PRECISION)
 
-    t00 = t00.to(tl.float32) * r0[:, None] * b_b0[None, :]
-    t10 = t10.to(tl.float32) * r1[:, None] * b_b0[None, :]
-    t11 = t11.to(tl.float32) * r1[:, None] * b_b1[None, :]
-    t20 = t20.to(tl.float32) * r2[:, None] * b_b0[None, :]
-    t21 = t21.to(tl.float32) * r2[:, None] * b_b1[None, :]
-    t22 = t22.to(tl.float32) * r2[:, None] * b_b2[None, :]
-    t30 = t30.to(tl.float32) * r3[:, None] * b_b0[None, :]
-    t31 = t31.to(tl.float32) * r3[:, None] * b_b1[None, :]
-    t32 = t32.to(tl.float32) * r3[:, None] * b_b2[None, :]
-    t33 = t33.to(tl.float32) * r3[:, None] * b_b3[None, :]
+    t00 = t00.to(tl.float32) * p0[:, None] * q0[None, :]
+    t10 = t10.to(tl.float32) * p1[:, None] * q0[None, :]
+    t11 = t11.to(tl.float32) * p1[:, None] * q1[None, :]
+    t20 = t20.to(tl.float32) * p2[:, None] * q0[None, :]
+    t21 = t21.to(tl.float32) * p2[:, None] * q1[None, :]
+    t22 = t22.to(tl.float32) * p2[:, None] * q2[None, :]
+    t30 = t30.to(tl.float32) * p3[:, None] * q0[None, :]
+    t31 = t31.to(tl.float32) * p3[:, None] * q1[None, :]
+    t32 = t32.to(tl.float32) * p3[:, None] * q2[None, :]
+    t33 = t33.to(tl.float32) * p3[:, None] * q3[None, :]
     _store_lower(p_a, (t00, t10, t11, t20, t21, t22, t30, t31, t32, t33), C)
 
 

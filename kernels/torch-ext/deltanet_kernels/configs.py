@@ -97,8 +97,9 @@ def plan(arch: int, K: int, V: int, wide: bool, few: bool) -> Plan:
             return Plan(prepare, scores, Launch(128, 8, 2), Launch(128, 8, 2), Launch(64, 8, 1))
         if K > 128:  # compiled, not measured; of 64 columns Triton 3.6 and 3.7 make an empty reverse scan for sm_100
             return Plan(prepare, scores, Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 8, 1))
-        # d = 64: three programs a multiprocessor. d = 128: all registers
-        grads = Launch(64, 4, 1, maxnreg=168) if d <= 64 else Launch(64, 4, 1)
+        # d = 64: three programs a multiprocessor. d = 128: all registers. Keys narrower than 64: of steps of 64 columns
+        # ptxas 12.8 makes wrong code (README, "What ptxas gets wrong")
+        grads = Launch(64 if K >= 64 else 32, 4, 1, maxnreg=168 if d <= 64 else None)
         gluon = GLUON and arch == 90 and K in (64, 128) and V in (64, 128)
         # two warp groups a program share q, k, A and P; where few run, one each (1 x 4096 x 16 x 128: 0.115 ms, not 0.170)
         scans = 0 if not gluon else 64 if few else V
