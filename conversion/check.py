@@ -11,26 +11,17 @@ An error is ||x - reference|| / ||reference||. The reference is the torch chunk 
 `check_reference` compares with the fp64 recurrence once.
 """
 
-import contextlib
 import functools
-import importlib.util
 import itertools
 import math
 import os
-import platform
-import subprocess
-import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
-from multiprocessing import get_context
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
 from modeling_deltanet.delta_rule import torch_chunk_delta_rule, torch_recurrent_delta_rule
-from modeling_deltanet.short_conv import torch_short_conv
 
 
 DTYPES = ("bfloat16", "float16", "float32")
