@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 refused or failed (one line on stderr says why), 2 wrong u
 """
 
 import json
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -19,7 +20,7 @@ from .cli_publish import register
 
 
 app = typer.Typer(
-    help="DeltaNet checkpoints: convert, align, distill, inspect, generate, publish.",
+    help="DeltaNet checkpoints: convert, align, distill, inspect, generate, publish; and a check of this machine.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -40,6 +41,10 @@ class DType(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
+
+
+class Peer(StrEnum):
+    FLA = "fla"
 
 
 def main() -> None:
@@ -238,6 +243,48 @@ def generate(
     result = generate_text(source, text, max_new_tokens, temperature, top_k, seed, revision, stream=not as_json)
     if as_json:
         print(json.dumps(result))
+
+
+@app.command()
+def check(
+    everything: Annotated[
+        bool, typer.Option("--full", help="All head sizes in all dtypes: hours of compiling on a GPU; see --jobs.")
+    ] = False,
+    sizes: Annotated[
+        str | None, typer.Option(help="Head sizes, K or KxV, such as '64,32x64'; 'all' for multiples of 16 up to 256.")
+    ] = None,
+    dtype: Annotated[list[DType] | None, typer.Option(help="May be given several times; all by default.")] = None,
+    peer: Annotated[Peer | None, typer.Option(help="Also run another library's functions.")] = None,
+    kernels: Annotated[
+        str | None,
+        typer.Option(help="What to leave out, as DELTANET_KERNELS takes it: 'off', or words such as 'no-gluon'."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="'cuda', 'cuda:1' or 'cpu'; a GPU by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
+    jobs: Annotated[int, typer.Option(help="Processes that share the compiling.", min=1)] = 1,
+    json_file: Annotated[
+        str | None, typer.Option("--json", help="File for the whole report, '-' for stdout; attach it to an issue.")
+    ] = None,
+) -> None:
+    """Does the delta rule compute right on this machine? Every route and gradient against fp64, in about a minute.
+
+    Exit code 0: every error is within its tolerance; 1: one is not, or a route failed.
+
+    Examples:
+
+        deltanet check
+
+        deltanet check --json report.json --peer fla
+
+        deltanet check --sizes 32x64 --dtype bfloat16 --kernels no-gluon,no-segments
+    """
+    if kernels is not None:
+        os.environ["DELTANET_KERNELS"] = kernels  # which is read when the kernels are imported
+    from .cli_check import run_and_show
+
+    dtypes = None if dtype is None else [d.value for d in dtype]
+    if not run_and_show(everything, sizes, dtypes, peer and peer.value, device, seed, jobs, json_file):
+        sys.exit(1)
 
 
 register(app)  # card, push, kernels build

@@ -143,7 +143,8 @@ def torch_chunk_delta_rule(
         initial_state: memory before the first token, `[N, G, K, V]` in fp32 (fp64 for fp64 inputs); zeros by default.
         output_final_state: also return the memory after the last token.
         use_qk_l2norm_in_kernel: divide each query and key by its L2 norm first (1e-6 is added to the squared norm).
-        cu_seqlens: borders of N packed sequences, int `[N + 1]`, increasing from 0 to T; needs B = 1. Without it, N = B.
+        cu_seqlens: borders of N packed sequences, int `[N + 1]`, from 0 to T; needs B = 1. Without it, N = B. A border
+            may repeat: such a sequence is empty and its final state is its initial one.
 
     Returns:
         `(o, final_state)`: o `[B, T, G, V]` in v's dtype; final_state `[N, G, K, V]` in fp32 (fp64 for fp64 inputs),
@@ -329,8 +330,8 @@ def _checked_borders(cu_seqlens: torch.Tensor, B: int, T: int) -> list[int]:
             f"cu_seqlens must be a 1-d integer tensor of N + 1 borders, got {list(cu_seqlens.shape)} in {cu_seqlens.dtype}"
         )
     borders = cu_seqlens.tolist()
-    if borders[0] != 0 or borders[-1] != T or any(a >= b for a, b in zip(borders, borders[1:])):
-        raise ValueError(f"cu_seqlens must increase from 0 to T = {T}, got {borders}")
+    if borders[0] != 0 or borders[-1] != T or any(a > b for a, b in zip(borders, borders[1:])):
+        raise ValueError(f"cu_seqlens must go from 0 to T = {T} and never back, got {borders}")
     return borders
 
 

@@ -19,6 +19,7 @@ class _Here(threading.local):
 
 
 here = _Here()
+watched: list[str] | None = None  # names of what is launched, in every thread (see `_replay.watch`)
 _compiled: dict[tuple, tuple] = {}
 _LIMIT = 4096  # shapes remembered; beyond, start again
 
@@ -51,6 +52,8 @@ def launch(kernel, grid: tuple[int, ...], pointers: tuple, sizes: tuple, constan
         if found is None:
             kernel.warmup(*pointers, *sizes, grid=grid, **constants, **options).run  # noqa: B018 - loads it, too
         return None
+    if watched is not None:
+        watched.append(f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}")
     if found is None:
         compiled = kernel[grid](*pointers, *sizes, **constants, **options)
         names = kernel.arg_names[len(pointers) + len(sizes) :]

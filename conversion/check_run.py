@@ -1,0 +1,238 @@
+"""Runs the cases of `check.py` over the routes of this machine; `deltanet check` prints what comes back."""
+
+import contextlib
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
+
+import torch
+
+from modeling_deltanet import delta_rule, short_conv
+
+from .check import DTYPES, LAYOUTS, REFERENCE, Case, check_reference, run_case, tolerance, too_large
+
+
+RULE = tuple(name for name in LAYOUTS if name not in ("step", "convolution"))
+# Token by token, a long sequence is a minute of launches.
+SHORT = tuple(name for name in RULE if name != "segmented")
+
+
+@dataclass(frozen=True)
+class Route:
+    """A function that computes cases of some layouts and dtypes."""
+
+    name: str
+    function: Callable
+    layouts: tuple[str, ...]
+    kind: str = "kernels"  # of `check.TOLERANCES`
+    dtypes: tuple[str, ...] = DTYPES
+    is_peer: bool = False  # somebody else's: its errors are shown and do not count
+
+
+@cache
+def routes(device: torch.device, peer: str | None = None) -> tuple[Route, ...]:
+    """The routes that this machine has."""
+    found = [
+        Route("torch, chunks", delta_rule.torch_chunk_delta_rule, RULE, "torch"),
+        Route("torch, token by token", delta_rule.torch_recurrent_delta_rule, SHORT, "torch"),
+        Route("torch, convolution", short_conv.torch_short_conv, ("convolution",), "torch"),
+    ]
+    kernels = installed_kernels(device)
+    if kernels is None:
+        found.append(Route("torch, step", delta_rule.delta_rule_step, ("step",), "torch"))
+    else:
+        dtypes = DTYPES if device.type == "cuda" else DTYPES[1:]
+        found += [
+            Route("kernels, chunks", kernels.chunk_delta_rule, RULE, dtypes=dtypes),
+            Route("kernels, token by token", kernels.fused_recurrent_delta_rule, SHORT, dtypes=dtypes),
+            Route("kernels, step", kernels.delta_rule_step, ("step",), dtypes=dtypes),
+            Route("kernels, convolution", kernels.short_conv, ("convolution",), dtypes=dtypes),
+        ]
+    if peer == "fla" and missing_peer(device) is None:
+        from fla.ops.delta_rule import chunk_delta_rule, fused_recurrent_delta_rule
+
+        found += [
+            Route("fla, chunks", partial(_fla, chunk_delta_rule), RULE, dtypes=DTYPES[:2], is_peer=True),
+            Route("fla, token by token", partial(_fla, fused_recurrent_delta_rule), SHORT, is_peer=True),
+        ]
+    return tuple(found)
+
+
+def installed_kernels(device: torch.device):
+    """The kernel package where it computes on this device, which a CPU does in Triton's interpreter alone."""
+    if device.type == "cuda":
+        return delta_rule.kernels_for(torch.empty(0, device=device))
+    return delta_rule.deltanet_kernels if os.environ.get("TRITON_INTERPRET") == "1" else None
+
+
+def missing_peer(device: torch.device) -> str | None:
+    """Why fla is skipped, or None."""
+    if device.type != "cuda":
+        return "flash-linear-attention computes on a GPU alone"
+    try:
+        import fla.ops.delta_rule  # noqa: F401
+    except ImportError as error:
+        return f"flash-linear-attention is not installed ({error})"
+    return None
+
+
+def _fla(function, q, k, v, beta, cu_seqlens=None, **options):
+    """fla has as many key heads as value heads, and borders in int64."""
+    q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], dim=2) for x in (q, k))
+    return function(q, k, v, beta, cu_seqlens=None if cu_seqlens is None else cu_seqlens.long(), **options)
+
+
+# ------------------------------------------------------------------------------------------------------- the running
+
+
+def run(
+    cases: Iterable[Case], device: torch.device, peer: str | None = None, seed: int = 0, jobs: int = 1
+) -> Iterator[list[dict]]:
+    """For each case, in order, a row for each route that takes it. `jobs` processes share the compiling.
+
+    A row holds the case, the route, its errors by quantity, those that are too large, the kernels that ran and `failure`,
+    an exception's text; a failed row has no errors.
+    """
+    one = partial(_run_routes, device=device, peer=peer, seed=seed)
+    if jobs == 1:
+        yield from map(one, cases)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(one, cases)
+
+
+def _run_routes(case: Case, device: torch.device, peer: str | None, seed: int) -> list[dict]:
+    rows = []
+    for route in routes(device, peer):
+        if case.layout not in route.layouts or case.dtype not in route.dtypes:
+            continue
+        row = {"route": route.name, "case": asdict(case), "is_peer": route.is_peer, "errors": {}, "too_large": {}}
+        watch = watched(device) if route.name.startswith("kernels") else contextlib.nullcontext([])
+        with watch as kernels:
+            try:
+                row["errors"] = run_case(case, device, route.function, seed)
+                row["too_large"] = too_large(row["errors"], tolerance(case, route.kind))
+                row["failure"] = None
+            except Exception as error:  # a report of what fails is what this command is for
+                row["failure"] = f"{type(error).__name__}: {error}"
+        rows.append(row | {"kernels": sorted(set(kernels))})
+    return rows
+
+
+def watched(device: torch.device):
+    """A context in which the names of the kernels that are launched gather in a list."""
+    return installed_kernels(device)._replay.watch()
+
+
+def reference_row(device: torch.device, seed: int) -> dict:
+    errors = check_reference(device, seed)
+    return {
+        "route": "reference, two ways", "case": None, "is_peer": False, "errors": errors,
+        "too_large": too_large(errors, lambda _: REFERENCE), "failure": None, "kernels": [],
+    }  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------- the report
+
+
+def summary(rows: list[dict]) -> list[dict]:
+    """A line for each route and dtype: how many cases, how many wrong, the worst error of each quantity, what ran."""
+    lines = {}
+    for row in rows:
+        dtype = row["case"]["dtype"] if row["case"] else "float64"
+        line = lines.setdefault(
+            (row["route"], dtype),
+            {"route": row["route"], "dtype": dtype, "cases": 0, "wrong": 0, "worst": {}, "kernels": set()},
+        )
+        line["cases"] += 1
+        line["wrong"] += is_wrong(row)
+        for name, value in row["errors"].items():
+            line["worst"][name] = max(value, line["worst"].get(name, 0.0))
+        line["kernels"] |= set(row["kernels"])
+    return [line | {"kernels": sorted(line["kernels"])} for line in lines.values()]
+
+
+def is_wrong(row: dict) -> bool:
+    return bool(row["too_large"]) or row["failure"] is not None
+
+
+def describe_kernels(names: Iterable[str]) -> str:
+    """'Gluon, Triton, segments' from the names of modules and kernels."""
+    names = list(names)
+    kinds = {
+        "Gluon": any(name.startswith("hopper_") for name in names),
+        "Triton": any(not name.startswith("hopper_") for name in names),
+        "segments": "segments.chain_kernel" in names,
+    }
+    return ", ".join(kind for kind, ran in kinds.items() if ran)
+
+
+def environment(device: torch.device) -> dict[str, str | None]:
+    """Versions, device and switches: what a report of a wrong result needs."""
+    found = {name: _version(name) for name in ("modeling-deltanet", "torch", "triton", "transformers")}
+    found["flash-linear-attention"] = _version("flash-linear-attention") or _version("fla-core")
+    found |= {"python": platform.python_version(), "platform": platform.platform()}
+    found["device"] = f"CPU, {platform.machine()}, {os.cpu_count()} cores"
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found["device"] = f"{properties.name}, {properties.multi_processor_count} multiprocessors"
+        found["compute capability"] = f"{properties.major}.{properties.minor}"
+        found["CUDA of torch"] = torch.version.cuda or f"ROCm {torch.version.hip}"
+        found["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0")
+    found["ptxas"] = _ptxas(device)
+    found["threads"] = str(torch.get_num_threads())
+    for name in ("DELTANET_KERNELS", "TRITON_INTERPRET"):
+        found[name] = os.environ.get(name)
+    return found
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _ptxas(device: torch.device) -> str | None:
+    """Version and path of the assembler that Triton uses for this device."""
+    try:
+        from triton import knobs
+    except ImportError:
+        return None
+    newest = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
+    path = (knobs.nvidia.ptxas_blackwell if newest else knobs.nvidia.ptxas).path
+    lines = (_output(path, "--version") or "does not run").splitlines()
+    return f"{next((line for line in lines if 'release' in line), lines[-1])} ({path})"
+
+
+def _output(*command: str) -> str | None:
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() or None
+
+
+def choose_device(name: str | None) -> torch.device:
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def parse_sizes(words: str | None, everything: Iterable[tuple[int, int]]) -> list[tuple[int, int]] | None:
+    """'64', '64x128,256' or 'all' as pairs (K, V); None without."""
+    if words is None:
+        return None
+    if words == "all":
+        return list(everything)
+    pairs = []
+    for word in words.split(","):
+        numbers = word.lower().split("x")
+        if len(numbers) > 2 or not all(n.strip().isdigit() and 1 <= int(n) <= 256 for n in numbers):
+            raise ValueError(f"sizes are K or KxV from 1 to 256, such as '64,32x64', or 'all', got {word!r}")
+        pairs.append((int(numbers[0]), int(numbers[-1])))
+    return pairs

@@ -1,0 +1,102 @@
+"""What `deltanet check` prints: progress on stderr, a table, a line for each wrong result, and the whole as JSON."""
+
+import json
+import time
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from . import check, check_run
+
+
+# The table is for 80 columns; the report holds every quantity.
+COLUMNS = {
+    "output": ("output", "output without gradients"),
+    "state": ("final state",),
+    "gradients": ("dq", "dk", "dv", "dbeta", "dh0", "dx", "dw"),
+}
+
+
+def run_and_show(
+    everything: bool, sizes: str | None, dtypes: list[str] | None, peer: str | None, device: str | None, seed: int,
+    jobs: int, json_file: str | None,
+) -> bool:  # fmt: skip
+    """Whether everything was right. With `json_file` "-" the report is all that stdout gets."""
+    stderr = Console(stderr=True)
+    where = check_run.choose_device(device)
+    pairs = check_run.parse_sizes(sizes, check.ALL_SIZES)
+    choose = check.full if everything else check.quick
+    options = {name: value for name, value in (("sizes", pairs), ("dtypes", dtypes)) if value is not None}
+    cases = list(choose(**options))
+    missing = check_run.missing_peer(where) if peer else None
+    if missing:
+        stderr.print(f"skipped: {missing}", markup=False)
+
+    started, rows = time.perf_counter(), [check_run.reference_row(where, seed)]
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=stderr, transient=True) as progress:
+        task = progress.add_task("", total=len(cases))
+        for case, some in zip(cases, check_run.run(cases, where, peer, seed, jobs)):
+            rows += some
+            progress.update(task, advance=1, description=str(case))
+    wrong = [row for row in rows if check_run.is_wrong(row) and not row["is_peer"]]
+    report = {
+        "ok": not wrong,
+        "cases": len(cases),
+        "wrong": len(wrong),
+        "seconds": round(time.perf_counter() - started, 1),
+        "seed": seed,
+        "environment": check_run.environment(where),
+        "skipped": [missing] if missing else [],
+        "tolerances": check.TOLERANCES | check.OF_QUANTITY | {"factor for repeated keys": check.REPEATED},
+        "summary": check_run.summary(rows),
+        "rows": rows,
+    }
+    if json_file is not None:
+        # what is not finite has no number in JSON
+        text = json.dumps(_finite(report), indent=1, allow_nan=False)
+        if json_file == "-":
+            print(text)
+            return report["ok"]
+        Path(json_file).write_text(text + "\n")
+    _show(report, wrong)
+    return report["ok"]
+
+
+def _finite(x):
+    if isinstance(x, dict):
+        return {key: _finite(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [_finite(value) for value in x]
+    return str(x) if isinstance(x, float) and x in (float("inf"), float("-inf")) else x
+
+
+def _show(report: dict, wrong: list[dict]) -> None:
+    console = Console()
+    for name, value in report["environment"].items():
+        if value is not None:
+            console.print(f"{name}: {value}", markup=False, highlight=False, soft_wrap=True)
+    table = Table("route", "dtype", "cases", *COLUMNS, "ran", title="Largest error against fp64", box=box.SIMPLE)
+    for line in report["summary"]:
+        worst = [[line["worst"][name] for name in names if name in line["worst"]] for names in COLUMNS.values()]
+        shown = [f"{max(values):.0e}" if values else "" for values in worst]
+        table.add_row(
+            line["route"], line["dtype"], str(line["cases"]), *shown, check_run.describe_kernels(line["kernels"])
+        )
+    console.print(table)
+    for row in wrong:
+        case = check.Case(**row["case"]) if row["case"] else "reference"
+        found = row["failure"] or ", ".join(f"{name} {value:.1e}" for name, value in row["too_large"].items())
+        kernels = f" ({', '.join(row['kernels'])})" if row["kernels"] else ""
+        console.print(
+            f"wrong: {row['route']}: {case}: {found}{kernels}", markup=False, highlight=False, soft_wrap=True
+        )
+    verdict = "all right" if report["ok"] else f"{report['wrong']} wrong"
+    console.print(
+        f"{verdict}: {report['cases']} cases in {report['seconds']} s, seed {report['seed']}",
+        markup=False,
+        highlight=False,
+    )
