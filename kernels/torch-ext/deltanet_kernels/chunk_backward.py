@@ -32,6 +32,7 @@ from .chunk_forward import (
     precision,
     s_shape,
     scratch_type,
+    static,
 )
 from .configs import CHUNK, GLUON, Plan, multiprocessors
 
@@ -52,10 +53,10 @@ def reverse_kernel(
     cu_seqlens, chunk_offsets,
     # sizes and strides
     scale, T, NT, H, HV, HV_ALL,
-    q_sb, q_st, q_sh, k_sb, k_st, k_sh, d_sb, d_st, d_sh,
+    q_sb, q_st, q_sh, k_sb, k_st, k_sh, d_sb, d_st, d_sh, K, V,
     # constants
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    L2NORM: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr, HAS_DHT: tl.constexpr, HAS_DH0: tl.constexpr,
+    BK: tl.constexpr, NK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, L2NORM: tl.constexpr, PACKED: tl.constexpr,
+    EVEN: tl.constexpr, FULL_K: tl.constexpr, FULL_V: tl.constexpr, HAS_DHT: tl.constexpr, HAS_DH0: tl.constexpr,
     SAVE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STORED: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
     """Runs one sequence, value head and block of BV value columns from the last chunk to the first.
@@ -83,9 +84,9 @@ def reverse_kernel(
     o_k1 = tl.arange(0, BK)
     o_k2 = BK + tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
-    m_k1 = _below(o_k1, K, K >= BK)
-    m_k2 = _below(o_k2, K, K % BK == 0)
-    m_v = _below(o_v, V, V % BV == 0)
+    m_k1 = _below(o_k1, K, FULL_K or NK > 1)
+    m_k2 = _below(o_k2, K, FULL_K)
+    m_v = _below(o_v, V, FULL_V)
 
     last = tl.zeros([], tl.int64) + NT - 1
     bos += last * C
@@ -97,17 +98,16 @@ def reverse_kernel(
     p += ((chunk_0 + last) * H + i_h) * C * C
     rq += ((chunk_0 + last) * H + i_h) * C
     rk += ((chunk_0 + last) * H + i_h) * C
-    NV: tl.constexpr = (V + BV - 1) // BV
-    NK: tl.constexpr = (K + BK - 1) // BK
+    NV = (V + BV - 1) // BV
     ds += (((chunk_0 + last) * HV + i_hv) * NV + i_v) * NK * BV * BK
     p_h = (i_n.to(tl.int64) * HV_ALL + i_hv) * K * V
 
     b_s1 = tl.zeros([BV, BK], tl.float32)
-    if K > BK:
+    if NK > 1:
         b_s2 = tl.zeros([BV, BK], tl.float32)
     if HAS_DHT:
         b_s1 += _load_tile_t(dht + p_h, o_k1, V, o_v, m_k1, m_v)
-        if K > BK:
+        if NK > 1:
             b_s2 += _load_tile_t(dht + p_h, o_k2, V, o_v, m_k2, m_v)
 
     if DEEP:
@@ -116,7 +116,7 @@ def reverse_kernel(
         m_t = _below((NT - 1 - i_r) * C + o_c, T, EVEN)
         b_k1 = _load_tile(k, o_c, k_st, o_k1, m_t, m_k1).to(CT)
         b_q1 = _load_tile(q, o_c, q_st, o_k1, m_t, m_k1).to(CT)
-        if K > BK:
+        if NK > 1:
             b_k2 = _load_tile(k, o_c, k_st, o_k2, m_t, m_k2).to(CT)
             b_q2 = _load_tile(q, o_c, q_st, o_k2, m_t, m_k2).to(CT)
         if DEEP:
@@ -129,7 +129,7 @@ def reverse_kernel(
         else:
             # P = lower(Q K^T)
             b_p = tl.dot(b_q1, tl.trans(b_k1), input_precision=PRECISION)
-            if K > BK:
+            if NK > 1:
                 b_p = tl.dot(b_q2, tl.trans(b_k2), b_p, input_precision=PRECISION)
             b_p = tl.where(o_c[:, None] >= o_c[None, :], b_p, 0.0).to(CT)
         # dO' = scale rq dO; a stored P holds the factor, so there dO itself meets P
@@ -139,13 +139,13 @@ def reverse_kernel(
         b_c1 = b_s1.to(CT)
         if SAVE:
             _store_fragments(ds, b_c1, BV, BK)
-            if K > BK:
+            if NK > 1:
                 _store_fragments(ds + BV * BK, b_s2.to(CT), BV, BK)
 
         # dU^T = dO^T P + dS^T K^T
         b_u = tl.dot(b_do, b_p, input_precision=PRECISION)
         b_u = tl.dot(b_c1, tl.trans(b_k1), b_u, input_precision=PRECISION)
-        if K > BK:
+        if NK > 1:
             b_c2 = b_s2.to(CT)
             b_u = tl.dot(b_c2, tl.trans(b_k2), b_u, input_precision=PRECISION)
         # dV^T = dU^T A
@@ -154,7 +154,7 @@ def reverse_kernel(
         b_w = (-b_v * tl.load(rk + o_c)[None, :]).to(CT) if L2NORM else (-b_v).to(CT)
         b_s1 = tl.dot(b_dq, b_q1, b_s1, input_precision=PRECISION)
         b_s1 = tl.dot(b_w, b_k1, b_s1, input_precision=PRECISION)
-        if K > BK:
+        if NK > 1:
             b_s2 = tl.dot(b_dq, b_q2, b_s2, input_precision=PRECISION)
             b_s2 = tl.dot(b_w, b_k2, b_s2, input_precision=PRECISION)
         if SAVE:
@@ -173,7 +173,7 @@ def reverse_kernel(
 
     if HAS_DH0:
         tl.store(dh0 + p_h + o_k1[None, :] * V + o_v[:, None], b_s1, mask=m_v[:, None] & m_k1[None, :])
-        if K > BK:
+        if NK > 1:
             tl.store(dh0 + p_h + o_k2[None, :] * V + o_v[:, None], b_s2, mask=m_v[:, None] & m_k2[None, :])
 
 
@@ -187,10 +187,10 @@ def grads_kernel(
     cu_seqlens, chunks,
     # sizes and strides
     scale, T, NT, H, H_ALL, HV_ALL,
-    q_sb, q_st, q_sh, k_sb, k_st, k_sh, d_sb, d_st, d_sh,
-    # constants; BV the value columns of a tile, W of a step, G the value heads of a key head
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, NK: tl.constexpr, BV: tl.constexpr, W: tl.constexpr,
-    C: tl.constexpr, G: tl.constexpr, L2NORM: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr,
+    q_sb, q_st, q_sh, k_sb, k_st, k_sh, d_sb, d_st, d_sh, K, V,
+    # constants; BV the value columns of a tile, W of a step (FULL_V: that divide V), G the value heads of a key head
+    BK: tl.constexpr, NK: tl.constexpr, BV: tl.constexpr, W: tl.constexpr, C: tl.constexpr, G: tl.constexpr,
+    L2NORM: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr, FULL_K: tl.constexpr, FULL_V: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk and key head. Even programs compute dq, odd ones dk and dbeta.
@@ -213,12 +213,12 @@ def grads_kernel(
     o_c = tl.arange(0, C)
     o_k = tl.arange(0, NK * BK)
     m_t = _below(t_0 + o_c, T, EVEN)
-    m_k = _below(o_k, K, K % BK == 0)
+    m_k = _below(o_k, K, FULL_K)
     q += i_b * q_sb + bos * q_st + i_h * q_sh
     k += i_b * k_sb + bos * k_st + i_h * k_sh
     row = i_b * T_all + bos
     do += i_b * d_sb + bos * d_st + i_h * G * d_sh
-    NV: tl.constexpr = (V + BV - 1) // BV
+    NV = (V + BV - 1) // BV
     u += ((chunk * HV + i_h * G) * NV) * BV * C
     s += ((chunk * HV + i_h * G) * NV) * NK * BV * BK
     b_rq = tl.full([C], 1.0, tl.float32)
@@ -233,7 +233,7 @@ def grads_kernel(
             b_r = tl.zeros([C, C], tl.float32)
             for i_v in range(0, V, W):
                 o_v = i_v + tl.arange(0, W)
-                b_do = _load_tile(do + i_g * d_sh, o_c, d_st, o_v, m_t, _below(o_v, V, V % W == 0)).to(CT)
+                b_do = _load_tile(do + i_g * d_sh, o_c, d_st, o_v, m_t, _below(o_v, V, FULL_V)).to(CT)
                 b_u = _load_rows(u + (i_g * NV + i_v // BV) * BV * C, i_v % BV, 1, W, BV, C)
                 b_s = _load_rows(s + (i_g * NV + i_v // BV) * NK * BV * BK, i_v % BV, NK, W, BV, BK)
                 b_r = tl.dot(b_do, b_u, b_r, input_precision=PRECISION)
@@ -257,7 +257,7 @@ def grads_kernel(
             b_e = tl.zeros([C, C], tl.float32)
             for i_v in range(0, V, W):
                 o_v = i_v + tl.arange(0, W)
-                b_v = _load_tile(dv + i_g * V, o_c, HV_ALL * V, o_v, m_t, _below(o_v, V, V % W == 0))
+                b_v = _load_tile(dv + i_g * V, o_c, HV_ALL * V, o_v, m_t, _below(o_v, V, FULL_V))
                 b_u = _load_rows(u + (i_g * NV + i_v // BV) * BV * C, i_v % BV, 1, W, BV, C)
                 b_s = _load_rows(s + (i_g * NV + i_v // BV) * NK * BV * BK, i_v % BV, NK, W, BV, BK)
                 b_e = tl.dot(b_v, b_u, b_e, input_precision=PRECISION)
@@ -276,7 +276,7 @@ def grads_kernel(
             b_r = tl.zeros([C, C], tl.float32)
             for i_v in range(0, V, W):
                 o_v = i_v + tl.arange(0, W)
-                b_do = _load_tile(do + i_g * d_sh, o_c, d_st, o_v, m_t, _below(o_v, V, V % W == 0)).to(CT)
+                b_do = _load_tile(do + i_g * d_sh, o_c, d_st, o_v, m_t, _below(o_v, V, FULL_V)).to(CT)
                 b_u = _load_rows(u + (i_g * NV + i_v // BV) * BV * C, i_v % BV, 1, W, BV, C)
                 b_s = _load_rows(ds + (i_g * NV + i_v // BV) * NK * BV * BK, i_v % BV, NK, W, BV, BK)
                 b_u = tl.trans(b_u)
@@ -308,7 +308,7 @@ def reverse(q, k, do, x: Scratch, dht, dv, dh0, scale, t: Tables, plan: Plan, sa
     if t.n == 0:
         return ds, flags
     choice = plan.reverse
-    block_v, nv, block_k, _ = blocks(K, V, plan)
+    block_v, nv, block_k, nk = blocks(K, V, plan)
     heads = dv.stride(1) // V if save else HV
     if plan.gluon_scans and hopper_tiles.accepts(q, k, do):
         # at a chip's last quarter or less there is no room for the gradients
@@ -323,10 +323,14 @@ def reverse(q, k, do, x: Scratch, dht, dv, dh0, scale, t: Tables, plan: Plan, sa
                 dv, ds, a if dh0 is None else dh0,
                 t.cu_seqlens, t.chunk_offsets,
             ),
-            (scale, T, t.nt, H, HV, heads, *q.stride()[:3], *k.stride()[:3], *do.stride()[:3]),
+            (
+                scale, T, t.nt, H, HV, heads, *q.stride()[:3], *k.stride()[:3], *do.stride()[:3],
+                static(K, k.dtype), static(V, k.dtype),
+            ),
             {
-                "K": K, "V": V, "BK": block_k, "BV": block_v, "C": CHUNK,
-                "L2NORM": rk is not None, "PACKED": t.cu_seqlens is not None, "EVEN": t.even, "HAS_DHT": dht is not None,
+                "BK": block_k, "NK": nk, "BV": block_v, "C": CHUNK,
+                "L2NORM": rk is not None, "PACKED": t.cu_seqlens is not None, "EVEN": t.even,
+                "FULL_K": K % block_k == 0, "FULL_V": V % block_v == 0, "HAS_DHT": dht is not None,
                 "HAS_DH0": dh0 is not None, "SAVE": save, "STORED": plan.stored, "DEEP": choice.deep,
                 "WIDE": k.dtype != torch.bfloat16, "PRECISION": precision(k.dtype),
             },
@@ -344,6 +348,7 @@ def grads(q, k, do, x: Scratch, dv, ds, flags, dq, dk, dbeta, scale, t: Tables, 
         return
     choice = plan.grads
     block_v, _, block_k, nk = blocks(K, V, plan)
+    step = min(block_v, choice.block_v)
     if plan.gluon_grads and hopper_tiles.accepts(q, k, do):
         hopper_grads.grads(q, k, do, a, u, dv, s, ds, rq, rk, flags, dq, dk, dbeta, scale, t, plan)
     else:
@@ -355,11 +360,12 @@ def grads(q, k, do, x: Scratch, dv, ds, flags, dq, dk, dbeta, scale, t: Tables, 
             ),
             (
                 scale, T, t.nt, H, dk.stride(1) // K, dv.stride(1) // V,
-                *q.stride()[:3], *k.stride()[:3], *do.stride()[:3],
+                *q.stride()[:3], *k.stride()[:3], *do.stride()[:3], static(K, k.dtype), static(V, k.dtype),
             ),
             {
-                "K": K, "V": V, "BK": block_k, "NK": nk, "BV": block_v, "W": min(block_v, choice.block_v), "C": CHUNK,
+                "BK": block_k, "NK": nk, "BV": block_v, "W": step, "C": CHUNK,
                 "G": HV // H, "L2NORM": rk is not None, "PACKED": t.cu_seqlens is not None, "EVEN": t.even,
+                "FULL_K": K % block_k == 0, "FULL_V": V % step == 0,
                 "WIDE": k.dtype != torch.bfloat16, "PRECISION": precision(k.dtype),
             },
             {"num_warps": choice.num_warps, "num_stages": choice.num_stages, "maxnreg": choice.maxnreg},

@@ -220,8 +220,9 @@ def _store_lower(p, b, C: tl.constexpr):
 
 @triton.jit
 def _gram(
-    p, st, t_0, T, K: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr
-):
+    p, st, t_0, T, K, BK: tl.constexpr, EVEN: tl.constexpr, FULL_K: tl.constexpr, CT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
     """K K^T of one chunk: the ten 16x16 blocks on and below the diagonal, row by row.
 
     A loop over slices of the keys, not one load: Triton then copies them to shared memory ahead (num_stages), where they
@@ -240,7 +241,7 @@ def _gram(
     o_t = tl.arange(0, 16)
     for i_k in range((K + BK - 1) // BK):
         o_k = i_k * BK + tl.arange(0, BK)
-        m_k = _below(o_k, K, K % BK == 0)
+        m_k = _below(o_k, K, FULL_K)
         x0 = _load_tile(p, o_t, st, o_k, _below(t_0 + o_t, T, EVEN), m_k).to(CT)
         x1 = _load_tile(p, o_t + 16, st, o_k, _below(t_0 + 16 + o_t, T, EVEN), m_k).to(CT)
         x2 = _load_tile(p, o_t + 32, st, o_k, _below(t_0 + 32 + o_t, T, EVEN), m_k).to(CT)
@@ -290,10 +291,10 @@ def scores_kernel(
     # packed sequences
     cu_seqlens, chunks,
     # sizes and strides
-    scale, T, NT, H, q_sb, q_st, q_sh, k_sb, k_st, k_sh,
+    scale, T, NT, H, q_sb, q_st, q_sh, k_sb, k_st, k_sh, K,
     # constants
-    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, L2NORM: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, EPS: tl.constexpr,
+    BK: tl.constexpr, C: tl.constexpr, L2NORM: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr,
+    FULL_K: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     """P = scale rq lower(Q K^T) and the norms of q, of one chunk and key head."""
     i_h = tl.program_id(0)
@@ -311,7 +312,7 @@ def scores_kernel(
     b_r = tl.zeros([C], tl.float32)
     for i_k in range((K + BK - 1) // BK):
         o_k = i_k * BK + tl.arange(0, BK)
-        m_k = _below(o_k, K, K % BK == 0)
+        m_k = _below(o_k, K, FULL_K)
         b_q = _load_tile(q, o_c, q_st, o_k, m_t, m_k).to(CT)
         b_k = _load_tile(k, o_c, k_st, o_k, m_t, m_k).to(CT)
         b_p = tl.dot(b_q, tl.trans(b_k), b_p, input_precision=PRECISION)
@@ -336,10 +337,10 @@ def prepare_kernel(
     # packed sequences
     cu_seqlens, chunks,
     # sizes and strides
-    T, NT, H, HV, k_sb, k_st, k_sh, b_sb, b_st, b_sh,
+    T, NT, H, HV, k_sb, k_st, k_sh, b_sb, b_st, b_sh, K,
     # constants
-    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, L2NORM: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr,
-    WIDE: tl.constexpr, FP16: tl.constexpr, PRECISION: tl.constexpr, EPS: tl.constexpr, BETA_MIN: tl.constexpr,
+    BK: tl.constexpr, C: tl.constexpr, L2NORM: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr,
+    FULL_K: tl.constexpr, WIDE: tl.constexpr, FP16: tl.constexpr, PRECISION: tl.constexpr, EPS: tl.constexpr, BETA_MIN: tl.constexpr,
 ):  # fmt: skip
     """A = rk (I + strictly_lower(beta rk rk' K K^T))^-1 diag(beta) of one chunk and value head, on 16x16 blocks.
 
@@ -364,7 +365,7 @@ def prepare_kernel(
     b_b1 = _load_beta(p_b, 1, o_t, t_0, b_st, T, BETA_MIN)
     b_b2 = _load_beta(p_b, 2, o_t, t_0, b_st, T, BETA_MIN)
     b_b3 = _load_beta(p_b, 3, o_t, t_0, b_st, T, BETA_MIN)
-    g00, g10, g11, g20, g21, g22, g30, g31, g32, g33 = _gram(p_k, k_st, t_0, T, K, BK, EVEN, CT, PRECISION)
+    g00, g10, g11, g20, g21, g22, g30, g31, g32, g33 = _gram(p_k, k_st, t_0, T, K, BK, EVEN, FULL_K, CT, PRECISION)
     r0 = tl.full([16], 1.0, tl.float32)
     r1 = r0
     r2 = r0
@@ -465,10 +466,10 @@ def scan_kernel(
     cu_seqlens, chunk_offsets,
     # sizes and strides
     scale, T, NT, H, HV, HV_ALL,
-    q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
+    q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, K, V,
     # constants
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, L2NORM: tl.constexpr,
-    PACKED: tl.constexpr, EVEN: tl.constexpr, HAS_H0: tl.constexpr, HAS_HT: tl.constexpr, OUTPUT: tl.constexpr,
+    BK: tl.constexpr, NK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, L2NORM: tl.constexpr,
+    PACKED: tl.constexpr, EVEN: tl.constexpr, FULL_K: tl.constexpr, FULL_V: tl.constexpr, HAS_H0: tl.constexpr, HAS_HT: tl.constexpr, OUTPUT: tl.constexpr,
     SAVE: tl.constexpr, PHI: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, EPS: tl.constexpr,
     STORED: tl.constexpr,
 ):  # fmt: skip
@@ -499,9 +500,9 @@ def scan_kernel(
     o_k1 = tl.arange(0, BK)
     o_k2 = BK + tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
-    m_k1 = _below(o_k1, K, K >= BK)
-    m_k2 = _below(o_k2, K, K % BK == 0)
-    m_v = _below(o_v, V, V % BV == 0 and not PHI)
+    m_k1 = _below(o_k1, K, FULL_K or NK > 1)
+    m_k2 = _below(o_k2, K, FULL_K)
+    m_v = _below(o_v, V, FULL_V and not PHI)
 
     q += i_b * q_sb + bos * q_st + i_h * q_sh
     k += i_b * k_sb + bos * k_st + i_h * k_sh
@@ -509,8 +510,7 @@ def scan_kernel(
     if OUTPUT:
         o += ((i_b * T_all + bos) * HV + i_hv) * V
     # scratch: u in tiles [BV, C], s in tiles [BV, BK], the halves of the keys side by side
-    NV: tl.constexpr = (V + BV - 1) // BV
-    NK: tl.constexpr = (K + BK - 1) // BK
+    NV = (V + BV - 1) // BV
     V_LOAD = V
     V_HT = V
     if PHI and i_v >= NV:
@@ -519,7 +519,7 @@ def scan_kernel(
         V_LOAD = 0
         V_HT = K
         ht = o
-    m_load = _below(o_v, V_LOAD, V % BV == 0 and not PHI)
+    m_load = _below(o_v, V_LOAD, FULL_V and not PHI)
     u += ((chunk_0 * HV + i_hv) * NV + i_v) * BV * C
     a += (chunk_0 * HV + i_hv) * C * C
     p += (chunk_0 * H + i_h) * C * C
@@ -529,27 +529,27 @@ def scan_kernel(
     p_h = (i_n.to(tl.int64) * HV_ALL + i_hv) * K * V
 
     b_s1 = tl.zeros([BV, BK], tl.float32)
-    if K > BK:
+    if NK > 1:
         b_s2 = tl.zeros([BV, BK], tl.float32)
     if PHI:
         b_s1 += ((o_v[:, None] == o_k1[None, :]) & (i_v >= NV)).to(tl.float32)
-        if K > BK:
+        if NK > 1:
             b_s2 += ((o_v[:, None] == o_k2[None, :]) & (i_v >= NV)).to(tl.float32)
     if HAS_H0:
         b_s1 += _load_tile_t(h0 + p_h, o_k1, V, o_v, m_k1, m_v)
-        if K > BK:
+        if NK > 1:
             b_s2 += _load_tile_t(h0 + p_h, o_k2, V, o_v, m_k2, m_v)
 
     for i_c in range(NT):
         m_t = _below(i_c * C + o_c, T, EVEN)
         b_k1 = _load_tile(k, o_c, k_st, o_k1, m_t, m_k1).to(CT)
-        if K > BK:
+        if NK > 1:
             b_k2 = _load_tile(k, o_c, k_st, o_k2, m_t, m_k2).to(CT)
         b_v = _load_tile_t(v, o_c, v_st, o_v, m_t, m_load).to(CT)
         b_a = tl.load(a + o_c[:, None] * C + o_c[None, :])
         if OUTPUT:
             b_q1 = _load_tile(q, o_c, q_st, o_k1, m_t, m_k1).to(CT)
-            if K > BK:
+            if NK > 1:
                 b_q2 = _load_tile(q, o_c, q_st, o_k2, m_t, m_k2).to(CT)
             if STORED:
                 if L2NORM:
@@ -557,12 +557,12 @@ def scan_kernel(
             else:
                 # P^T = upper(K Q^T), and the norms of q
                 b_p = tl.dot(b_k1, tl.trans(b_q1), input_precision=PRECISION)
-                if K > BK:
+                if NK > 1:
                     b_p = tl.dot(b_k2, tl.trans(b_q2), b_p, input_precision=PRECISION)
                 b_rq = tl.full([C], 1.0, tl.float32)
                 if L2NORM:
                     b_rq = _squares(b_q1)
-                    if K > BK:
+                    if NK > 1:
                         b_rq += _squares(b_q2)
                     b_rq = tl.rsqrt(b_rq + EPS)
                     if SAVE:
@@ -571,14 +571,14 @@ def scan_kernel(
         b_c1 = b_s1.to(CT)
         if SAVE:
             _store_fragments(s, b_c1, BV, BK)
-            if K > BK:
+            if NK > 1:
                 _store_fragments(s + BV * BK, b_s2.to(CT), BV, BK)
 
         # (-rk K S)^T
         b_x = tl.dot(b_c1, tl.trans(b_k1), input_precision=PRECISION)
         if OUTPUT:
             b_o = tl.dot(b_c1, tl.trans(b_q1), input_precision=PRECISION)
-        if K > BK:
+        if NK > 1:
             b_c2 = b_s2.to(CT)
             b_x = tl.dot(b_c2, tl.trans(b_k2), b_x, input_precision=PRECISION)
             if OUTPUT:
@@ -589,7 +589,7 @@ def scan_kernel(
         b_u = tl.dot(b_x.to(CT), tl.trans(b_a), b_u, input_precision=PRECISION).to(CT)
         # S^T <- S^T + U^T K
         b_s1 = tl.dot(b_u, b_k1, b_s1, input_precision=PRECISION)
-        if K > BK:
+        if NK > 1:
             b_s2 = tl.dot(b_u, b_k2, b_s2, input_precision=PRECISION)
         if SAVE:
             _store_fragments(u, b_u, BV, C)
@@ -620,7 +620,7 @@ def scan_kernel(
     if HAS_HT:
         p_h = (i_n.to(tl.int64) * HV_ALL + i_hv) * K * V_HT
         tl.store(ht + p_h + o_k1[None, :] * V_HT + o_v[:, None], b_s1, mask=m_v[:, None] & m_k1[None, :])
-        if K > BK:
+        if NK > 1:
             tl.store(ht + p_h + o_k2[None, :] * V_HT + o_v[:, None], b_s2, mask=m_v[:, None] & m_k2[None, :])
 
 
@@ -680,6 +680,15 @@ def blocks(K: int, V: int, plan: Plan) -> tuple[int, int, int, int]:
     block_v = min(plan.scan.block_v, max(16, triton.next_power_of_2(V)))
     block_k = max(32, min(128, triton.next_power_of_2(K)))
     return block_v, -(-V // block_v), block_k, -(-K // block_k)
+
+
+def static(size: int, dtype: torch.dtype) -> int | tl.constexpr:
+    """A head size as kernels are given it: a constant for those that were tuned, a number for all others.
+
+    So sizes of one kind (`blocks`, and whether these are full) share their machine code, and a test of all sizes compiles
+    a tenth of what it would.
+    """
+    return tl.constexpr(size) if dtype == torch.bfloat16 and size & (size - 1) == 0 else size
 
 
 class Scratch(NamedTuple):
@@ -752,25 +761,26 @@ def prepare(q, k, beta, scale: float, x: Scratch, t: Tables, plan: Plan) -> None
     l2norm, wide = rk is not None, k.dtype != torch.bfloat16
     if t.n_chunks > 0 and T > 0:
         constants = {
-            "K": K, "C": CHUNK, "L2NORM": l2norm, "PACKED": t.cu_seqlens is not None, "EVEN": t.even, "WIDE": wide,
-            "EPS": EPS,
+            "C": CHUNK, "L2NORM": l2norm, "PACKED": t.cu_seqlens is not None, "EVEN": t.even, "WIDE": wide, "EPS": EPS,
         }  # fmt: skip
+        block_k = min(plan.prepare.block_v, blocks(K, K, plan)[2])
         launch(
             prepare_kernel, (HV, t.n_chunks),
             (k, beta, a, a if rk is None else rk, t.cu_seqlens, t.chunks),
-            (T, t.nt, H, HV, *k.stride()[:3], *beta.stride()[:3]),
+            (T, t.nt, H, HV, *k.stride()[:3], *beta.stride()[:3], static(K, k.dtype)),
             {
-                **constants, "BK": min(plan.prepare.block_v, blocks(K, K, plan)[2]), "FP16": l2norm and not wide,
+                **constants, "BK": block_k, "FULL_K": K % block_k == 0, "FP16": l2norm and not wide,
                 "PRECISION": "tf32x3" if wide else "tf32", "BETA_MIN": BETA_MIN,
             },
             {"num_warps": plan.prepare.num_warps, "num_stages": plan.prepare.num_stages, "maxnreg": plan.prepare.maxnreg},
         )  # fmt: skip
         if plan.stored:
+            block_k = min(plan.scores.block_v, blocks(K, K, plan)[2])
             launch(
                 scores_kernel, (H, t.n_chunks),
                 (q, k, p, a if rq is None else rq, t.cu_seqlens, t.chunks),
-                (scale, T, t.nt, H, *q.stride()[:3], *k.stride()[:3]),
-                {**constants, "BK": min(plan.scores.block_v, blocks(K, K, plan)[2]), "PRECISION": precision(k.dtype)},
+                (scale, T, t.nt, H, *q.stride()[:3], *k.stride()[:3], static(K, k.dtype)),
+                {**constants, "BK": block_k, "FULL_K": K % block_k == 0, "PRECISION": precision(k.dtype)},
                 {"num_warps": plan.scores.num_warps, "num_stages": plan.scores.num_stages},
             )  # fmt: skip
 
@@ -785,7 +795,7 @@ def scan(q, k, v, x: Scratch, h0, scale, t: Tables, plan: Plan, *, o=None, ht=No
     if t.n == 0:
         return
     choice = plan.scan
-    block_v, nv, block_k, _ = blocks(K, V, plan)
+    block_v, nv, block_k, nk = blocks(K, V, plan)
     if plan.gluon_scans and o is not None and hopper_tiles.accepts(q, k, v):
         hopper_scan.scan(q, k, v, a, rk, h0, o, u, s, rq, ht, scale, t, plan.gluon_scans)
     else:
@@ -798,10 +808,14 @@ def scan(q, k, v, x: Scratch, h0, scale, t: Tables, plan: Plan, *, o=None, ht=No
                 a if rq is None else rq, a if ht is None else ht,
                 t.cu_seqlens, t.chunk_offsets,
             ),
-            (scale, T, t.nt, H, HV, HV, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
+            (
+                scale, T, t.nt, H, HV, HV, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+                static(K, k.dtype), static(V, k.dtype),
+            ),
             {
-                "K": K, "V": V, "BK": block_k, "BV": block_v, "C": CHUNK,
-                "L2NORM": rk is not None, "PACKED": t.cu_seqlens is not None, "EVEN": t.even, "HAS_H0": h0 is not None,
+                "BK": block_k, "NK": nk, "BV": block_v, "C": CHUNK,
+                "L2NORM": rk is not None, "PACKED": t.cu_seqlens is not None, "EVEN": t.even,
+                "FULL_K": K % block_k == 0, "FULL_V": V % block_v == 0, "HAS_H0": h0 is not None,
                 "HAS_HT": ht is not None, "OUTPUT": o is not None, "SAVE": u is not None, "PHI": phi is not None, "WIDE": k.dtype != torch.bfloat16,
                 "PRECISION": precision(k.dtype), "EPS": EPS, "STORED": plan.stored,
             },
