@@ -186,6 +186,11 @@ def _new_states(x: torch.Tensor, N: int, HV: int, K: int, V: int) -> tuple[torch
     return both[0], both[1]
 
 
+def chain_block(K: int) -> int:
+    """Keys of a half of the chain's state."""
+    return min(128, max(16, triton.next_power_of_2(K)))
+
+
 def _chain(n, phi, first, out, s: int, reverse: bool) -> torch.Tensor:
     N, HV, K, V = n.shape
     choice = configs.chain(configs.arch_of(n.device.index), K)
@@ -194,7 +199,7 @@ def _chain(n, phi, first, out, s: int, reverse: bool) -> torch.Tensor:
         (n, phi, n if first is None else first, out),
         (HV,),
         {
-            "K": K, "V": V, "BK": min(128, max(16, triton.next_power_of_2(K))), "BV": choice.block_v, "S": s,
+            "K": K, "V": V, "BK": chain_block(K), "BV": choice.block_v, "S": s,
             "HAS_FIRST": first is not None, "REVERSE": reverse,
         },
         {"num_warps": choice.num_warps, "num_stages": choice.num_stages},
