@@ -63,6 +63,34 @@ def serialized(compiled):
     return text.count("WARPGROUP.DEPBAR") > text.count("HGMMA") / 2
 
 
+def lost_bases(compiled) -> list[str]:
+    return sums_of_one_half(read_cubin(compiled, "-sass"))
+
+
+def sums_of_one_half(sass: str) -> list[str]:
+    """Sums of 64 bits, both halves of which start from one value, as ptxas 12.8 (Triton 3.6 and 3.7) makes them of the base of
+    a descriptor and an offset: the base is lost, and a product reads elsewhere in shared memory.
+
+    It did so in `grads_kernel` where a step of 64 value columns met fewer than 64 key columns. Rightly, the lower half starts
+    from the base and the upper one from another register, or from the same one where that was given another value between.
+    """
+    lower, found = {}, []  # carry -> the register of a lower half, while it holds the same value, and the instruction
+    for text in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?(\S.*?) *;", sass):
+        name, *operands = re.split(r",? +", text)
+        if name == "UIADD3.X":  # sum, summand, offset, URZ, carry, !UPT
+            halves = [lower[x] for x in operands if x in lower]
+            found += [f"{first}; {text}" for source, first in halves if source == operands[1]]
+        written = operands[:2]  # a predicate may come second; registers that are read there do no harm
+        if re.search("64|WIDE", name) and re.fullmatch(r"UR\d+", operands[0]):
+            written.append(f"UR{int(operands[0][2:]) + 1}")
+        lower = {
+            carry: x for carry, x in lower.items() if carry not in written and x[0] not in (written[:1] + written[2:])
+        }
+        if name == "UIADD3" and operands[1].startswith("UP") and re.fullmatch(r"UR\d+", operands[2]):
+            lower[operands[1]] = operands[2], text  # sum, carry, summand, offset, URZ
+    return found
+
+
 def resources(compiled):
     """[registers a thread, stack bytes, bytes of local memory, bytes of shared memory]"""
     text = read_cubin(compiled, "-res-usage")

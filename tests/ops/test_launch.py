@@ -1,5 +1,6 @@
 """Launches that go past Triton, and calls past the launchers: on a CPU with a kernel that only notes down what it is told."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch
 
 
 triton = pytest.importorskip("triton")
-from deltanet_kernels import _ahead, _launch, _replay, chunk, chunk_delta_rule  # noqa: E402
+from deltanet_kernels import _ahead, _launch, _replay, chunk, chunk_delta_rule, configs  # noqa: E402
 
 
 class Kernel:
@@ -21,9 +22,10 @@ class Kernel:
     function, packed_metadata = "function", "metadata"
 
     def __init__(self):
-        self.fn, self.compiled, self.told = object(), 0, []
+        self.fn, self.compiled, self.told, self.loaded = object(), 0, [], False
 
     def __getitem__(self, grid):
+        self.loaded = True
         return lambda *args, **constants: self.first(args, constants) if constants else self.told.append((grid, args))
 
     def first(self, args, constants):
@@ -43,7 +45,6 @@ class Kernel:
 def kernel(monkeypatch):
     driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: "stream"))
     monkeypatch.setattr(_launch, "driver", driver)
-    monkeypatch.setattr(_replay, "driver", driver)
     monkeypatch.setattr(_launch, "_compiled", {})
     return Kernel()
 
@@ -94,6 +95,63 @@ def test_with_a_hook_triton_launches(kernel, monkeypatch, name):
     assert kernel.told == [((5, 6, 1), (a.data_ptr(), a.data_ptr(), 3, 7, 8))]
 
 
+def test_beside_an_untried_triton_triton_launches(kernel, monkeypatch):
+    """A release that changes what its compiled kernels take would be handed a stream for a size, silently."""
+    monkeypatch.setattr(configs, "LAUNCHER", False)
+    monkeypatch.setattr(_launch, "driver", None)  # is not asked for a stream either
+    a = torch.zeros(8)
+    launch(kernel, a, None)
+    launch(kernel, a, None)
+    assert kernel.told == [((5, 6, 1), (a.data_ptr(), None, 3, 7, 8))]
+
+
+def test_an_untried_triton_plays_tapes(kernel, monkeypatch):
+    """Recorded calls have a way of their own to the driver."""
+    monkeypatch.setattr(configs, "LAUNCHER", False)
+    monkeypatch.setattr(_launch, "driver", None)
+    monkeypatch.setattr(_replay, "_tapes", {})
+
+    def call(n, x):
+        y = torch.empty_like(x)
+        launch(kernel, x, y, n)
+        return [y]
+
+    x = torch.zeros(8)
+    for _ in range(3):
+        (y,) = _replay.replay(call, (3,), (x,))
+    (tape,) = _replay._tapes.values()
+    assert type(tape) is _replay.Tape
+    assert kernel.told[-1] == ((5, 6, 1), (x.data_ptr(), y.data_ptr(), 3, 7, 8))
+
+
+def test_the_private_launcher_was_read_for_this_triton():
+    """`run` is called with what stands before a kernel's own arguments: nine values, and hooks None."""
+    source = inspect.getsource(triton.compiler.CompiledKernel)
+    assert configs.LAUNCHER, f"read the launcher of Triton {triton.__version__}, then add it to configs.LAUNCHER"
+    wanted = (
+        "self.run(grid[0], grid[1], grid[2], stream, self.function, self.packed_metadata, launch_metadata, "
+        "knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, *args)"
+    )
+    assert wanted in " ".join(source.split())
+
+
+def test_a_version_says_what_is_private():
+    """A nightly build or a release candidate of an untried version must not pass for a tried one, nor fail to import."""
+    code = "import triton, sys; triton.__version__ = sys.argv[1]; from deltanet_kernels import configs as c; print(c.LAUNCHER, c.GLUON)"
+    for version, expected in (("3.6.0+git1234", "True True"), ("3.10.0rc1", "False False"), ("4.0.0", "False False")):
+        env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+        done = subprocess.run([sys.executable, "-c", code, version], env=env, capture_output=True, text=True)
+        assert done.stdout.split() == expected.split(), done.stderr
+
+
+def test_fusion_is_asked_for(kernel):
+    """Triton 3.9 would warn at a first call, and from 3.10 on results would change with the version."""
+    seen = []
+    kernel.first = lambda args, constants: seen.append(constants["enable_fp_fusion"])
+    launch(kernel, torch.zeros(8), None)
+    assert seen == [True]
+
+
 def test_a_kernel_is_compiled_ahead(kernel, ahead):
     """A first step would wait for one kernel after the other; or backward's would run before there is a gradient."""
 
@@ -102,7 +160,7 @@ def test_a_kernel_is_compiled_ahead(kernel, ahead):
 
     thread = ahead(call, (3,), (torch.zeros(8, 2), None))
     thread.join()
-    assert kernel.compiled == 1 and kernel.told == [] and kernel.thread is thread
+    assert kernel.compiled == 1 and kernel.told == [] and kernel.thread is thread and kernel.loaded
     assert ahead(call, (3,), (torch.zeros(9, 2), None)) is None  # the length does not count
     ahead(call, (3,), (torch.zeros(8, 2).double(), None)).join()
     assert kernel.compiled == 2

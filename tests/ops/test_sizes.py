@@ -1,6 +1,7 @@
 """Every documented head size on a GPU, in each dtype and layout, against fp64: what README and docstrings promise.
 
-`deltanet check --full` runs the same cases. Most of the time goes into compiling: with `-n 8` it takes minutes.
+`deltanet check --full` runs the same cases. Nearly all of the time goes into compiling, so sizes that share machine code go
+to one worker: `pytest -m gpu -n 8 --dist loadgroup tests/ops/test_sizes.py`.
 """
 
 import os
@@ -11,9 +12,10 @@ from hypothesis import HealthCheck, given, note, seed, settings
 from hypothesis import strategies as st
 
 
-pytest.importorskip("triton")
-from deltanet_conversion import check  # noqa: E402
+triton = pytest.importorskip("triton")
 from deltanet_kernels import chunk_delta_rule  # noqa: E402
+
+from deltanet_conversion import check  # noqa: E402
 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -25,13 +27,21 @@ def run(K, V, dtype, layouts=check.BASIC):
     wrong = {}
     for case in check.cases([(K, V)], [dtype], layouts):
         errors = check.run_case(case, torch.device("cuda"), chunk_delta_rule)
-        wrong |= {f"{case}: {name}": e for name, e in check.too_large(errors, check.tolerance(case, "kernels")).items()}
+        wrong |= {
+            f"{case}: {name}": e for name, e in check.too_large(errors, check.tolerance(case, "kernels")).items()
+        }
     assert not wrong, wrong
 
 
-@pytest.mark.parametrize("dtype", check.DTYPES)
-@pytest.mark.parametrize("V", range(16, 257, 16))
-@pytest.mark.parametrize("K", range(16, 257, 16))
+def table():
+    for K, V in check.ALL_SIZES:
+        for dtype in check.DTYPES:
+            kinds = [(triton.next_power_of_2(d), d & (d - 1) == 0) for d in (K, V)]
+            group = f"{dtype} {kinds if dtype == 'bfloat16' else kinds[0]}"  # value columns of the others: always 16
+            yield pytest.param(K, V, dtype, marks=pytest.mark.xdist_group(group))
+
+
+@pytest.mark.parametrize("K, V, dtype", table())
 def test_gpu_every_size(K, V, dtype):
     """A user of these heads gets right outputs, states and gradients: few heads, many, packed, cut into segments, grouped."""
     run(K, V, dtype)

@@ -3,7 +3,8 @@
 `kernel[grid](...)` formats the types of all arguments into a string to find the compiled kernel, 0.1 to 0.2 ms a launch
 for kernels of 50 parameters on the host of the H200 we measured, more than the kernels take at batch 1. Here the
 compiled kernel is found by a tuple, and given addresses, which it need not ask the driver about. Pointers count by dtype
-and 16-byte alignment, as Triton specialises them.
+and 16-byte alignment, as Triton specialises them. Beside a Triton with which that was not tried (`configs.LAUNCHER`), the
+compiled kernel is still found here, but launched by Triton's public call.
 """
 
 import threading
@@ -11,6 +12,12 @@ import threading
 import torch
 from triton import knobs
 from triton.runtime import driver
+
+from . import configs
+
+
+# a * b + c rounded once: Triton's default up to 3.9, which warns where nothing is said, but not from 3.10 on
+FUSED = {"enable_fp_fusion": True}
 
 
 class _Here(threading.local):
@@ -50,12 +57,12 @@ def launch(kernel, grid: tuple[int, ...], pointers: tuple, sizes: tuple, constan
     found = _compiled.get(key)
     if here.compile_only:
         if found is None:
-            kernel.warmup(*pointers, *sizes, grid=grid, **constants, **options).run  # noqa: B018 - loads it, too
+            kernel.warmup(*pointers, *sizes, grid=grid, **constants, **FUSED, **options)[grid]  # loads it, too
         return None
     if watched is not None:
         watched.append(f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}")
     if found is None:
-        compiled = kernel[grid](*pointers, *sizes, **constants, **options)
+        compiled = kernel[grid](*pointers, *sizes, **constants, **FUSED, **options)
         names = kernel.arg_names[len(pointers) + len(sizes) :]
         found = compiled, (*sizes, *[constants[name] for name in names])
         if len(_compiled) >= _LIMIT:
@@ -63,13 +70,13 @@ def launch(kernel, grid: tuple[int, ...], pointers: tuple, sizes: tuple, constan
         if compiled is not None:  # as the interpreter returns
             _compiled[key] = found
     else:
-        run(found[0], grid, driver.active.get_current_stream(device), addresses, found[1], hooked())
+        run(found[0], grid, stream_of(device), addresses, found[1], hooked())
     if here.recorder is not None:
         here.recorder.launched(found[0], grid, pointers, found[1])
     return None
 
 
-def run(compiled, grid: tuple[int, int, int], stream: int, addresses: list, rest: tuple, hooked: bool) -> None:
+def run(compiled, grid: tuple[int, int, int], stream: int | None, addresses: list, rest: tuple, hooked: bool) -> None:
     """Launches on the current device; `rest` are the sizes and the constants in the order of the kernel's parameters."""
     if hooked:
         compiled[grid](*addresses, *rest)
@@ -77,9 +84,14 @@ def run(compiled, grid: tuple[int, int, int], stream: int, addresses: list, rest
         compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *addresses, *rest)
 
 
+def stream_of(device: int) -> int | None:
+    """The stream to launch on, where it is not Triton who asks for it."""
+    return driver.active.get_current_stream(device) if configs.LAUNCHER else None
+
+
 def hooked() -> bool:
-    """Whether somebody, a profiler say, is to be told of launches."""
-    return _is_set(knobs.runtime.launch_enter_hook) or _is_set(knobs.runtime.launch_exit_hook)
+    """Whether Triton itself must launch: somebody, a profiler say, is to be told of it, or it was not tried without."""
+    return not configs.LAUNCHER or _is_set(knobs.runtime.launch_enter_hook) or _is_set(knobs.runtime.launch_exit_hook)
 
 
 def _is_set(hook) -> bool:

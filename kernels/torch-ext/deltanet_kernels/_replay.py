@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime import driver
 
 from . import _launch
 
@@ -111,7 +110,7 @@ def _play(tape: Tape, tensors: tuple, addresses: list, device: int) -> list:
         with torch.cuda.device(device):
             return _play(tape, tensors, addresses, device)
     tensors, where = [None, *tensors], tensors[0].device
-    stream, hooked = driver.active.get_current_stream(device), _launch.hooked()
+    stream, hooked = _launch.stream_of(device), _launch.hooked()
     for step in tape.steps:
         if type(step) is Allocation:
             x = torch.empty_strided(step.shape, step.strides, dtype=step.dtype, device=where)

@@ -303,6 +303,7 @@ def reverse(q, k, do, x: Scratch, dht, dv, dh0, scale, t: Tables, plan: Plan, sa
     a, p, rq, rk = x[:4]
     B, T, H, K = k.shape
     HV, V = do.shape[2:]
+    wide = k.dtype != torch.bfloat16
     ds = k.new_empty(*s_shape(k, do, t.n_chunks, plan), dtype=scratch_type(k.dtype)) if save else a
     flags = None
     if t.n == 0:
@@ -325,14 +326,14 @@ def reverse(q, k, do, x: Scratch, dht, dv, dh0, scale, t: Tables, plan: Plan, sa
             ),
             (
                 scale, T, t.nt, H, HV, heads, *q.stride()[:3], *k.stride()[:3], *do.stride()[:3],
-                static(K, k.dtype), static(V, k.dtype),
+                static(K, wide), static(V, wide),
             ),
             {
                 "BK": block_k, "NK": nk, "BV": block_v, "C": CHUNK,
                 "L2NORM": rk is not None, "PACKED": t.cu_seqlens is not None, "EVEN": t.even,
                 "FULL_K": K % block_k == 0, "FULL_V": V % block_v == 0, "HAS_DHT": dht is not None,
                 "HAS_DH0": dh0 is not None, "SAVE": save, "STORED": plan.stored, "DEEP": choice.deep,
-                "WIDE": k.dtype != torch.bfloat16, "PRECISION": precision(k.dtype),
+                "WIDE": wide, "PRECISION": precision(k.dtype),
             },
             {"num_warps": choice.num_warps, "num_stages": choice.num_stages},
         )  # fmt: skip
@@ -344,6 +345,7 @@ def grads(q, k, do, x: Scratch, dv, ds, flags, dq, dk, dbeta, scale, t: Tables, 
     a, _, rq, rk, u, s = x
     B, T, H, K = k.shape
     HV, V = do.shape[2:]
+    wide = k.dtype != torch.bfloat16
     if t.n_chunks == 0 or T == 0:
         return
     choice = plan.grads
@@ -360,13 +362,13 @@ def grads(q, k, do, x: Scratch, dv, ds, flags, dq, dk, dbeta, scale, t: Tables, 
             ),
             (
                 scale, T, t.nt, H, dk.stride(1) // K, dv.stride(1) // V,
-                *q.stride()[:3], *k.stride()[:3], *do.stride()[:3], static(K, k.dtype), static(V, k.dtype),
+                *q.stride()[:3], *k.stride()[:3], *do.stride()[:3], static(K, wide), static(V, wide),
             ),
             {
                 "BK": block_k, "NK": nk, "BV": block_v, "W": step, "C": CHUNK,
                 "G": HV // H, "L2NORM": rk is not None, "PACKED": t.cu_seqlens is not None, "EVEN": t.even,
                 "FULL_K": K % block_k == 0, "FULL_V": V % step == 0,
-                "WIDE": k.dtype != torch.bfloat16, "PRECISION": precision(k.dtype),
+                "WIDE": wide, "PRECISION": precision(k.dtype),
             },
             {"num_warps": choice.num_warps, "num_stages": choice.num_stages, "maxnreg": choice.maxnreg},
         )  # fmt: skip

@@ -682,13 +682,13 @@ def blocks(K: int, V: int, plan: Plan) -> tuple[int, int, int, int]:
     return block_v, -(-V // block_v), block_k, -(-K // block_k)
 
 
-def static(size: int, dtype: torch.dtype) -> int | tl.constexpr:
-    """A head size as kernels are given it: a constant for those that were tuned, a number for all others.
+def static(size: int, wide: bool = False) -> int | tl.constexpr:
+    """A head size as kernels are given it: a constant where that was tuned, a number otherwise.
 
     So sizes of one kind (`blocks`, and whether these are full) share their machine code, and a test of all sizes compiles
     a tenth of what it would.
     """
-    return tl.constexpr(size) if dtype == torch.bfloat16 and size & (size - 1) == 0 else size
+    return size if wide or size & (size - 1) else tl.constexpr(size)
 
 
 class Scratch(NamedTuple):
@@ -767,7 +767,7 @@ def prepare(q, k, beta, scale: float, x: Scratch, t: Tables, plan: Plan) -> None
         launch(
             prepare_kernel, (HV, t.n_chunks),
             (k, beta, a, a if rk is None else rk, t.cu_seqlens, t.chunks),
-            (T, t.nt, H, HV, *k.stride()[:3], *beta.stride()[:3], static(K, k.dtype)),
+            (T, t.nt, H, HV, *k.stride()[:3], *beta.stride()[:3], static(K, wide)),
             {
                 **constants, "BK": block_k, "FULL_K": K % block_k == 0, "FP16": l2norm and not wide,
                 "PRECISION": "tf32x3" if wide else "tf32", "BETA_MIN": BETA_MIN,
@@ -779,7 +779,7 @@ def prepare(q, k, beta, scale: float, x: Scratch, t: Tables, plan: Plan) -> None
             launch(
                 scores_kernel, (H, t.n_chunks),
                 (q, k, p, a if rq is None else rq, t.cu_seqlens, t.chunks),
-                (scale, T, t.nt, H, *q.stride()[:3], *k.stride()[:3], static(K, k.dtype)),
+                (scale, T, t.nt, H, *q.stride()[:3], *k.stride()[:3], static(K, wide)),
                 {**constants, "BK": block_k, "FULL_K": K % block_k == 0, "PRECISION": precision(k.dtype)},
                 {"num_warps": plan.scores.num_warps, "num_stages": plan.scores.num_stages},
             )  # fmt: skip
@@ -792,6 +792,7 @@ def scan(q, k, v, x: Scratch, h0, scale, t: Tables, plan: Plan, *, o=None, ht=No
     a, p, rq, rk, u, s = x
     B, T, H, K = k.shape
     HV, V = v.shape[2:]
+    wide = k.dtype != torch.bfloat16
     if t.n == 0:
         return
     choice = plan.scan
@@ -810,13 +811,13 @@ def scan(q, k, v, x: Scratch, h0, scale, t: Tables, plan: Plan, *, o=None, ht=No
             ),
             (
                 scale, T, t.nt, H, HV, HV, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-                static(K, k.dtype), static(V, k.dtype),
+                static(K, wide), static(V, wide),
             ),
             {
                 "BK": block_k, "NK": nk, "BV": block_v, "C": CHUNK,
                 "L2NORM": rk is not None, "PACKED": t.cu_seqlens is not None, "EVEN": t.even,
                 "FULL_K": K % block_k == 0, "FULL_V": V % block_v == 0, "HAS_H0": h0 is not None,
-                "HAS_HT": ht is not None, "OUTPUT": o is not None, "SAVE": u is not None, "PHI": phi is not None, "WIDE": k.dtype != torch.bfloat16,
+                "HAS_HT": ht is not None, "OUTPUT": o is not None, "SAVE": u is not None, "PHI": phi is not None, "WIDE": wide,
                 "PRECISION": precision(k.dtype), "EPS": EPS, "STORED": plan.stored,
             },
             {"num_warps": choice.num_warps, "num_stages": choice.num_stages},

@@ -122,7 +122,7 @@ def tables(B: int, T: int, s: int, device: torch.device) -> Tables:
 
 
 @triton.jit
-def _load_block(p, o_r, o_c, K: tl.constexpr, REVERSE: tl.constexpr):
+def _load_block(p, o_r, o_c, K, REVERSE: tl.constexpr):
     """A block of Phi [K, K], or of its transpose."""
     o = o_r[:, None] + o_c[None, :] * K if REVERSE else o_r[:, None] * K + o_c[None, :]
     return tl.load(p + o, mask=(o_r < K)[:, None] & (o_c < K)[None, :], other=0.0)
@@ -131,8 +131,8 @@ def _load_block(p, o_r, o_c, K: tl.constexpr, REVERSE: tl.constexpr):
 @triton.jit
 def chain_kernel(
     n, phi, first, out,
-    HV,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, S: tl.constexpr,
+    HV, K, V,
+    BK: tl.constexpr, NK: tl.constexpr, BV: tl.constexpr, S: tl.constexpr,
     HAS_FIRST: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """state <- Phi state + N from segment to segment (backward: Phi^T, last to first); out is each one's entry.
@@ -154,18 +154,18 @@ def chain_kernel(
     if HAS_FIRST:
         first += (i_b * HV + i_hv) * K * V
         b_s1 = tl.load(first + o_1, mask=m_1, other=0.0)
-        if K > BK:
+        if NK > 1:
             b_s2 = tl.load(first + o_2, mask=m_2, other=0.0)
     STEP: tl.constexpr = -1 if REVERSE else 1
     p = ((i_b * S + (S - 1 if REVERSE else 0)) * HV + i_hv) * K
     tl.store(out + p * V + o_1, b_s1, mask=m_1)
-    if K > BK:
+    if NK > 1:
         tl.store(out + p * V + o_2, b_s2, mask=m_2)
     for _ in range(S - 1):
         b_n1 = tl.load(n + p * V + o_1, mask=m_1, other=0.0)
         b_phi = _load_block(phi + p * K, o_k1, o_k1, K, REVERSE)
         b_n1 = tl.dot(b_phi, b_s1, b_n1, input_precision="tf32x3")
-        if K > BK:
+        if NK > 1:
             b_n2 = tl.load(n + p * V + o_2, mask=m_2, other=0.0)
             b_phi = _load_block(phi + p * K, o_k2, o_k1, K, REVERSE)
             b_n2 = tl.dot(b_phi, b_s1, b_n2, input_precision="tf32x3")
@@ -176,7 +176,7 @@ def chain_kernel(
         b_s1 = b_n1
         p += STEP * HV * K
         tl.store(out + p * V + o_1, b_s1, mask=m_1)
-        if K > BK:
+        if NK > 1:
             tl.store(out + p * V + o_2, b_s2, mask=m_2)
 
 
@@ -186,15 +186,20 @@ def _new_states(x: torch.Tensor, N: int, HV: int, K: int, V: int) -> tuple[torch
     return both[0], both[1]
 
 
+def chain_block(K: int) -> int:
+    """Keys of a half of the chain's state."""
+    return min(128, max(16, triton.next_power_of_2(K)))
+
+
 def _chain(n, phi, first, out, s: int, reverse: bool) -> torch.Tensor:
     N, HV, K, V = n.shape
     choice = configs.chain(configs.arch_of(n.device.index), K)
     launch(
         chain_kernel, (-(-V // choice.block_v), N // s * HV),
         (n, phi, n if first is None else first, out),
-        (HV,),
+        (HV, chunk_forward.static(K), chunk_forward.static(V)),
         {
-            "K": K, "V": V, "BK": min(128, max(16, triton.next_power_of_2(K))), "BV": choice.block_v, "S": s,
+            "BK": chain_block(K), "NK": -(-K // 128), "BV": choice.block_v, "S": s,
             "HAS_FIRST": first is not None, "REVERSE": reverse,
         },
         {"num_warps": choice.num_warps, "num_stages": choice.num_stages},
