@@ -227,7 +227,7 @@ def save_cache(cache: Cache, file: str | os.PathLike, config) -> None:
 
 
 def load_cache(file: str | os.PathLike, config, device: str | torch.device = "cpu") -> Cache:
-    """Read a cache that `save_cache` wrote, ready to be passed to the model as `past_key_values`.
+    """Read a cache that `save_cache` wrote, ready to be passed to the model as `past_key_values` or `cache`.
 
     Raises:
         ValueError: a file that is truncated, not a cache, or of a model with another `config`.

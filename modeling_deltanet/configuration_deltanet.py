@@ -1,5 +1,9 @@
 """DeltaNet's configuration: sizes, layer pattern, and what each kind of layer is made of."""
 
+from .versions_deltanet import check_transformers  # noqa: F401  (first: another release may lack what follows)
+
+
+# isort: split
 import difflib
 from typing import Literal
 

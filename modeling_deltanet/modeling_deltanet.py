@@ -5,6 +5,10 @@ attention, MLP, layer, model, heads. Letters in shapes: B batch, T time, D hidde
 K and V head sizes, W taps of the convolution.
 """
 
+from .versions_deltanet import check_transformers  # noqa: F401  (first: another release may lack what follows)
+
+
+# isort: split
 from collections.abc import Callable
 
 import torch
