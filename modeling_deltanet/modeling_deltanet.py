@@ -9,6 +9,7 @@ from .versions_deltanet import check_transformers  # noqa: F401  (first: another
 
 
 # isort: split
+import functools
 from collections.abc import Callable
 
 import torch
@@ -712,6 +713,15 @@ class DeltaNetForCausalLM(DeltaNetPreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if model_kwargs.get(CACHE_NAME) is not None:
             prepare_cache(model_kwargs[CACHE_NAME], self.config)
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` reads the signature
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        # PEFT, which stands in for this method, asks for `past_key_values` (in 0.21): without one, it would put a learned
+        # prompt before each new token.
+        if CACHE_NAME in inputs and "prepare_inputs_for_generation" in vars(self):
+            inputs["past_key_values"] = inputs[CACHE_NAME]
+        return inputs
 
     @staticmethod
     def create_masks_for_generate(

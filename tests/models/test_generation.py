@@ -281,6 +281,16 @@ def test_a_deltanet_as_assistant_is_refused():
         generate(tiny_llama(), tokens(1, 7), assistant_model=tiny_model())
 
 
+@torch.no_grad()
+def test_a_learned_prompt_is_read_once():
+    """Beside Transformers 5.24, PEFT 0.21 puts its prompt before each new token: another text, for a Llama too."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    x = tokens(2, 7)
+    options = {"attention_mask": torch.ones_like(x), "do_sample": False, "max_new_tokens": 12}
+    assert torch.equal(model.generate(input_ids=x, **options), model.generate(input_ids=x, use_cache=False, **options))
+
+
 # The cache itself
 
 
@@ -334,6 +344,16 @@ def test_a_cache_by_an_unknown_name_is_refused(name):
     if name != "cache_params":  # 5.24's `generate` hands this one on as `cache`
         with pytest.raises(ValueError, match=name):
             generate(tiny_model(), tokens(1, 4), **{name: DynamicCache()})
+
+
+@pytest.mark.parametrize("variant", ["hybrid", "all_linear"])
+def test_a_checkpointed_layer_writes_to_no_cache(variant):
+    """Backward runs each layer again: the cache would have read every token twice. (Transformers takes it away by name.)"""
+    model, x = tiny_model(**VARIANTS[variant]).train(), tokens(2, 9)
+    model.gradient_checkpointing_enable()
+    cache = DynamicCache(config=model.config)
+    model(x, past_key_values=cache, labels=x).loss.backward()
+    assert cache.get_seq_length() == 0
 
 
 def test_two_caches_at_once_are_refused():
