@@ -1,18 +1,19 @@
 # Each target sets up what it needs in .venv; PYTHON names the interpreter to make it from, VENV another place for it.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 RUN = $(VENV)/bin/python
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help quickstart test test-gpu bench bench-gpu lint format
+.PHONY: help quickstart test test-latest update-latest test-gpu bench bench-gpu lint format
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(RUN) -m pip install --quiet -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@
 
 quickstart: $(VENV)/.installed  ## train, reload, fine-tune with LoRA and generate, on real text (5 minutes on two cores)
@@ -20,6 +21,16 @@ quickstart: $(VENV)/.installed  ## train, reload, fine-tune with LoRA and genera
 
 test: $(VENV)/.installed  ## everything a machine without a GPU can run
 	$(RUN) -m pytest -m "not gpu" -n 2 --dist worksteal $(ARGS)
+
+# What no release of another package can change is not run twice: the kernels in Triton's interpreter, the quickstart.
+test-latest:  ## models, conversions and the Hub beside the newest releases (constraints-latest.txt), in .venv-latest
+	$(MAKE) test VENV=.venv-latest CONSTRAINTS=constraints-latest.txt ARGS="tests/models tests/conversion tests/hub $(ARGS)"
+
+update-latest:  ## make .venv-latest anew without pins, and write what came into constraints-latest.txt
+	rm -rf .venv-latest
+	$(MAKE) .venv-latest/.installed VENV=.venv-latest CONSTRAINTS=/dev/null
+	.venv-latest/bin/python -m pip freeze -r constraints-latest.txt | sed '/^##/,$$d' > .venv-latest/constraints.txt
+	mv .venv-latest/constraints.txt constraints-latest.txt
 
 test-gpu: $(VENV)/.installed  ## what needs a CUDA device
 	$(RUN) -m pytest -m gpu $(ARGS)

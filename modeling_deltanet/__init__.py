@@ -1,5 +1,9 @@
 """DeltaNet for Transformers: importing this package makes `model_type: deltanet` known to the Auto classes."""
 
+from .versions_deltanet import check_transformers  # noqa: F401  (first: another release may lack what follows)
+
+
+# isort: split
 from transformers import (
     AutoConfig,
     AutoModel,

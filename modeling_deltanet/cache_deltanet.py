@@ -17,10 +17,33 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionLayer, StaticCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import is_torchdynamo_compiling
 
 
 CACHE_FORMAT = "deltanet-cache-1"
+
+# What `generate`, masks and outputs of this Transformers call a cache: `past_key_values` in 5.23, `cache` from 5.24 on.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def one_cache(past_key_values: Cache | None, cache: Cache | None, others: dict) -> Cache | None:
+    """The cache among the arguments of a call, which both of its names may carry; `others` are the unknown keywords.
+
+    Raises:
+        ValueError: two caches, or one by any other name: the model would forget what came before.
+    """
+    for name, value in others.items():
+        if isinstance(value, Cache):
+            raise ValueError(f"a cache is passed as past_key_values or cache, got a {type(value).__name__} as {name}")
+    if past_key_values is None:
+        return cache
+    if cache is not None and cache is not past_key_values:
+        raise ValueError(
+            "past_key_values and cache are two names of one argument, got two different caches: "
+            f"a {type(past_key_values).__name__} and a {type(cache).__name__}"
+        )
+    return past_key_values
 
 
 class DeltaNetCacheLayer(LinearAttentionLayer):
@@ -204,7 +227,7 @@ def save_cache(cache: Cache, file: str | os.PathLike, config) -> None:
 
 
 def load_cache(file: str | os.PathLike, config, device: str | torch.device = "cpu") -> Cache:
-    """Read a cache that `save_cache` wrote, ready to be passed to the model as `past_key_values`.
+    """Read a cache that `save_cache` wrote, ready to be passed to the model as `past_key_values` or `cache`.
 
     Raises:
         ValueError: a file that is truncated, not a cache, or of a model with another `config`.

@@ -1,5 +1,9 @@
 """DeltaNet's configuration: sizes, layer pattern, and what each kind of layer is made of."""
 
+from .versions_deltanet import check_transformers  # noqa: F401  (first: another release may lack what follows)
+
+
+# isort: split
 import difflib
 from typing import Literal
 
@@ -118,7 +122,7 @@ class DeltaNetConfig(PreTrainedConfig):
     """
 
     model_type = "deltanet"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),

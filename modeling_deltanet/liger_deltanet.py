@@ -11,6 +11,8 @@ from types import MethodType
 import torch.nn as nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .cache_deltanet import CACHE_NAME
+
 
 try:  # (here, and not where they are used: remote code may import what is not installed only within a `try`)
     from liger_kernel.transformers.functional import liger_rms_norm, liger_swiglu
@@ -62,9 +64,9 @@ def _without_logits(forward):
         )
         result = CausalLMOutputWithPast(
             loss=loss,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
         return result.to_tuple() if return_dict is False else result
 

@@ -5,6 +5,11 @@ attention, MLP, layer, model, heads. Letters in shapes: B batch, T time, D hidde
 K and V head sizes, W taps of the convolution.
 """
 
+from .versions_deltanet import check_transformers  # noqa: F401  (first: another release may lack what follows)
+
+
+# isort: split
+import functools
 from collections.abc import Callable
 
 import torch
@@ -35,7 +40,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_deltanet import prepare_cache
+from .cache_deltanet import CACHE_NAME, one_cache, prepare_cache
 from .configuration_deltanet import DeltaNetConfig
 from .cuda_graph import GraphedStep, can_be_captured
 from .delta_rule import checkpoint_but_for_rule, delta_rule, delta_rule_step
@@ -453,8 +458,10 @@ class DeltaNetDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        past_key_values = one_cache(past_key_values, cache, kwargs)
         recompute = self._recomputes(hidden_states, past_key_values)
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
@@ -499,7 +506,7 @@ class DeltaNetPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DeltaNetDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -543,8 +550,16 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
+        r"""
+        past_key_values (`Cache`, *optional*):
+            What the model has read so far, which the tokens of this call continue.
+        cache (`Cache`, *optional*):
+            The same as `past_key_values`, by the name that it has from Transformers 5.24 on.
+        """
+        past_key_values = one_cache(past_key_values, cache, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
@@ -583,14 +598,15 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=masks[layer_type],
-                past_key_values=past_key_values,
                 position_embeddings=position_embeddings,
                 cu_seqlens=cu_seqlens,
                 position_ids=position_ids,
+                # By this name Transformers' gradient checkpointing takes it away from a layer.
+                **{CACHE_NAME: past_key_values},
                 **kwargs,
             )
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+            last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: past_key_values if use_cache else None}
         )
 
 
@@ -644,7 +660,7 @@ def create_masks(
         "config": config,
         "inputs_embeds": inputs_embeds,
         "attention_mask": attention_mask,
-        "past_key_values": past_key_values,
+        CACHE_NAME: past_key_values,
         "position_ids": position_ids,
     }
     create_mask = {
@@ -690,14 +706,29 @@ class DeltaNetForCausalLM(DeltaNetPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        names = {name: model_kwargs.pop(name, None) for name in ("past_key_values", "cache")}
+        if (came := one_cache(**names, others=model_kwargs)) is not None:
+            model_kwargs[CACHE_NAME] = came
         # `generate` asks the cache for its length before the first forward, which an all-linear stock cache refuses.
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if model_kwargs.get("past_key_values") is not None:
-            prepare_cache(model_kwargs["past_key_values"], self.config)
+        if model_kwargs.get(CACHE_NAME) is not None:
+            prepare_cache(model_kwargs[CACHE_NAME], self.config)
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` reads the signature
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        # PEFT, which stands in for this method, asks for `past_key_values` (in 0.21): without one, it would put a learned
+        # prompt before each new token.
+        if CACHE_NAME in inputs and "prepare_inputs_for_generation" in vars(self):
+            inputs["past_key_values"] = inputs[CACHE_NAME]
+        return inputs
 
     @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs):
+    def create_masks_for_generate(
+        config, inputs_embeds, attention_mask, past_key_values=None, position_ids=None, cache=None, **kwargs
+    ):
         # `generate` makes the masks itself where the cache could be compiled: by default with Transformers' linear mask.
+        past_key_values = one_cache(past_key_values, cache, kwargs)
         return create_masks(config, inputs_embeds, attention_mask, past_key_values, position_ids)
 
     def get_compiled_call(self, compile_config):
@@ -718,9 +749,15 @@ class DeltaNetForCausalLM(DeltaNetPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         r"""
+        past_key_values (`Cache`, *optional*):
+            What the model has read so far, which the tokens of this call continue.
+        cache (`Cache`, *optional*):
+            The same as `past_key_values`, by the name that it has from Transformers 5.24 on.
+
         Example:
 
         ```python
@@ -739,6 +776,7 @@ class DeltaNetForCausalLM(DeltaNetPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
@@ -748,9 +786,9 @@ class DeltaNetForCausalLM(DeltaNetPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
 

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
-from .cache_deltanet import restore_cache, snapshot_cache
+from .cache_deltanet import CACHE_NAME, restore_cache, snapshot_cache
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def prompt_lookup(
     Raises:
         ValueError: more than one sequence, sampling, beams, or no (dynamic) cache.
     """
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE_NAME)
     if input_ids.shape[0] != 1 or generation_config.do_sample or generation_config.num_beams != 1:
         raise ValueError(
             "prompt_lookup decodes one sequence greedily, got "
@@ -77,5 +77,5 @@ def prompt_lookup(
             restore_cache(cache, snapshot)
     read(input_ids[:, seen:-1], 1)  # a cache that goes on living has read what greedy decoding leaves it with
     if generation_config.return_dict_in_generate:
-        return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=cache)
+        return GenerateDecoderOnlyOutput(sequences=input_ids, **{CACHE_NAME: cache})
     return input_ids

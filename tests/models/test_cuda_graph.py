@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import CompileConfig, StaticCache
 
 from modeling_deltanet import cuda_graph
+from modeling_deltanet.cache_deltanet import CACHE_NAME
 from modeling_deltanet.cuda_graph import GraphedStep, can_be_captured
 
 
@@ -51,7 +52,7 @@ def recorders(monkeypatch):
     monkeypatch.setattr("modeling_deltanet.modeling_deltanet.can_be_captured", lambda model: True)
     monkeypatch.setattr(
         "transformers.generation.GenerationMixin._valid_auto_compile_criteria",
-        lambda model, inputs, config: isinstance(inputs["past_key_values"], StaticCache),
+        lambda model, inputs, config: isinstance(inputs[CACHE_NAME], StaticCache),
     )
     return graphs
 

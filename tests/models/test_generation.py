@@ -8,6 +8,13 @@ from tiny import FULL, LINEAR, SLIDING, VARIANTS, tiny_llama, tiny_model, tokens
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
+from modeling_deltanet import (
+    DeltaNetForCausalLM,
+    DeltaNetForSequenceClassification,
+    DeltaNetForTokenClassification,
+    DeltaNetModel,
+)
+
 
 TOLERANCE = {"atol": 5e-5, "rtol": 1e-4}
 
@@ -274,7 +281,86 @@ def test_a_deltanet_as_assistant_is_refused():
         generate(tiny_llama(), tokens(1, 7), assistant_model=tiny_model())
 
 
+@torch.no_grad()
+def test_a_learned_prompt_is_read_once():
+    """Beside Transformers 5.24, PEFT 0.21 puts its prompt before each new token: another text, for a Llama too."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    x = tokens(2, 7)
+    options = {"attention_mask": torch.ones_like(x), "do_sample": False, "max_new_tokens": 12}
+    assert torch.equal(model.generate(input_ids=x, **options), model.generate(input_ids=x, use_cache=False, **options))
+
+
 # The cache itself
+
+
+def every_class(**overrides):
+    for cls in (DeltaNetForCausalLM, DeltaNetModel, DeltaNetForTokenClassification, DeltaNetForSequenceClassification):
+        yield tiny_model(cls, **overrides)
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # the heads are Transformers' own
+@pytest.mark.parametrize("variant", ["hybrid", "all_linear"])
+@torch.no_grad()
+def test_a_cache_is_read_by_either_of_its_names(variant):
+    """Beside another Transformers, or by an older script, the model would forget what came before without a word."""
+    x = tokens(2, 9)
+    for model in every_class(**VARIANTS[variant]):
+        expected = None
+        for name in ("past_key_values", "cache"):
+            cache = DynamicCache(config=model.config)
+            model(x[:, :6], **{name: cache})
+            assert cache.get_seq_length() == 6
+            got = model(x[:, 6:], **{name: cache})[0]
+            expected = got if expected is None else expected
+            torch.testing.assert_close(got, expected)
+        if not isinstance(model, DeltaNetForSequenceClassification):  # its last token alone has a result
+            torch.testing.assert_close(got, model(x)[0][:, 6:], **TOLERANCE)
+        cache = DynamicCache(config=model.config)
+        if isinstance(model, DeltaNetForCausalLM | DeltaNetModel):
+            model(x, past_key_values=cache, cache=cache)
+            assert cache.get_seq_length() == 9
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+@torch.no_grad()
+def test_generate_reads_a_cache_by_either_of_its_names(name):
+    """A conversation would be read anew, or forgotten."""
+    for variant in ("hybrid", "all_linear"):
+        model, prompt = tiny_model(**VARIANTS[variant]), tokens(1, 7)
+        cache = DynamicCache(config=model.config)
+        model(prompt[:, :5], **{name: cache})
+        assert torch.equal(generate(model, prompt, **{name: cache}), generate(model, prompt))
+        assert cache.get_seq_length() == 7 + 11
+
+
+@pytest.mark.parametrize("name", ["past_key_value", "cache_params", "layer_past", "anything"])
+def test_a_cache_by_an_unknown_name_is_refused(name):
+    """A cache that nobody reads: each step would forget what came before."""
+    for model in every_class():
+        with pytest.raises(ValueError, match=f"past_key_values or cache, got a DynamicCache as {name}"):
+            model(tokens(1, 4), **{name: DynamicCache(config=model.config)})
+    if name != "cache_params":  # 5.24's `generate` hands this one on as `cache`
+        with pytest.raises(ValueError, match=name):
+            generate(tiny_model(), tokens(1, 4), **{name: DynamicCache()})
+
+
+@pytest.mark.parametrize("variant", ["hybrid", "all_linear"])
+def test_a_checkpointed_layer_writes_to_no_cache(variant):
+    """Backward runs each layer again: the cache would have read every token twice. (Transformers takes it away by name.)"""
+    model, x = tiny_model(**VARIANTS[variant]).train(), tokens(2, 9)
+    model.gradient_checkpointing_enable()
+    cache = DynamicCache(config=model.config)
+    model(x, past_key_values=cache, labels=x).loss.backward()
+    assert cache.get_seq_length() == 0
+
+
+def test_two_caches_at_once_are_refused():
+    """One of the two would be ignored."""
+    for model in (tiny_model(), tiny_model(DeltaNetModel)):
+        with pytest.raises(ValueError, match="two names of one argument, got two different caches"):
+            model(tokens(1, 4), past_key_values=DynamicCache(config=model.config), cache=DynamicCache())
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,9 @@ PUBLISHED = {"hybrid": {"linear_use_output_gate": True}, "all_linear": {"layer_t
 
 # What runs the scripts in the clean environment, and what each of them begins with.
 CLEAN = """
-import importlib.util
+import importlib.util, sys
+
+sys.modules["bitsandbytes"] = None  # which prints a line of its own on some CPUs
 
 for name in ("modeling_deltanet", "deltanet_kernels", "deltanet_conversion"):
     assert importlib.util.find_spec(name) is None, name + " is installed here"
@@ -48,6 +50,30 @@ for name, script in json.loads(Path("scripts.json").read_text()).items():
     except Exception:  # one test's business: the next script runs all the same
         outcomes[name] = traceback.format_exc()
 Path("outcomes.json").write_text(json.dumps(outcomes))
+"""
+
+# Another Transformers: what stands in the copied code is refused, or warned of, before the import that would fail.
+OTHER_RELEASES = """
+import sys, warnings
+
+import transformers
+
+ours = transformers.__version__
+for version in ("4.57.6", "5.99.0"):
+    for name in [name for name in sys.modules if name.startswith("transformers_modules.hybrid")]:
+        del sys.modules[name]
+    transformers.__version__ = version
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            AutoConfig.from_pretrained("hybrid", trust_remote_code=True)
+        except ImportError as error:
+            said = str(error)
+        else:
+            [said] = [str(warning.message) for warning in caught]
+        finally:
+            transformers.__version__ = ours
+    assert "tried with transformers" in said and said.count("found " + version) == 1, said
 """
 
 WITHOUT_TRUST = """
@@ -135,15 +161,17 @@ with torch.no_grad():
 
 
 def run(python, folder: Path, **scripts: str) -> dict[str, str]:
-    """name -> "passed", or the traceback of the script with this name, which ran in a process that ran all of these."""
+    """name -> "passed", or the traceback of the script with this name, which ran in a process that ran all of these;
+    "printed" -> what that process printed."""
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "HF_MODULES_CACHE": str(folder / "modules")}
+    environment["TQDM_DISABLE"] = "1"  # progress bars are Transformers' own
     (folder / "scripts.json").write_text(json.dumps(scripts))
     done = subprocess.run(
         [python, "-c", CLEAN], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert done.returncode == 0, done.stdout[-4000:]
-    return json.loads((folder / "outcomes.json").read_text())
+    return json.loads((folder / "outcomes.json").read_text()) | {"printed": done.stdout}
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +227,7 @@ def test_the_code_is_written_beside_the_weights(published):
 def outcomes(clean_python, published) -> dict[str, str]:
     """What became of each script. (Trust is asked for before anything has been loaded with it.)"""
     first = run(clean_python, published, without_trust=WITHOUT_TRUST, use=USE)
-    return first | run(clean_python, published, use_copies=USE_COPIES, lora=LORA)
+    return run(clean_python, published, use_copies=USE_COPIES, lora=LORA, other_releases=OTHER_RELEASES) | first
 
 
 def test_a_process_without_the_package_loads_generates_and_saves_again(outcomes, published):
@@ -220,3 +248,13 @@ def test_lora_on_a_published_folder_without_the_package(outcomes):
 def test_without_trust_the_code_is_not_run(outcomes):
     """Code from the Hub would run without having been asked for."""
     assert outcomes["without_trust"] == "passed", outcomes["without_trust"]
+
+
+def test_nothing_is_printed(outcomes):
+    """Whoever loads and uses a published model would read lines that he can do nothing about."""
+    assert outcomes["printed"] == ""
+
+
+def test_another_transformers_is_named(outcomes):
+    """The user would read that some name cannot be imported, or get a text that nobody has compared, without a word."""
+    assert outcomes["other_releases"] == "passed", outcomes["other_releases"]
