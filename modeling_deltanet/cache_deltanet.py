@@ -38,10 +38,22 @@ class DeltaNetCacheLayer(LinearAttentionLayer):
             self.dtype, self.device = recurrent_states.dtype, recurrent_states.device
         # A decode step has moved the state on in place. Copied onto itself it would not change, but a compiled step would
         # then work on a copy, and write that back: four times the traffic of the largest tensor in decoding.
-        if recurrent_states is not self.recurrent_states[state_idx]:
+        old = self.recurrent_states[state_idx]
+        if old is not None and not can_overwrite(old, recurrent_states):
+            self.recurrent_states[state_idx] = recurrent_states
+        elif recurrent_states is not old:
             super().update_recurrent_state(recurrent_states, state_idx, **kwargs)
         self.count(new_tokens)
         return self.recurrent_states[state_idx]
+
+    def update_conv_state(self, conv_states: torch.Tensor, state_idx: int = 0, **kwargs) -> torch.Tensor:
+        """Store the last W - 1 inputs of the convolution, those of before included."""
+        old = self.conv_states[state_idx]
+        if old is None or can_overwrite(old, conv_states):
+            return super().update_conv_state(conv_states, state_idx, **kwargs)
+        self.has_previous_state[state_idx] = True
+        self.conv_states[state_idx] = conv_states
+        return conv_states
 
     def count(self, new_tokens: int) -> None:
         """Softmax layers count the tokens that a cache has seen, where there are any."""
@@ -57,6 +69,11 @@ class DeltaNetCacheLayer(LinearAttentionLayer):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the sequences `indices` of the batch."""
         self._map_states(lambda state: state[indices.to(state.device)])
+
+    def reset(self) -> None:
+        """Forget what was read."""
+        self._map_states(lambda state: state if can_overwrite(state) else torch.zeros_like(state))
+        super().reset()
 
     def _map_states(self, change) -> None:
         for states in (self.conv_states, self.recurrent_states):
@@ -86,7 +103,7 @@ class CountingDeltaNetCacheLayer(DeltaNetCacheLayer, CacheLayerMixin):
                 torch._dynamo.mark_static_address(self.cumulative_length)
 
     def count(self, new_tokens: int) -> None:
-        if isinstance(self.cumulative_length, torch.Tensor):
+        if isinstance(self.cumulative_length, torch.Tensor) and can_overwrite(self.cumulative_length):
             self.cumulative_length.add_(new_tokens)
         else:
             self.cumulative_length += new_tokens
@@ -104,7 +121,17 @@ class CountingDeltaNetCacheLayer(DeltaNetCacheLayer, CacheLayerMixin):
 
     def reset(self) -> None:
         super().reset()
-        self.cumulative_length -= self.cumulative_length  # in place for a tensor, whose address a compiled step knows
+        self.count(-self.cumulative_length)  # in place for a tensor, whose address a compiled step knows
+
+
+def can_overwrite(state: torch.Tensor, by: torch.Tensor | None = None) -> bool:
+    """Whether a state may be written in place.
+
+    It may not where backward could read it, nor, in torch's rules, where it was made under `inference_mode` and that is over.
+    """
+    if state.requires_grad or (by is not None and by.requires_grad):
+        return False
+    return is_torchdynamo_compiling() or torch.is_inference_mode_enabled() or not state.is_inference()
 
 
 def prepare_cache(cache: Cache, config) -> Cache:

@@ -35,7 +35,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_deltanet import prepare_cache
+from .cache_deltanet import can_overwrite, prepare_cache
 from .configuration_deltanet import DeltaNetConfig
 from .cuda_graph import GraphedStep, can_be_captured
 from .delta_rule import checkpoint_but_for_rule, delta_rule, delta_rule_step
@@ -306,7 +306,9 @@ def _local(weight: torch.Tensor) -> torch.Tensor:
 
 def _is_decoding(state, new_tokens, attention_mask) -> bool:
     """Whether a state moves on by one real token, without gradients: then it can do so in place."""
-    return state is not None and new_tokens == 1 and attention_mask is None and not torch.is_grad_enabled()
+    if state is None or new_tokens != 1 or attention_mask is not None or torch.is_grad_enabled():
+        return False
+    return can_overwrite(state)
 
 
 def _real_tokens_last(xs, attention_mask, history):
@@ -554,6 +556,11 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
             inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs
         )
         if past_key_values is not None:
+            if self.training and self.gradient_checkpointing:
+                raise ValueError(
+                    "under gradient checkpointing a model in training mode cannot read or write a cache, got "
+                    "past_key_values: call model.eval() to generate, or train on segments without checkpointing"
+                )
             prepare_cache(past_key_values, self.config)
         elif use_cache and cu_seqlens is None:
             past_key_values = prepare_cache(DynamicCache(config=self.config), self.config)

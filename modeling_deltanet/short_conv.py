@@ -51,7 +51,8 @@ def torch_short_conv(
     output_final_state: bool = False,
     cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
-    """Convolve each of `xs` with its `weights` along time: `y_t = act(sum_j w_j x_{t - W + 1 + j})`, in fp32.
+    """Convolve each of `xs` with its `weights` along time: `y_t = act(sum_j w_j x_{t - W + 1 + j})`, in fp32 (fp64 for
+    fp64 weights).
 
     Args:
         xs: tensors `[B, T, D_i]`.
@@ -63,7 +64,7 @@ def torch_short_conv(
         cu_seqlens: borders of N packed sequences, int `[N + 1]`; needs B = 1. No token sees another sequence's.
 
     Returns:
-        `(ys, final_state)`: ys like xs, in their dtypes; final_state without gradient, or None unless asked for.
+        `(ys, final_state)`: ys like xs, in their dtypes; final_state, differentiable too, or None unless asked for.
     """
     T, W = xs[0].shape[1], weights[0].shape[-1]
     sizes = [x.shape[-1] for x in xs]
@@ -77,14 +78,15 @@ def torch_short_conv(
     ys, tails = [], []
     for x, weight, history in zip(xs, weights, histories):
         padded = torch.cat((history, x), dim=1)
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         y = 0
         for j in range(W):
             shifted = padded[:, j : j + T]
             if age is not None:
                 shifted = shifted.masked_fill((age < W - 1 - j)[None, :, None], 0)
-            y = y + shifted * weight[:, j].float()
+            y = y + shifted * weight[:, j]
         ys.append((F.silu(y) if activation == "silu" else y).to(x.dtype))
-        tails.append(padded[:, T:].detach())
+        tails.append(padded[:, T:])
     return tuple(ys), torch.cat(tails, dim=-1).mT.contiguous() if output_final_state else None
 
 
