@@ -574,14 +574,16 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
         if cu_seqlens is not None:
             # Softmax layers find the documents by positions that start again, and only where there is no 2d mask.
             position_ids = document_positions
-            attention_mask = attention_mask if isinstance(attention_mask, dict) else None
+            attention_mask = attention_mask | {"linear_attention": None} if isinstance(attention_mask, dict) else None
             # Flash attention looks at the positions of a single row only: it is told the borders. Its longest document is an
             # upper bound, which the host knows without waiting for the GPU.
             if (longest := kwargs.get("max_length_q")) is None:
                 longest = position_ids.numel()
             kwargs["cu_seq_lens_q"] = kwargs["cu_seq_lens_k"] = cu_seqlens.to(torch.int32)
             kwargs["max_length_q"] = kwargs["max_length_k"] = longest
-        if not isinstance(masks := attention_mask, dict):
+        if isinstance(masks := attention_mask, dict):
+            _check_linear_attention_mask(masks.get("linear_attention"))
+        else:
             masks = create_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
 
         hidden_states = inputs_embeds
@@ -610,17 +612,19 @@ def _find_packed_documents(
     `[B, T]`, or twice None if nothing is packed.
     """
     B, T, _ = inputs_embeds.shape
+    padding_mask = attention_mask.get("linear_attention") if isinstance(attention_mask, dict) else attention_mask
     if cu_seq_lens_q is None and seq_idx is None:
-        may_be_packed = position_ids is not None and attention_mask is None and past_key_values is None
-        if not may_be_packed:
+        # (a mask of four dimensions says itself which token sees which)
+        may_be_packed = position_ids is not None and past_key_values is None
+        if not may_be_packed or (padding_mask is not None and len(padding_mask.shape) != 2):
             return None, None
-        seq_idx = _packed_by_positions(position_ids.expand(B, -1))
+        seq_idx = _packed_by_positions(position_ids.expand(B, -1), padding_mask)
         if seq_idx is None:
             return None, None
+    elif padding_mask is not None and not padding_mask.all():
+        raise ValueError("packed documents (cu_seq_lens_q, seq_idx) cannot be combined with padding in attention_mask")
     if past_key_values is not None:
         raise ValueError("packed documents (cu_seq_lens_q, seq_idx) cannot be combined with past_key_values")
-    if isinstance(attention_mask, torch.Tensor) and not attention_mask.all():
-        raise ValueError("packed documents (cu_seq_lens_q, seq_idx) cannot be combined with padding in attention_mask")
     if cu_seq_lens_q is not None:
         cu_seqlens = cu_seq_lens_q
     else:
@@ -634,9 +638,28 @@ def _find_packed_documents(
 @torch.compiler.disable(
     reason="whether position_ids are of packed documents depends on them; pass cu_seq_lens_q instead"
 )
-def _packed_by_positions(position_ids: torch.Tensor) -> torch.Tensor | None:
-    """The document of each token, or None: a break in a compiled graph, without which documents would run together."""
-    return find_packed_sequence_indices(position_ids)
+def _packed_by_positions(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The document of each token, or None: a break in a compiled graph, without which documents would run together.
+
+    Padding may stand between documents, and is then a document of its own: nothing that it writes is read by another.
+    """
+    if attention_mask is None:
+        return find_packed_sequence_indices(position_ids)
+    t = torch.arange(position_ids.shape[1], device=position_ids.device)
+    is_real = attention_mask[:, -len(t) :].bool()
+    previous = F.pad(
+        torch.where(is_real, t, -1).cummax(dim=1).values[:, :-1], (1, 0), value=-1
+    )  # the real token before t
+    step = position_ids - position_ids.gather(1, previous.clamp(min=0))
+    follows = is_real & (previous >= 0)
+    starts = follows & torch.where(previous == t - 1, step != 1, step <= 0)
+    if not starts.any():
+        return None
+    if (follows & (previous != t - 1) & ~starts).any():
+        raise ValueError(
+            "attention_mask has padding within a document of packed position_ids, got it in a row of several"
+        )
+    return F.pad((starts[:, 1:] | (is_real[:, 1:] != is_real[:, :-1])).cumsum(dim=1), (1, 0))
 
 
 def create_masks(
@@ -670,16 +693,25 @@ def create_linear_attention_mask(
     It takes a single token for a generated one, never padding (in 5.23). In a padded prompt that is processed token by
     token, or whose last chunk is one token, it may well be padding, and would enter the memory.
     """
+    _check_linear_attention_mask(attention_mask)
     is_padded_step = (
         attention_mask is not None
         and inputs_embeds.shape[1] == 1
         and not is_torchdynamo_compiling()
-        and attention_mask.ndim == 2
         and not attention_mask[:, -1].all()
     )
     if is_padded_step:
         return attention_mask[:, -1:]
     return create_recurrent_attention_mask(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
+
+
+def _check_linear_attention_mask(attention_mask: torch.Tensor | None) -> None:
+    if attention_mask is not None and len(attention_mask.shape) != 2:
+        raise ValueError(
+            "a linear-attention layer reads each token once and cannot hide some from others: its attention_mask must be "
+            f"[B, T], got {list(attention_mask.shape)}; give packed documents as position_ids or cu_seq_lens_q, or a "
+            "dict of masks by layer type"
+        )
 
 
 @auto_docstring
