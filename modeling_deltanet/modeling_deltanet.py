@@ -40,7 +40,7 @@ from .configuration_deltanet import DeltaNetConfig
 from .cuda_graph import GraphedStep, can_be_captured
 from .delta_rule import checkpoint_but_for_rule, delta_rule, delta_rule_step
 from .liger_deltanet import apply_liger_kernel_to_deltanet
-from .short_conv import short_conv, short_conv_step
+from .short_conv import module_short_conv, short_conv, short_conv_step
 
 
 # For `use_kernels=True` with a `kernel_config` that maps these names to a kernel of the Hub (kernels/CARD.md): where this
@@ -268,13 +268,18 @@ class DeltaNetLinearAttention(nn.Module):
     @force_accelerate_hooks(["q_conv1d", "k_conv1d", "v_conv1d"])
     def _convolve(self, xs, activation, attention_mask, past_key_values, cu_seqlens):
         """The short convolution over q, k and v, from the cache's inputs on."""
-        weights = tuple(_local(conv.weight).squeeze(1) for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d))
+        convs = self.q_conv1d, self.k_conv1d, self.v_conv1d
+        is_plain = all(_is_plain(conv) for conv in convs)
+        if is_plain:
+            weights = tuple(_local(conv.weight).squeeze(1) for conv in convs)
         history = None if past_key_values is None else past_key_values.get_conv_state(self.layer_idx)
-        if _is_decoding(history, xs[0].shape[1], attention_mask):
+        if is_plain and _is_decoding(history, xs[0].shape[1], attention_mask):
             return short_conv_step(xs, weights, history, activation)
         if attention_mask is not None:
             xs, history, unsort = _real_tokens_last(xs, attention_mask, history)
-        if past_key_values is None and torch.is_grad_enabled() and torch.compiler.is_compiling():
+        if not is_plain:
+            ys, tail = module_short_conv(xs, convs, self.conv_size, activation, history, cu_seqlens)
+        elif past_key_values is None and torch.is_grad_enabled() and torch.compiler.is_compiling():
             # Compiled training: the delta rule's backward does not read v, so where backward computes the convolution again, the
             # compiler drops v's, if that is a call of its own: a third of 0.21 ms a layer (8 x 4096 x 2048, H200).
             (q, k), _ = short_conv(xs[:2], weights[:2], activation, cu_seqlens=cu_seqlens)
@@ -296,6 +301,12 @@ class DeltaNetLinearAttention(nn.Module):
             # In fp32, and safe where a ReLU leaves nothing.
             x = (x.float() / (x.float().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
         return x
+
+
+def _is_plain(conv: nn.Module) -> bool:
+    """Whether a convolution is its weight and no more: no adapter, no hook, no other class in its place."""
+    hooks = conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks
+    return type(conv) is nn.Conv1d and not any(hooks)
 
 
 def _local(weight: torch.Tensor) -> torch.Tensor:

@@ -90,6 +90,38 @@ def torch_short_conv(
     return tuple(ys), torch.cat(tails, dim=-1).mT.contiguous() if output_final_state else None
 
 
+def module_short_conv(
+    xs: tuple[torch.Tensor, ...],
+    convs: tuple[torch.nn.Module, ...],
+    W: int,
+    activation: str | None = "silu",
+    initial_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """The convolution by modules that are more than a weight of W taps: an adapter, a hook, another class.
+
+    A module is called with `[B, D_i, time]`, where the `W - 1` inputs before it, or zeros, stand in front of each sequence.
+    """
+    T = xs[0].shape[1]
+    sizes = [x.shape[-1] for x in xs]
+    places = torch.arange(T, device=xs[0].device)  # of the outputs
+    if cu_seqlens is not None:
+        sequence = torch.searchsorted(cu_seqlens, places, right=True) - 1
+        places = places + (W - 1) * sequence
+    if initial_state is None:
+        initial_state = xs[0].new_zeros(xs[0].shape[0], sum(sizes), W - 1)
+    ys, tails = [], []
+    for x, conv, history in zip(xs, convs, initial_state.mT.split(sizes, dim=-1)):
+        padded = torch.cat((history.to(x.dtype), x), dim=1)
+        tails.append(padded[:, T:])
+        if cu_seqlens is not None:
+            length = T + (W - 1) * (len(cu_seqlens) - 1)
+            padded = x.new_zeros(x.shape[0], length, x.shape[2]).index_copy(1, places + W - 1, x)
+        y = conv(padded.mT).mT[:, places]
+        ys.append((F.silu(y) if activation == "silu" else y).to(x.dtype))
+    return tuple(ys), torch.cat(tails, dim=-1).mT.contiguous()
+
+
 def _position_in_sequence(cu_seqlens: torch.Tensor, T: int) -> torch.Tensor:
     """For each of T packed tokens, how many tokens of its own sequence precede it: `[T]`."""
     t = torch.arange(T, device=cu_seqlens.device)
