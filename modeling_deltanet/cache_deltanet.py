@@ -85,12 +85,14 @@ class DeltaNetCacheLayer(LinearAttentionLayer):
 class CountingDeltaNetCacheLayer(DeltaNetCacheLayer, CacheLayerMixin):
     """The first layer of a cache without softmax layers, which has to say how many tokens it has seen."""
 
-    is_compileable = True
     is_croppable = LinearAttentionLayer.is_croppable
     supports_early_init = False
 
     def __init__(self, count_on_device: bool):
         super().__init__()
+        # A dynamic cache could be compiled, too, but `generate` hands a dict of masks to whoever stands before the model:
+        # PEFT's prompt tuning puts its own tokens in front of one mask.
+        self.is_compileable = count_on_device
         # A tensor where the step is compiled: a Python int would be a constant of the graph, hence recompiled a step.
         self.cumulative_length = torch.zeros((), dtype=torch.long) if count_on_device else 0
 
@@ -143,7 +145,14 @@ def prepare_cache(cache: Cache, config) -> Cache:
     if not cache.layers and cache.layer_class_to_replicate is not None:  # DynamicCache() without a config
         cache.layers, cache.layer_class_to_replicate = DynamicCache(config=config).layers, None
     expected = [layer_type == "linear_attention" for layer_type in config.layer_types]
-    if expected != [isinstance(layer, LinearAttentionLayer) for layer in cache.layers]:
+    came = [isinstance(layer, LinearAttentionLayer) for layer in cache.layers]
+    if expected != came:
+        if len(came) == len(expected) and not any(came):  # PEFT makes such a cache, and cannot be told to do otherwise
+            raise ValueError(
+                f"the cache has keys and values for every layer, as prefix tuning gives them, but of layer_types "
+                f"{config.layer_types} the linear-attention layers take none: use prompt tuning or LoRA instead, or "
+                "make an empty cache with DynamicCache(config=model.config)"
+            )
         raise ValueError(
             f"the cache has layers {cache.layers}, which do not fit layer_types {config.layer_types}; "
             "make it with DynamicCache(config=model.config)"
