@@ -72,6 +72,7 @@ class DeltaNetCacheLayer(LinearAttentionLayer):
 
     def reset(self) -> None:
         """Forget what was read."""
+        _leave_inference_mode(self)
         self._map_states(lambda state: state if can_overwrite(state) else torch.zeros_like(state))
         super().reset()
 
@@ -105,7 +106,7 @@ class CountingDeltaNetCacheLayer(DeltaNetCacheLayer, CacheLayerMixin):
                 torch._dynamo.mark_static_address(self.cumulative_length)
 
     def count(self, new_tokens: int) -> None:
-        if isinstance(self.cumulative_length, torch.Tensor) and can_overwrite(self.cumulative_length):
+        if isinstance(self.cumulative_length, torch.Tensor):
             self.cumulative_length.add_(new_tokens)
         else:
             self.cumulative_length += new_tokens
@@ -127,13 +128,18 @@ class CountingDeltaNetCacheLayer(DeltaNetCacheLayer, CacheLayerMixin):
 
 
 def can_overwrite(state: torch.Tensor, by: torch.Tensor | None = None) -> bool:
-    """Whether a state may be written in place.
+    """Whether a state may be written in place: not where a backward may yet read it, or shall go through it."""
+    return not state.requires_grad and (by is None or not by.requires_grad)
 
-    It may not where backward could read it, nor, in torch's rules, where it was made under `inference_mode` and that is over.
-    """
-    if state.requires_grad or (by is not None and by.requires_grad):
-        return False
-    return is_torchdynamo_compiling() or torch.is_inference_mode_enabled() or not state.is_inference()
+
+def _leave_inference_mode(layer) -> None:
+    """Replace what was made under `torch.inference_mode` by copies, once that is over: torch lets nobody write it then."""
+    if torch.is_inference_mode_enabled() or is_torchdynamo_compiling():
+        return
+    for attributes in (vars(layer), *(x for x in vars(layer).values() if isinstance(x, dict))):
+        for name, x in attributes.items():
+            if isinstance(x, torch.Tensor) and x.is_inference():
+                attributes[name] = x.clone()
 
 
 def prepare_cache(cache: Cache, config) -> Cache:
@@ -165,6 +171,8 @@ def prepare_cache(cache: Cache, config) -> Cache:
                 cache.layers[i] = DeltaNetCacheLayer()
             if layer.record_past:  # `generate` asks an assistant's cache for it as soon as that is made
                 cache.layers[i].activate_past_recording()
+        else:
+            _leave_inference_mode(layer)
     return cache
 
 
