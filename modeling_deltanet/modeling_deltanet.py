@@ -38,7 +38,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache_deltanet import can_overwrite, prepare_cache
 from .configuration_deltanet import DeltaNetConfig
 from .cuda_graph import GraphedStep, can_be_captured
-from .delta_rule import checkpoint_but_for_rule, delta_rule, delta_rule_step
+from .delta_rule import checkpoint_but_for_rule, delta_rule, delta_rule_step, is_transformed
 from .liger_deltanet import apply_liger_kernel_to_deltanet
 from .short_conv import module_short_conv, short_conv, short_conv_step
 
@@ -335,7 +335,7 @@ def _real_tokens_last(xs, attention_mask, history):
         xs = [torch.cat(pair, dim=1) for pair in zip(history.mT.split([x.shape[-1] for x in xs], dim=-1), xs)]
         attention_mask = F.pad(attention_mask, (past, 0), value=1)
     order = attention_mask.bool().to(torch.uint8).argsort(dim=1, stable=True)
-    rows = torch.arange(len(order), device=order.device).unsqueeze(1)
+    rows = torch.arange(order.shape[0], device=order.device).unsqueeze(1)
     inverse = order.argsort(dim=1)[:, past:]
     return tuple(x[rows, order] for x in xs), None, lambda y: y[rows, inverse]
 
@@ -492,8 +492,10 @@ class DeltaNetDecoderLayer(GradientCheckpointingLayer):
         509 ms with all 24. On a CPU memory is not what is short. A cache would be written twice. A layer that is computed
         again as a whole (by Transformers' gradient checkpointing) need not do so with its parts.
         """
+        if not hidden_states.is_cuda or not torch.is_grad_enabled() or past_key_values is not None:
+            return False
         checkpointed = self.gradient_checkpointing and self.training
-        return hidden_states.is_cuda and torch.is_grad_enabled() and past_key_values is None and not checkpointed
+        return not checkpointed and not is_transformed()  # (`torch.func` knows no checkpoints)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, error_msgs):
         # PEFT loads an adapter with strict=False: one for another architecture would leave this layer without any.

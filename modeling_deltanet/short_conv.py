@@ -6,7 +6,7 @@ Letters: B batch, T time, D channels, W taps, N sequences.
 import torch
 import torch.nn.functional as F
 
-from .delta_rule import kernels_for
+from .delta_rule import is_transformed, kernels_for
 
 
 def short_conv(
@@ -18,7 +18,7 @@ def short_conv(
     cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
     """The convolution by the fastest route that this machine has; arguments and results as in `torch_short_conv`."""
-    kernels = kernels_for(xs[0], _too_wide(weights))
+    kernels = None if is_transformed() else kernels_for(xs[0], _too_wide(weights))
     conv = torch_short_conv if kernels is None else kernels.short_conv
     return conv(xs, weights, activation, initial_state, output_final_state, cu_seqlens)
 
