@@ -61,10 +61,22 @@ class DeltaNetCacheLayer(LinearAttentionLayer):
             self.dtype, self.device = recurrent_states.dtype, recurrent_states.device
         # A decode step has moved the state on in place. Copied onto itself it would not change, but a compiled step would
         # then work on a copy, and write that back: four times the traffic of the largest tensor in decoding.
-        if recurrent_states is not self.recurrent_states[state_idx]:
+        old = self.recurrent_states[state_idx]
+        if old is not None and not can_overwrite(old, recurrent_states):
+            self.recurrent_states[state_idx] = recurrent_states
+        elif recurrent_states is not old:
             super().update_recurrent_state(recurrent_states, state_idx, **kwargs)
         self.count(new_tokens)
         return self.recurrent_states[state_idx]
+
+    def update_conv_state(self, conv_states: torch.Tensor, state_idx: int = 0, **kwargs) -> torch.Tensor:
+        """Store the last W - 1 inputs of the convolution, those of before included."""
+        old = self.conv_states[state_idx]
+        if old is None or can_overwrite(old, conv_states):
+            return super().update_conv_state(conv_states, state_idx, **kwargs)
+        self.has_previous_state[state_idx] = True
+        self.conv_states[state_idx] = conv_states
+        return conv_states
 
     def count(self, new_tokens: int) -> None:
         """Softmax layers count the tokens that a cache has seen, where there are any."""
@@ -81,6 +93,12 @@ class DeltaNetCacheLayer(LinearAttentionLayer):
         """Keep the sequences `indices` of the batch."""
         self._map_states(lambda state: state[indices.to(state.device)])
 
+    def reset(self) -> None:
+        """Forget what was read."""
+        _leave_inference_mode(self)
+        self._map_states(lambda state: state if can_overwrite(state) else torch.zeros_like(state))
+        super().reset()
+
     def _map_states(self, change) -> None:
         for states in (self.conv_states, self.recurrent_states):
             for i, state in states.items():
@@ -91,12 +109,14 @@ class DeltaNetCacheLayer(LinearAttentionLayer):
 class CountingDeltaNetCacheLayer(DeltaNetCacheLayer, CacheLayerMixin):
     """The first layer of a cache without softmax layers, which has to say how many tokens it has seen."""
 
-    is_compileable = True
     is_croppable = LinearAttentionLayer.is_croppable
     supports_early_init = False
 
     def __init__(self, count_on_device: bool):
         super().__init__()
+        # A dynamic cache could be compiled, too, but `generate` hands a dict of masks to whoever stands before the model:
+        # PEFT's prompt tuning puts its own tokens in front of one mask.
+        self.is_compileable = count_on_device
         # A tensor where the step is compiled: a Python int would be a constant of the graph, hence recompiled a step.
         self.cumulative_length = torch.zeros((), dtype=torch.long) if count_on_device else 0
 
@@ -127,7 +147,22 @@ class CountingDeltaNetCacheLayer(DeltaNetCacheLayer, CacheLayerMixin):
 
     def reset(self) -> None:
         super().reset()
-        self.cumulative_length -= self.cumulative_length  # in place for a tensor, whose address a compiled step knows
+        self.count(-self.cumulative_length)  # in place for a tensor, whose address a compiled step knows
+
+
+def can_overwrite(state: torch.Tensor, by: torch.Tensor | None = None) -> bool:
+    """Whether a state may be written in place: not where a backward may yet read it, or shall go through it."""
+    return not state.requires_grad and (by is None or not by.requires_grad)
+
+
+def _leave_inference_mode(layer) -> None:
+    """Replace what was made under `torch.inference_mode` by copies, once that is over: torch lets nobody write it then."""
+    if torch.is_inference_mode_enabled() or is_torchdynamo_compiling():
+        return
+    for attributes in (vars(layer), *(x for x in vars(layer).values() if isinstance(x, dict))):
+        for name, x in attributes.items():
+            if isinstance(x, torch.Tensor) and x.is_inference():
+                attributes[name] = x.clone()
 
 
 def prepare_cache(cache: Cache, config) -> Cache:
@@ -139,7 +174,14 @@ def prepare_cache(cache: Cache, config) -> Cache:
     if not cache.layers and cache.layer_class_to_replicate is not None:  # DynamicCache() without a config
         cache.layers, cache.layer_class_to_replicate = DynamicCache(config=config).layers, None
     expected = [layer_type == "linear_attention" for layer_type in config.layer_types]
-    if expected != [isinstance(layer, LinearAttentionLayer) for layer in cache.layers]:
+    came = [isinstance(layer, LinearAttentionLayer) for layer in cache.layers]
+    if expected != came:
+        if len(came) == len(expected) and not any(came):  # PEFT makes such a cache, and cannot be told to do otherwise
+            raise ValueError(
+                f"the cache has keys and values for every layer, as prefix tuning gives them, but of layer_types "
+                f"{config.layer_types} the linear-attention layers take none: use prompt tuning or LoRA instead, or "
+                "make an empty cache with DynamicCache(config=model.config)"
+            )
         raise ValueError(
             f"the cache has layers {cache.layers}, which do not fit layer_types {config.layer_types}; "
             "make it with DynamicCache(config=model.config)"
@@ -152,6 +194,8 @@ def prepare_cache(cache: Cache, config) -> Cache:
                 cache.layers[i] = DeltaNetCacheLayer()
             if layer.record_past:  # `generate` asks an assistant's cache for it as soon as that is made
                 cache.layers[i].activate_past_recording()
+        else:
+            _leave_inference_mode(layer)
     return cache
 
 

@@ -5,14 +5,18 @@ from .versions_deltanet import check_transformers  # noqa: F401  (first: another
 
 # isort: split
 import difflib
-from typing import Literal
+import os
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 LAYER_TYPES = ("linear_attention", "sliding_attention", "full_attention")
 
@@ -23,13 +27,16 @@ PRESETS = {
 }
 
 # What Transformers itself writes into a config.json, or takes out of one, besides declared fields and the parameters
-# of generation. Everything else is a spelling mistake or belongs to another model, and is refused.
+# of generation. Everything else is a spelling mistake or belongs to another model: the constructor refuses it. In a file
+# another tool, or a later Transformers, may have written it: it is kept, with a warning.
 TRANSFORMERS_KEYS = {
     "attn_implementation", "auto_map", "base_model_ep_plan", "base_model_fsdp_plan", "base_model_pp_plan",
     "custom_pipelines", "experts_implementation", "loss_type", "model_type", "name_or_path",
     "num_labels", "output_attentions", "partial_rotary_factor", "per_layer_config", "quantization_config",
     "rope_scaling", "rope_theta", "tie_last_hidden_states", "torch_dtype", "transformers_weights",
 }  # fmt: skip
+
+FOREIGN = "_foreign_fields"  # the constructor's argument for what `from_dict` and `from_json_file` keep
 
 
 @strict
@@ -107,7 +114,7 @@ class DeltaNetConfig(PreTrainedConfig):
             Whether the head shares the embeddings' weight.
 
     Raises:
-        ValueError: a field that does not exist, or a size that its heads do not divide.
+        ValueError: a field that does not exist (what a file has of these is kept, with a warning), or a size that its heads do not divide.
         huggingface_hub.errors.StrictDataclassError: a field of another type, or fields that contradict each other, named
             with their values.
 
@@ -193,7 +200,19 @@ class DeltaNetConfig(PreTrainedConfig):
             raise ValueError(f"there is no hybrid {hybrid!r}, only {', '.join(softmax_layers)}")
         return [softmax_layers[hybrid].get(i, "linear_attention") for i in range(num_hidden_layers)]
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """What a file holds; see [`PreTrainedConfig.from_dict`]."""
+        return super().from_dict(cls._keeping_unknown(config_dict), **kwargs)
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike) -> "DeltaNetConfig":
+        """What a file holds; see [`PreTrainedConfig.from_json_file`]."""
+        return cls(**cls._keeping_unknown(cls._dict_from_json_file(json_file)))
+
     def __post_init__(self, **kwargs):
+        # Before anything else: what reads these must not take them for fields.
+        foreign = kwargs.pop(FOREIGN, {})
         self._refuse_unknown(kwargs)
         if self.intermediate_size is None:
             self.intermediate_size = 256 * -(-(self.hidden_size * 8 // 3) // 256)
@@ -213,7 +232,16 @@ class DeltaNetConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self._divide("hidden_size", "num_attention_heads")
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs, **foreign)
+        # TRL reads it of each model that Transformers does not hold. Not of the class, whose dict all instances would share.
+        self.auto_map = getattr(self, "auto_map", None) or {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As [`PreTrainedConfig.to_dict`], without the `auto_map` of a model that is no remote code."""
+        fields = super().to_dict()
+        if not fields["auto_map"]:
+            del fields["auto_map"]
+        return fields
 
     def _divide(self, size: str, parts: str) -> int:
         """A head size that was not given, from the two fields that determine it."""
@@ -222,17 +250,37 @@ class DeltaNetConfig(PreTrainedConfig):
             raise ValueError(f"{size} ({total}) must be a multiple of {parts} ({count}), or the head size be given")
         return total // count
 
-    def _refuse_unknown(self, kwargs: dict) -> None:
-        known = (
-            TRANSFORMERS_KEYS
-            | GenerationConfig().to_dict().keys()
-            | GenerationConfig._get_default_generation_params().keys()
+    @classmethod
+    def _keeping_unknown(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of the constructor for `fields` from a file, unknown ones included."""
+        if fields.get("model_type", cls.model_type) != cls.model_type:  # another model's file
+            return fields
+        foreign = {name: fields[name] for name in fields if not cls._knows(name) and not hasattr(cls, name)}
+        if not foreign:
+            return fields
+        named = ", ".join(f"{name!r} ({value!r}{cls._hint(name)})" for name, value in foreign.items())
+        logger.warning_once(f"DeltaNetConfig keeps, and does not read, fields that it does not have: {named}")
+        return {name: value for name, value in fields.items() if name not in foreign} | {FOREIGN: foreign}
+
+    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
+        for name, value in kwargs.items():
+            if not self._knows(name):
+                raise ValueError(f"DeltaNetConfig has no field {name!r} (got {value!r}){self._hint(name)}")
+
+    @classmethod
+    def _knows(cls, name: str) -> bool:
+        return (
+            name.startswith("_")
+            or name in cls.__dataclass_fields__
+            or name in TRANSFORMERS_KEYS
+            or name in GenerationConfig().to_dict()
+            or name in GenerationConfig._get_default_generation_params()
         )
-        for name in kwargs:
-            if name not in known and not name.startswith("_"):
-                close = difflib.get_close_matches(name, list(type(self).__dataclass_fields__), n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise ValueError(f"DeltaNetConfig has no field {name!r} (got {kwargs[name]!r}){hint}")
+
+    @classmethod
+    def _hint(cls, name: str) -> str:
+        close = difflib.get_close_matches(name, list(cls.__dataclass_fields__), n=1, cutoff=0.75)
+        return f"; did you mean {close[0]!r}?" if close else ""
 
     def validate_architecture(self):
         """Part of `@strict` validation: refuses what contradicts itself, naming both values."""

@@ -46,11 +46,12 @@ def delta_rule(
     cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The rule by the fastest route that this machine has; arguments and results as in `torch_chunk_delta_rule`."""
-    kernels = kernels_for(v, _too_large(q, v))
+    kernels = None if is_transformed() else kernels_for(v, _too_large(q, v))
     if kernels is not None:
         rule = kernels.chunk_delta_rule
     else:
-        rule = torch_recurrent_delta_rule if q.shape[1] < SHORT_SEQUENCE else torch_chunk_delta_rule
+        is_short = not torch.compiler.is_exporting() and q.shape[1] < SHORT_SEQUENCE
+        rule = torch_recurrent_delta_rule if is_short else torch_chunk_delta_rule
     return rule(q, k, v, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens)
 
 
@@ -79,6 +80,14 @@ def checkpoint_but_for_rule(function, *inputs):
     compiled = torch.compiler.is_compiling()
     context_fn = deltanet_kernels.keep_results_compiled if compiled else deltanet_kernels.keep_results
     return checkpoint(function, *inputs, use_reentrant=False, context_fn=context_fn)
+
+
+def is_transformed() -> bool:
+    """Whether a transformation of `torch.func` (grad, vmap, jvp, ...) is at work: only torch's own operators know them all.
+
+    (torch has no public name for it; its `autograd.Function.apply` asks the same.)
+    """
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _too_large(q: torch.Tensor, v: torch.Tensor) -> str | None:
@@ -157,8 +166,18 @@ def torch_chunk_delta_rule(
     q, k, v, beta, state, borders = _prepare(q, k, v, beta, scale, initial_state, use_qk_l2norm_in_kernel, cu_seqlens)
     B, T, G, _ = v.shape
     with torch.autocast(q.device.type, enabled=False):  # fp32 must stay fp32 under a bf16 autocast
-        (q, k, v, beta), chunk_borders, token_slots = _cut((q, k, v, beta.unsqueeze(-1)), borders)
-        o, final_state = _ChunkDeltaRule.apply(q, k, v, beta, state, chunk_borders)
+        tensors = q, k, v, beta.unsqueeze(-1)
+        if torch.compiler.is_exporting() and isinstance(T, torch.SymInt):
+            # A program for any length has no loop over chunks: the sequence is one, at a cost that grows with T cubed.
+            (q, k, v, beta), chunk_borders, token_slots = (
+                (x.transpose(1, 2).flatten(0, 1) for x in tensors),
+                [0, 1],
+                None,
+            )
+        else:
+            (q, k, v, beta), chunk_borders, token_slots = _cut(tensors, borders)
+        rule = _transformable_chunk_delta_rule if is_transformed() else _ChunkDeltaRule.apply
+        o, final_state = rule(q, k, v, beta, state, chunk_borders)
         # [n * B * G, C, V] -> [B, T, G, V]
         o = o.unflatten(0, (chunk_borders[-1], B, G)).permute(1, 0, 3, 2, 4).flatten(1, 2)
         o = o[:, :T] if token_slots is None else o[:, token_slots]
@@ -184,7 +203,7 @@ class _ChunkDeltaRule(torch.autograd.Function):
 
         # 3. From chunk to chunk: the pseudo values U = A (V - K S) = A V - W S, and the state S <- S + K^T U.
         U = A @ v
-        S = v.new_empty(len(k), k.shape[-1], v.shape[-1])
+        S = v.new_empty(k.shape[0], k.shape[-1], v.shape[-1])
         final_state = initial_state.clone(memory_format=torch.contiguous_format)  # the loop works on views of it
         for n, state in _chunks(final_state, chunk_borders):
             S[n] = state
@@ -229,6 +248,25 @@ class _ChunkDeltaRule(torch.autograd.Function):
         return dq, dk, dv, dbeta, d_state, None
 
 
+def _transformable_chunk_delta_rule(q, k, v, beta, initial_state, chunk_borders):
+    """`_ChunkDeltaRule.forward` without its writing in place, for torch to differentiate in any direction and order."""
+    identity = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device)
+    KK = (k @ k.mT).tril(-1)
+    A = torch.linalg.solve_triangular(beta * KK + identity, identity, upper=False) * beta.mT
+    W, U = A @ k, A @ v
+    P = (q @ k.mT).tril()
+    sequences = [initial_state.flatten(0, 1)] if len(chunk_borders) == 2 else initial_state.unbind(0)
+    outputs, final_states = [], []
+    for state, first, last in zip(sequences, chunk_borders, chunk_borders[1:]):
+        X = state.shape[0]
+        for n in (slice(n * X, (n + 1) * X) for n in range(first, last)):
+            u = U[n] - W[n] @ state
+            outputs.append(q[n] @ state + P[n] @ u)
+            state = state + k[n].mT @ u
+        final_states.append(state)
+    return torch.cat(outputs), torch.cat(final_states).unflatten(0, initial_state.shape[:2])
+
+
 def _chunks(states: torch.Tensor, chunk_borders: list[int], reverse: bool = False):
     """Go through the chunks of all sequences: their slice of the chunked tensors, and the state they work on.
 
@@ -236,7 +274,7 @@ def _chunks(states: torch.Tensor, chunk_borders: list[int], reverse: bool = Fals
     where there is one sequence a row.
     """
     per_sequence = [states.flatten(0, 1)] if len(chunk_borders) == 2 else states.unbind(0)
-    X = len(per_sequence[0])
+    X = per_sequence[0].shape[0]  # not len(), which makes a number of a symbol
     order = [(slice(n * X, (n + 1) * X), state)
              for state, first, last in zip(per_sequence, chunk_borders, chunk_borders[1:])
              for n in range(first, last)]  # fmt: skip

@@ -40,12 +40,12 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_deltanet import CACHE_NAME, one_cache, prepare_cache
+from .cache_deltanet import CACHE_NAME, can_overwrite, one_cache, prepare_cache
 from .configuration_deltanet import DeltaNetConfig
 from .cuda_graph import GraphedStep, can_be_captured
-from .delta_rule import checkpoint_but_for_rule, delta_rule, delta_rule_step
+from .delta_rule import checkpoint_but_for_rule, delta_rule, delta_rule_step, is_transformed
 from .liger_deltanet import apply_liger_kernel_to_deltanet
-from .short_conv import short_conv, short_conv_step
+from .short_conv import module_short_conv, short_conv, short_conv_step
 
 
 # For `use_kernels=True` with a `kernel_config` that maps these names to a kernel of the Hub (kernels/CARD.md): where this
@@ -273,13 +273,18 @@ class DeltaNetLinearAttention(nn.Module):
     @force_accelerate_hooks(["q_conv1d", "k_conv1d", "v_conv1d"])
     def _convolve(self, xs, activation, attention_mask, past_key_values, cu_seqlens):
         """The short convolution over q, k and v, from the cache's inputs on."""
-        weights = tuple(_local(conv.weight).squeeze(1) for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d))
+        convs = self.q_conv1d, self.k_conv1d, self.v_conv1d
+        is_plain = all(_is_plain(conv) for conv in convs)
+        if is_plain:
+            weights = tuple(_local(conv.weight).squeeze(1) for conv in convs)
         history = None if past_key_values is None else past_key_values.get_conv_state(self.layer_idx)
-        if _is_decoding(history, xs[0].shape[1], attention_mask):
+        if is_plain and _is_decoding(history, xs[0].shape[1], attention_mask):
             return short_conv_step(xs, weights, history, activation)
         if attention_mask is not None:
             xs, history, unsort = _real_tokens_last(xs, attention_mask, history)
-        if past_key_values is None and torch.is_grad_enabled() and torch.compiler.is_compiling():
+        if not is_plain:
+            ys, tail = module_short_conv(xs, convs, self.conv_size, activation, history, cu_seqlens)
+        elif past_key_values is None and torch.is_grad_enabled() and torch.compiler.is_compiling():
             # Compiled training: the delta rule's backward does not read v, so where backward computes the convolution again, the
             # compiler drops v's, if that is a call of its own: a third of 0.21 ms a layer (8 x 4096 x 2048, H200).
             (q, k), _ = short_conv(xs[:2], weights[:2], activation, cu_seqlens=cu_seqlens)
@@ -303,6 +308,12 @@ class DeltaNetLinearAttention(nn.Module):
         return x
 
 
+def _is_plain(conv: nn.Module) -> bool:
+    """Whether a convolution is its weight and no more: no adapter, no hook, no other class in its place."""
+    hooks = conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks
+    return type(conv) is nn.Conv1d and not any(hooks)
+
+
 def _local(weight: torch.Tensor) -> torch.Tensor:
     """The part of a weight that this process holds: under tensor parallelism it is a DTensor, which only a module's own
     forward would unwrap."""
@@ -311,7 +322,9 @@ def _local(weight: torch.Tensor) -> torch.Tensor:
 
 def _is_decoding(state, new_tokens, attention_mask) -> bool:
     """Whether a state moves on by one real token, without gradients: then it can do so in place."""
-    return state is not None and new_tokens == 1 and attention_mask is None and not torch.is_grad_enabled()
+    if state is None or new_tokens != 1 or attention_mask is not None or torch.is_grad_enabled():
+        return False
+    return can_overwrite(state)
 
 
 def _real_tokens_last(xs, attention_mask, history):
@@ -327,7 +340,7 @@ def _real_tokens_last(xs, attention_mask, history):
         xs = [torch.cat(pair, dim=1) for pair in zip(history.mT.split([x.shape[-1] for x in xs], dim=-1), xs)]
         attention_mask = F.pad(attention_mask, (past, 0), value=1)
     order = attention_mask.bool().to(torch.uint8).argsort(dim=1, stable=True)
-    rows = torch.arange(len(order), device=order.device).unsqueeze(1)
+    rows = torch.arange(order.shape[0], device=order.device).unsqueeze(1)
     inverse = order.argsort(dim=1)[:, past:]
     return tuple(x[rows, order] for x in xs), None, lambda y: y[rows, inverse]
 
@@ -486,8 +499,10 @@ class DeltaNetDecoderLayer(GradientCheckpointingLayer):
         509 ms with all 24. On a CPU memory is not what is short. A cache would be written twice. A layer that is computed
         again as a whole (by Transformers' gradient checkpointing) need not do so with its parts.
         """
+        if not hidden_states.is_cuda or not torch.is_grad_enabled() or past_key_values is not None:
+            return False
         checkpointed = self.gradient_checkpointing and self.training
-        return hidden_states.is_cuda and torch.is_grad_enabled() and past_key_values is None and not checkpointed
+        return not checkpointed and not is_transformed()  # (`torch.func` knows no checkpoints)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, error_msgs):
         # PEFT loads an adapter with strict=False: one for another architecture would leave this layer without any.
@@ -569,6 +584,11 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
             inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs
         )
         if past_key_values is not None:
+            if self.training and self.gradient_checkpointing:
+                raise ValueError(
+                    "under gradient checkpointing a model in training mode cannot read or write a cache, got "
+                    "past_key_values: call model.eval() to generate, or train on segments without checkpointing"
+                )
             prepare_cache(past_key_values, self.config)
         elif use_cache and cu_seqlens is None:
             past_key_values = prepare_cache(DynamicCache(config=self.config), self.config)
@@ -582,14 +602,16 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
         if cu_seqlens is not None:
             # Softmax layers find the documents by positions that start again, and only where there is no 2d mask.
             position_ids = document_positions
-            attention_mask = attention_mask if isinstance(attention_mask, dict) else None
+            attention_mask = attention_mask | {"linear_attention": None} if isinstance(attention_mask, dict) else None
             # Flash attention looks at the positions of a single row only: it is told the borders. Its longest document is an
             # upper bound, which the host knows without waiting for the GPU.
             if (longest := kwargs.get("max_length_q")) is None:
                 longest = position_ids.numel()
             kwargs["cu_seq_lens_q"] = kwargs["cu_seq_lens_k"] = cu_seqlens.to(torch.int32)
             kwargs["max_length_q"] = kwargs["max_length_k"] = longest
-        if not isinstance(masks := attention_mask, dict):
+        if isinstance(masks := attention_mask, dict):
+            _check_linear_attention_mask(masks.get("linear_attention"))
+        else:
             masks = create_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
 
         hidden_states = inputs_embeds
@@ -619,17 +641,19 @@ def _find_packed_documents(
     `[B, T]`, or twice None if nothing is packed.
     """
     B, T, _ = inputs_embeds.shape
+    padding_mask = attention_mask.get("linear_attention") if isinstance(attention_mask, dict) else attention_mask
     if cu_seq_lens_q is None and seq_idx is None:
-        may_be_packed = position_ids is not None and attention_mask is None and past_key_values is None
-        if not may_be_packed:
+        # (a mask of four dimensions says itself which token sees which)
+        may_be_packed = position_ids is not None and past_key_values is None
+        if not may_be_packed or (padding_mask is not None and len(padding_mask.shape) != 2):
             return None, None
-        seq_idx = _packed_by_positions(position_ids.expand(B, -1))
+        seq_idx = _packed_by_positions(position_ids.expand(B, -1), padding_mask)
         if seq_idx is None:
             return None, None
+    elif padding_mask is not None and not padding_mask.all():
+        raise ValueError("packed documents (cu_seq_lens_q, seq_idx) cannot be combined with padding in attention_mask")
     if past_key_values is not None:
         raise ValueError("packed documents (cu_seq_lens_q, seq_idx) cannot be combined with past_key_values")
-    if isinstance(attention_mask, torch.Tensor) and not attention_mask.all():
-        raise ValueError("packed documents (cu_seq_lens_q, seq_idx) cannot be combined with padding in attention_mask")
     if cu_seq_lens_q is not None:
         cu_seqlens = cu_seq_lens_q
     else:
@@ -643,9 +667,28 @@ def _find_packed_documents(
 @torch.compiler.disable(
     reason="whether position_ids are of packed documents depends on them; pass cu_seq_lens_q instead"
 )
-def _packed_by_positions(position_ids: torch.Tensor) -> torch.Tensor | None:
-    """The document of each token, or None: a break in a compiled graph, without which documents would run together."""
-    return find_packed_sequence_indices(position_ids)
+def _packed_by_positions(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The document of each token, or None: a break in a compiled graph, without which documents would run together.
+
+    Padding may stand between documents, and is then a document of its own: nothing that it writes is read by another.
+    """
+    if attention_mask is None:
+        return find_packed_sequence_indices(position_ids)
+    t = torch.arange(position_ids.shape[1], device=position_ids.device)
+    is_real = attention_mask[:, -len(t) :].bool()
+    previous = F.pad(
+        torch.where(is_real, t, -1).cummax(dim=1).values[:, :-1], (1, 0), value=-1
+    )  # the real token before t
+    step = position_ids - position_ids.gather(1, previous.clamp(min=0))
+    follows = is_real & (previous >= 0)
+    starts = follows & torch.where(previous == t - 1, step != 1, step <= 0)
+    if not starts.any():
+        return None
+    if (follows & (previous != t - 1) & ~starts).any():
+        raise ValueError(
+            "attention_mask has padding within a document of packed position_ids, got it in a row of several"
+        )
+    return F.pad((starts[:, 1:] | (is_real[:, 1:] != is_real[:, :-1])).cumsum(dim=1), (1, 0))
 
 
 def create_masks(
@@ -679,16 +722,25 @@ def create_linear_attention_mask(
     It takes a single token for a generated one, never padding (in 5.23). In a padded prompt that is processed token by
     token, or whose last chunk is one token, it may well be padding, and would enter the memory.
     """
+    _check_linear_attention_mask(attention_mask)
     is_padded_step = (
         attention_mask is not None
         and inputs_embeds.shape[1] == 1
         and not is_torchdynamo_compiling()
-        and attention_mask.ndim == 2
         and not attention_mask[:, -1].all()
     )
     if is_padded_step:
         return attention_mask[:, -1:]
     return create_recurrent_attention_mask(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
+
+
+def _check_linear_attention_mask(attention_mask: torch.Tensor | None) -> None:
+    if attention_mask is not None and len(attention_mask.shape) != 2:
+        raise ValueError(
+            "a linear-attention layer reads each token once and cannot hide some from others: its attention_mask must be "
+            f"[B, T], got {list(attention_mask.shape)}; give packed documents as position_ids or cu_seq_lens_q, or a "
+            "dict of masks by layer type"
+        )
 
 
 @auto_docstring

@@ -6,7 +6,7 @@ Letters: B batch, T time, D channels, W taps, N sequences.
 import torch
 import torch.nn.functional as F
 
-from .delta_rule import kernels_for
+from .delta_rule import is_transformed, kernels_for
 
 
 def short_conv(
@@ -18,7 +18,7 @@ def short_conv(
     cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
     """The convolution by the fastest route that this machine has; arguments and results as in `torch_short_conv`."""
-    kernels = kernels_for(xs[0], _too_wide(weights))
+    kernels = None if is_transformed() else kernels_for(xs[0], _too_wide(weights))
     conv = torch_short_conv if kernels is None else kernels.short_conv
     return conv(xs, weights, activation, initial_state, output_final_state, cu_seqlens)
 
@@ -51,7 +51,8 @@ def torch_short_conv(
     output_final_state: bool = False,
     cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
-    """Convolve each of `xs` with its `weights` along time: `y_t = act(sum_j w_j x_{t - W + 1 + j})`, in fp32.
+    """Convolve each of `xs` with its `weights` along time: `y_t = act(sum_j w_j x_{t - W + 1 + j})`, in fp32 (fp64 for
+    fp64 weights).
 
     Args:
         xs: tensors `[B, T, D_i]`.
@@ -63,7 +64,7 @@ def torch_short_conv(
         cu_seqlens: borders of N packed sequences, int `[N + 1]`; needs B = 1. No token sees another sequence's.
 
     Returns:
-        `(ys, final_state)`: ys like xs, in their dtypes; final_state without gradient, or None unless asked for.
+        `(ys, final_state)`: ys like xs, in their dtypes; final_state, differentiable too, or None unless asked for.
     """
     T, W = xs[0].shape[1], weights[0].shape[-1]
     sizes = [x.shape[-1] for x in xs]
@@ -77,15 +78,48 @@ def torch_short_conv(
     ys, tails = [], []
     for x, weight, history in zip(xs, weights, histories):
         padded = torch.cat((history, x), dim=1)
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         y = 0
         for j in range(W):
             shifted = padded[:, j : j + T]
             if age is not None:
                 shifted = shifted.masked_fill((age < W - 1 - j)[None, :, None], 0)
-            y = y + shifted * weight[:, j].float()
+            y = y + shifted * weight[:, j]
         ys.append((F.silu(y) if activation == "silu" else y).to(x.dtype))
-        tails.append(padded[:, T:].detach())
+        tails.append(padded[:, T:])
     return tuple(ys), torch.cat(tails, dim=-1).mT.contiguous() if output_final_state else None
+
+
+def module_short_conv(
+    xs: tuple[torch.Tensor, ...],
+    convs: tuple[torch.nn.Module, ...],
+    W: int,
+    activation: str | None = "silu",
+    initial_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """The convolution by modules that are more than a weight of W taps: an adapter, a hook, another class.
+
+    A module is called with `[B, D_i, time]`, where the `W - 1` inputs before it, or zeros, stand in front of each sequence.
+    """
+    T = xs[0].shape[1]
+    sizes = [x.shape[-1] for x in xs]
+    places = torch.arange(T, device=xs[0].device)  # of the outputs
+    if cu_seqlens is not None:
+        sequence = torch.searchsorted(cu_seqlens, places, right=True) - 1
+        places = places + (W - 1) * sequence
+    if initial_state is None:
+        initial_state = xs[0].new_zeros(xs[0].shape[0], sum(sizes), W - 1)
+    ys, tails = [], []
+    for x, conv, history in zip(xs, convs, initial_state.mT.split(sizes, dim=-1)):
+        padded = torch.cat((history.to(x.dtype), x), dim=1)
+        tails.append(padded[:, T:])
+        if cu_seqlens is not None:
+            length = T + (W - 1) * (len(cu_seqlens) - 1)
+            padded = x.new_zeros(x.shape[0], length, x.shape[2]).index_copy(1, places + W - 1, x)
+        y = conv(padded.mT).mT[:, places]
+        ys.append((F.silu(y) if activation == "silu" else y).to(x.dtype))
+    return tuple(ys), torch.cat(tails, dim=-1).mT.contiguous()
 
 
 def _position_in_sequence(cu_seqlens: torch.Tensor, T: int) -> torch.Tensor:

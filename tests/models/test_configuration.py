@@ -1,7 +1,9 @@
 """DeltaNetConfig: what it accepts, what it derives, and what it refuses with which words."""
 
+import copy
 import inspect
 import json
+import logging
 import re
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from tiny import FULL, LINEAR, SLIDING, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.logging import warning_once
 
 import modeling_deltanet
 from modeling_deltanet import DeltaNetConfig, DeltaNetForCausalLM, DeltaNetModel
@@ -164,11 +167,15 @@ def write_config_json(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def from_json_file(folder):
+    return DeltaNetConfig.from_json_file(folder / "config.json")
+
+
 @pytest.mark.parametrize("load", [AutoConfig.from_pretrained, AutoModelForCausalLM.from_pretrained])
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"linear_num_haeds": 2}, ["linear_num_haeds", "2"]),
+        ({"to_dict": 2}, ["to_dict", "2"]),
         ({"num_hidden_layers": 3}, ["layer_types", "4", "num_hidden_layers", "3"]),
         ({"linear_num_value_heads": 3}, ["linear_num_value_heads", "3", "linear_num_key_heads", "2"]),
         ({"sliding_window": None}, ["sliding_window", "None", "sliding_attention"]),
@@ -182,6 +189,48 @@ def test_a_bad_config_json_is_refused(tmp_path, load, changes, words):
         load(tmp_path)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("load", [DeltaNetConfig.from_pretrained, AutoConfig.from_pretrained, from_json_file])
+def test_fields_that_another_tool_wrote_are_kept(tmp_path, load, caplog):
+    """A model that Unsloth, or a later Transformers, has saved could not be loaded, or would lose what they wrote."""
+    write_config_json(tmp_path, unsloth_version="2026.1", linear_num_haeds=2)
+    warning_once.cache_clear()
+    for _ in range(2):
+        config = load(tmp_path)
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    for word in ("'unsloth_version' ('2026.1')", "'linear_num_haeds' (2; did you mean 'linear_num_", "keeps"):
+        assert word in warning
+    config.save_pretrained(tmp_path / "again")
+    saved = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert config.unsloth_version == saved["unsloth_version"] == "2026.1" and saved["linear_num_haeds"] == 2
+    assert not [name for name in saved if "foreign" in name]
+
+
+def test_a_field_set_on_a_config_is_saved_and_loaded(tmp_path):
+    """Transformers' own common tests set a field, save the model and load it: they failed for this family."""
+    model = tiny_model()
+    model.config.some_field = 3
+    model.save_pretrained(tmp_path)
+    assert DeltaNetForCausalLM.from_pretrained(tmp_path).config.some_field == 3
+
+
+def test_an_override_of_a_field_that_does_not_exist_is_refused(tmp_path):
+    """A misspelt argument of `from_pretrained` would pass for a field of the file."""
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="linear_num_haeds"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, linear_num_haeds=2)
+
+
+def test_a_saved_config_has_an_auto_map_only_as_remote_code(tmp_path):
+    """An empty `auto_map` in each config.json would look like remote code."""
+    config = tiny_config()
+    assert config.auto_map == {} and "auto_map" not in config.to_dict()
+    config.save_pretrained(tmp_path)
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+    config.auto_map["AutoConfig"] = "here.There"
+    assert copy.deepcopy(config).to_dict()["auto_map"] == {"AutoConfig": "here.There"}
+    assert tiny_config().auto_map == {}
 
 
 @pytest.mark.parametrize(

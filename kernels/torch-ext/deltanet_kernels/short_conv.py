@@ -609,6 +609,22 @@ def _check_state(name, state, N, xs, W):
         )
 
 
+def _last_inputs(xs, initial_state, W, cu_seqlens):
+    """The final state in torch's own operators, which give it a gradient."""
+    if initial_state is None:
+        N = xs[0].shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        initial_state = xs[0].new_zeros(N, sum(x.shape[2] for x in xs), W - 1)
+    if cu_seqlens is None:
+        new = torch.cat([x[:, max(0, x.shape[1] - W + 1) :] for x in xs], dim=2).mT
+        return torch.cat((initial_state[:, :, new.shape[2] :], new), dim=2)
+    j = torch.arange(W - 1, device=cu_seqlens.device)
+    place = cu_seqlens[1:, None] - (W - 1) + j  # [N, W - 1]
+    age = place - cu_seqlens[:-1, None]  # negative in the initial state
+    new = torch.cat([x[0, place.clamp(min=0)] for x in xs], dim=2).mT
+    old = initial_state.gather(2, (age + W - 1).clamp(max=W - 2).unsqueeze(1).expand_as(new))
+    return torch.where((age >= 0).unsqueeze(1), new, old)
+
+
 def short_conv(
     xs: Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor],
@@ -620,8 +636,8 @@ def short_conv(
     """Causal depthwise convolution of one to three tensors, with SiLU, in one launch.
 
     y[b, t, d] = silu(sum_i weight[d, i] x[b, t - W + 1 + i, d]), as torch's conv1d with groups = D and W - 1 zeros
-    (or the state) on the left. Differentiable, once, in xs, weights and initial_state; deterministic. The final
-    state carries no gradient. Asking for it costs one more small launch.
+    (or the state) on the left. Differentiable, once, in xs, weights and initial_state, also through the final
+    state; deterministic. Asking for that costs one more small launch, or a few where gradients are enabled.
 
     Args:
         xs: one to three [B, T, D_i], float32, bfloat16 or float16, such as the projections to q, k and v; views cut
@@ -655,11 +671,14 @@ def short_conv(
         cu_seqlens = cu_seqlens.contiguous()
     if initial_state is not None:
         _check_state("initial_state", initial_state, N, xs, weights[0].shape[1])
+    last = None
+    if output_final_state and torch.is_grad_enabled():
+        last, output_final_state = _last_inputs(xs, initial_state, weights[0].shape[1], cu_seqlens), False
     if torch.compiler.is_compiling():
         *ys, final_state = _forward_op(xs, weights, silu, initial_state, output_final_state, cu_seqlens)
-        return tuple(ys), final_state.detach() if output_final_state else None
+        return tuple(ys), final_state if output_final_state else last
     final_state, *ys = _ShortConv.apply(len(xs), silu, initial_state, output_final_state, cu_seqlens, *xs, *weights)
-    return tuple(ys), final_state
+    return tuple(ys), final_state if output_final_state else last
 
 
 def short_conv_step(
