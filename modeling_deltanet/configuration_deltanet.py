@@ -78,7 +78,7 @@ class DeltaNetConfig(PreTrainedConfig):
         head_dim (`int`, *optional*):
             Size of a softmax layer's head; `hidden_size // num_attention_heads` by default.
         sliding_window (`int`, *optional*):
-            Tokens that a sliding layer sees, itself included. Required with such layers, refused without.
+            Tokens that a sliding layer sees, itself included, at least 2. Required with such layers, refused without.
         rope_parameters (`dict`, *optional*):
             Rotary embedding of the softmax layers (and the linear ones, see `linear_use_rope`); theta 10000 by default, `{"rope_theta": None}` for none.
         use_qk_norm (`bool`, *optional*, defaults to `False`):
@@ -261,8 +261,8 @@ class DeltaNetConfig(PreTrainedConfig):
             raise ValueError(
                 f"sliding_window is {self.sliding_window}, but no layer in layer_types is sliding_attention"
             )
-        if has_sliding_layers and self.sliding_window < 1:
-            raise ValueError(f"sliding_window must be at least 1, got {self.sliding_window}")
+        if has_sliding_layers and self.sliding_window < 2:  # for 1, Transformers' cache keeps everything ([-0:])
+            raise ValueError(f"sliding_window must be at least 2, got {self.sliding_window}")
         if self.linear_conv_kernel_dim is not None and self.linear_conv_kernel_dim < 2:
             raise ValueError(
                 f"linear_conv_kernel_dim must be at least 2, or None for no convolution, got {self.linear_conv_kernel_dim}"
