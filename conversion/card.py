@@ -29,9 +29,12 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from modeling_deltanet import DeltaNetConfig
+
+from .files import is_hub_id, own_file, read_json
 
 
 MISSING = "[More Information Needed]"  # the Hub's own mark; `deltanet push` refuses a card that holds one
@@ -100,9 +103,10 @@ def make_card(
         ValueError: a folder that is neither a DeltaNet nor an adapter, an adapter without a base that the Hub could know,
             a damaged file, or a figure without a number or a source. The file and the place in it are named.
     """
+    validate_repo_id(repo_id)
     folder = Path(checkpoint)
     if evaluations is None:
-        evaluations = sorted(folder.glob("evaluation*.json"))
+        evaluations = [own_file(folder, file.name) for file in sorted(folder.glob("evaluation*.json"))]
     figures, speeds = read_evaluations(evaluations, repo_id)
     converted = _conversion(_own(folder, conversion, "conversion.json"), figures)
     if converted and base_model is None and converted["on_hub"]:
@@ -221,7 +225,7 @@ def _template() -> str:
 
 def _architecture(folder: Path) -> tuple[list[tuple[str, str]], str, str]:
     """Rows of the table, the layer pattern in words, and the Auto class, from the configuration and the weights."""
-    if (model_type := read_json(folder / "config.json").get("model_type")) != "deltanet":
+    if (model_type := read_json(own_file(folder, "config.json")).get("model_type")) != "deltanet":
         raise ValueError(f"{folder / 'config.json'} is of model_type {model_type!r}, not 'deltanet'")
     try:
         config = DeltaNetConfig.from_pretrained(folder)
@@ -264,9 +268,9 @@ def _architecture(folder: Path) -> tuple[list[tuple[str, str]], str, str]:
 
 
 def _adapter(folder: Path, base_model: str | None) -> tuple[dict, list[tuple[str, str]], str, str]:
-    config = read_json(folder / "adapter_config.json")
+    config = read_json(own_file(folder, "adapter_config.json"))
     base = base_model or config.get("base_model_name_or_path")
-    if not base or Path(base).is_absolute() or Path(base).exists() or base.count("/") != 1:
+    if not is_hub_id(base):
         raise ValueError(
             f"{folder / 'adapter_config.json'}: base_model_name_or_path is {base!r}, which is no repository of the Hub "
             "(owner/name); name the base with base_model (--base-model)"
@@ -287,7 +291,7 @@ def _adapter(folder: Path, base_model: str | None) -> tuple[dict, list[tuple[str
 
 def _parameters(folder: Path) -> tuple[int, list[str]]:
     """How many numbers the safetensors files hold, and in which dtypes; reads headers only."""
-    weights = sorted(folder.glob("*.safetensors"))
+    weights = [own_file(folder, file.name) for file in sorted(folder.glob("*.safetensors"))]
     if not weights:
         raise ValueError(f"{folder} holds no safetensors file")
     count, dtypes = 0, []
@@ -345,7 +349,7 @@ def _conversion(file: Path | None, figures: list[Figure]) -> dict | None:
     teacher = content["teacher"]
     return {
         "teacher": teacher,
-        "on_hub": teacher.count("/") == 1 and not Path(teacher).exists(),
+        "on_hub": is_hub_id(teacher),
         "facts": [(name.replace("_", " "), _fact(value)) for name, value in content.items() if name != "teacher"],
         "has_recall": any("recall" in f"{f.dataset} {f.metric}".lower() for f in figures),
     }
@@ -398,23 +402,10 @@ def _model_index(figures: list[Figure]) -> list[EvalResult] | None:
 
 
 def _own(folder: Path, given: str | os.PathLike | None, name: str) -> Path | None:
-    """The file that was given, else the folder's own of this name if it has one."""
+    """The file that was given, otherwise the folder's own of this name if it has one."""
     if given is not None:
         return Path(given)
-    return folder / name if (folder / name).exists() else None
-
-
-def read_json(path: str | os.PathLike) -> dict:
-    """A file's JSON object. Raises ValueError, with the file's name, for what is not one."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
+    return own_file(folder, name) if os.path.lexists(folder / name) else None
 
 
 def _refuse_unknown(where, entry, known: set[str], required=()) -> None:

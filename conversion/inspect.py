@@ -1,6 +1,5 @@
 """What a checkpoint is, told from its config and the headers of its files; no weight is read or downloaded."""
 
-import json
 import math
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from huggingface_hub import get_safetensors_metadata, hf_hub_download
 from modeling_deltanet import DeltaNetConfig
 
 from .checkpoint import CONFIG, Checkpoint
+from .files import read_json
 from .fla import config_from_fla
 from .llama import TEACHERS, config_from_llama
 
@@ -37,7 +37,7 @@ def inspect_checkpoint(source: str | Path, revision: str | None = None) -> dict:
         raw, names = checkpoint.config, checkpoint.tensors
         tensors = [(info.dtype, info.shape) for info in checkpoint.tensors.values()]
     else:
-        raw = json.loads(Path(hf_hub_download(str(source), CONFIG, revision=revision)).read_text(encoding="utf-8"))
+        raw = read_json(hf_hub_download(str(source), CONFIG, revision=revision))
         files = get_safetensors_metadata(str(source), revision=revision).files_metadata.values()
         names = {name for file in files for name in file.tensors}
         tensors = [(tensor.dtype, tuple(tensor.shape)) for file in files for tensor in file.tensors.values()]
