@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -74,6 +75,14 @@ class Checkpoint:
                     slice_ = weights.get_slice(name)
                     self.tensors[name] = TensorInfo(file, tuple(slice_.get_shape()), slice_.get_dtype())
         self._check_index()
+        layers = self.config.get("num_hidden_layers")
+        if isinstance(layers, int) and layers > len(self.tensors):  # before so many layers are made, to be compared
+            raise ValueError(f"{config_file} has {layers} layers; the files hold {len(self.tensors)} tensors")
+        dtype = self.config.get("dtype") or self.config.get("torch_dtype")
+        if dtype is not None and not (
+            isinstance(dtype, str) and isinstance(getattr(torch, dtype.removeprefix("torch."), None), torch.dtype)
+        ):
+            raise ValueError(f"{config_file} has dtype {dtype!r}, which is none of torch's")
 
     def _weight_files(self) -> list[Path]:
         if os.path.lexists(self.folder / INDEX):
@@ -104,6 +113,15 @@ class Checkpoint:
     @property
     def largest_shard(self) -> int:
         return max(info.file.stat().st_size for info in self.tensors.values())
+
+
+@contextmanager
+def reads_config():
+    """Errors of a configuration that is made from a file's fields, with the file's name."""
+    try:
+        yield
+    except (ValueError, StrictDataclassError) as error:
+        raise ValueError(f"config.json: {error}") from error
 
 
 @contextmanager
@@ -182,9 +200,16 @@ def convert(
 
 
 def expected_tensors(config: DeltaNetConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in a checkpoint of this configuration."""
-    with torch.device("meta"):
-        model = DeltaNetForCausalLM(config)
+    """Name and shape of every tensor in a checkpoint of this configuration.
+
+    Raises:
+        ValueError: sizes that no tensor can have.
+    """
+    try:
+        with torch.device("meta"):
+            model = DeltaNetForCausalLM(config)
+    except (RuntimeError, TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"config.json describes a model that cannot be built: {error}") from error
     return {
         name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in unread_head(config)
     }

@@ -20,7 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    StrictDataclassError,
+)
 from huggingface_hub.utils import validate_repo_id
 
 from .card import card_problems
@@ -232,13 +237,17 @@ def _missing_code(folder: Path) -> dict[str, bytes]:
 
     import modeling_deltanet
 
-    architecture = (stored.get("architectures") or [None])[0]
+    architectures = stored.get("architectures")
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else None
     if architecture not in modeling_deltanet.__all__:
         raise ValueError(
-            f"{config_file} names {architecture!r} as its architecture, which is no model of this package"
+            f"{config_file} names {architectures!r} as its architectures, which is no model of this package"
         )
     modeling_deltanet.register_remote_code()
-    config = modeling_deltanet.DeltaNetConfig.from_pretrained(folder)
+    try:
+        config = modeling_deltanet.DeltaNetConfig.from_dict(stored)
+    except (ValueError, StrictDataclassError) as error:
+        raise ValueError(f"{config_file}: {error}") from error
     with torch.device("meta"):
         model = getattr(modeling_deltanet, architecture)(config)
     config.auto_map = None  # a reference to another repository's code gives way to the code that goes along
