@@ -29,9 +29,13 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
+import modeling_deltanet
 from modeling_deltanet import DeltaNetConfig
+
+from .files import is_hub_id, own_file, read_json
 
 
 MISSING = "[More Information Needed]"  # the Hub's own mark; `deltanet push` refuses a card that holds one
@@ -100,9 +104,10 @@ def make_card(
         ValueError: a folder that is neither a DeltaNet nor an adapter, an adapter without a base that the Hub could know,
             a damaged file, or a figure without a number or a source. The file and the place in it are named.
     """
+    validate_repo_id(repo_id)
     folder = Path(checkpoint)
     if evaluations is None:
-        evaluations = sorted(folder.glob("evaluation*.json"))
+        evaluations = [own_file(folder, file.name) for file in sorted(folder.glob("evaluation*.json"))]
     figures, speeds = read_evaluations(evaluations, repo_id)
     converted = _conversion(_own(folder, conversion, "conversion.json"), figures)
     if converted and base_model is None and converted["on_hub"]:
@@ -146,9 +151,14 @@ def make_card(
         has_curve=(folder / "loss.png").exists(),
         evaluation=_table(figures, commands),
         speed=[
-            {"what": s.what, "value": s.value, "commands": commands.index((s.command, s.hardware)) + 1} for s in speeds
+            {
+                "what": _inline(s.what),
+                "value": _inline(s.value),
+                "commands": commands.index((s.command, s.hardware)) + 1,
+            }
+            for s in speeds
         ],
-        commands=[{"text": text, "hardware": hardware} for text, hardware in commands],
+        commands=[{"text": text, "code": _code(text), "hardware": _inline(hardware)} for text, hardware in commands],
         limits=limits or MISSING,
     )
 
@@ -177,36 +187,51 @@ def read_evaluations(paths: list[str | os.PathLike], repo_id: str) -> tuple[list
             figures += _harness_figures(path, content, repo_id)
             continue
         _refuse_unknown(path, content, EVALUATION_KEYS)
-        results, timings = content.get("results", []), content.get("speed", [])
+        results, timings = content.get("results") or [], content.get("speed") or []
+        if not isinstance(results, list) or not isinstance(timings, list):
+            raise ValueError(f'{path}: "results" and "speed" must be lists')
         if not results and not timings:
             raise ValueError(f'{path}: neither "results" nor "speed" holds a figure')
         if not isinstance(content.get("command"), str):
             raise ValueError(f'{path}: no "command": a figure needs the command that made it')
-        source = {"command": content["command"], "hardware": content.get("hardware", "")}
+        source = {
+            "command": _text(f"{path}: command", content["command"]),
+            "hardware": _text(f"{path}: hardware", content.get("hardware", ""), may_be_empty=True),
+        }
         for i, entry in enumerate(results):
             _refuse_unknown(f"{path}: results[{i}]", entry, RESULT_KEYS, required=("dataset", "metric", "value"))
-            _number(f"{path}: results[{i}]", entry["value"])
-            figures.append(Figure(**entry, **source))
+            texts = {
+                key: _text(f"{path}: results[{i}], {key}", entry[key], may_be_empty=key == "of")
+                for key in RESULT_KEYS - {"value"}
+                if entry.get(key) is not None or key in ("dataset", "metric")
+            }
+            figures.append(Figure(**texts, value=_number(f"{path}: results[{i}]", entry["value"]), **source))
         for i, entry in enumerate(timings):
             _refuse_unknown(f"{path}: speed[{i}]", entry, SPEED_KEYS, required=SPEED_KEYS)
             value = _number(f"{path}: speed[{i}]", entry["value"])
-            speeds.append(Speed(entry["what"], f"{_format(value)} {entry['unit']}", **source))
+            what, unit = (_text(f"{path}: speed[{i}], {key}", entry[key]) for key in ("what", "unit"))
+            speeds.append(Speed(what, f"{_format(value)} {unit}", **source))
     return figures, speeds
 
 
 def _harness_figures(path, content: dict, repo_id: str) -> list[Figure]:
     """What lm-evaluation-harness measured. Its file has no command line, but everything that one is made of."""
-    config = content.get("config", {})
-    if "model" not in config:
+    config, shots = content.get("config"), content.get("n-shot") or {}
+    if not isinstance(config, dict) or "model" not in config:
         raise ValueError(f'{path}: "config" does not name the model: not a file of lm-evaluation-harness')
-    shots = content.get("n-shot", {})
+    if not isinstance(shots, dict) or not all(isinstance(m, dict) for m in content["results"].values()):
+        raise ValueError(
+            f'{path}: "n-shot" and each of "results" must be an object: not a file of lm-evaluation-harness'
+        )
+    model = _text(f"{path}: config, model", config["model"])
     figures = []
     for task, metrics in content["results"].items():
-        command = f"lm_eval --model {config['model']} --model_args pretrained={repo_id},trust_remote_code=True --tasks {task}"
+        task = _text(f"{path}: results", task)
+        command = f"lm_eval --model {model} --model_args pretrained={repo_id},trust_remote_code=True --tasks {task}"
         if shots.get(task):
-            command += f" --num_fewshot {shots[task]}"
+            command += f" --num_fewshot {_number(f'{path}: n-shot, {task}', shots[task])}"
         for name, value in metrics.items():
-            metric, _, metric_filter = name.partition(",")
+            metric, _, metric_filter = _text(f"{path}: {task}", name, may_be_empty=True).partition(",")
             if metric_filter and not metric.endswith("_stderr"):
                 name = metric if metric_filter == "none" else f"{metric} ({metric_filter})"
                 figures.append(
@@ -221,11 +246,12 @@ def _template() -> str:
 
 def _architecture(folder: Path) -> tuple[list[tuple[str, str]], str, str]:
     """Rows of the table, the layer pattern in words, and the Auto class, from the configuration and the weights."""
-    if (model_type := read_json(folder / "config.json").get("model_type")) != "deltanet":
+    content = read_json(own_file(folder, "config.json"))
+    if (model_type := content.get("model_type")) != "deltanet":
         raise ValueError(f"{folder / 'config.json'} is of model_type {model_type!r}, not 'deltanet'")
     try:
-        config = DeltaNetConfig.from_pretrained(folder)
-    except StrictDataclassError as error:
+        config = DeltaNetConfig.from_dict(content)
+    except (ValueError, StrictDataclassError) as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     count, dtypes = _parameters(folder)
     linear = f"{config.linear_num_key_heads} key heads of {config.linear_key_head_dim}, "
@@ -260,34 +286,43 @@ def _architecture(folder: Path) -> tuple[list[tuple[str, str]], str, str]:
         rows.append(("softmax layers", softmax))
     rows.append(("context that positions were made for", f"{config.max_position_embeddings} tokens"))
     architecture = (config.architectures or ["DeltaNetForCausalLM"])[0]
+    if architecture not in modeling_deltanet.__all__:
+        raise ValueError(f"{folder / 'config.json'} names {architecture!r} as its architecture, which is no DeltaNet")
     return rows, _pattern(config.layer_types), architecture.replace("DeltaNet", "AutoModel", 1)
 
 
 def _adapter(folder: Path, base_model: str | None) -> tuple[dict, list[tuple[str, str]], str, str]:
-    config = read_json(folder / "adapter_config.json")
+    config = read_json(own_file(folder, "adapter_config.json"))
     base = base_model or config.get("base_model_name_or_path")
-    if not base or Path(base).is_absolute() or Path(base).exists() or base.count("/") != 1:
+    if not is_hub_id(base):
         raise ValueError(
             f"{folder / 'adapter_config.json'}: base_model_name_or_path is {base!r}, which is no repository of the Hub "
             "(owner/name); name the base with base_model (--base-model)"
         )
     count, dtypes = _parameters(folder)
-    targets = config.get("target_modules") or []
-    settings = [f"{name} {config[key]}" for key, name in (("r", "rank"), ("lora_alpha", "alpha")) if key in config]
+    file = folder / "adapter_config.json"
+    kind, targets = config.get("peft_type"), config.get("target_modules") or []
+    if not isinstance(kind, str) or not re.fullmatch(r"\w+", kind, re.ASCII):
+        raise ValueError(f"{file} has peft_type {kind!r}, wanted the name of a method")
+    targets = [targets] if isinstance(targets, str) else targets
+    if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+        raise ValueError(f"{file} has target_modules {targets!r}, wanted names")
+    settings = [
+        f"{name} {_number(f'{file}: {key}', config[key])}"
+        for key, name in (("r", "rank"), ("lora_alpha", "alpha"))
+        if config.get(key) is not None
+    ]
     rows = [
-        ("adapter", ", ".join([str(config.get("peft_type")), *settings])),
-        (
-            "adapted modules",
-            targets if isinstance(targets, str) else ", ".join(f"`{name}`" for name in sorted(targets)),
-        ),
+        ("adapter", ", ".join([kind, *settings])),
+        ("adapted modules", ", ".join(_code(_text(f"{file}: target_modules", name)) for name in sorted(targets))),
         ("parameters", f"{count:,}, stored in {', '.join(dtypes)}"),
     ]
-    return {"kind": str(config.get("peft_type")), "base_model": base}, rows, "", "AutoModelForCausalLM"
+    return {"kind": kind, "base_model": base}, rows, "", "AutoModelForCausalLM"
 
 
 def _parameters(folder: Path) -> tuple[int, list[str]]:
     """How many numbers the safetensors files hold, and in which dtypes; reads headers only."""
-    weights = sorted(folder.glob("*.safetensors"))
+    weights = [own_file(folder, file.name) for file in sorted(folder.glob("*.safetensors"))]
     if not weights:
         raise ValueError(f"{folder} holds no safetensors file")
     count, dtypes = 0, []
@@ -321,18 +356,24 @@ def _training(text: str | None, file: Path | None) -> str:
     parts = [text] if text else []
     if file is not None:
         state = read_json(file)
-        history = state.get("log_history", [])
-        facts = [f"{state['global_step']:,} steps"] if "global_step" in state else []
-        if state.get("train_batch_size"):
-            facts.append(f"{state['train_batch_size']} sequences a step and device")
-        if state.get("epoch"):
-            facts.append(f"{state['epoch']:.2f} epochs")
-        if state.get("num_input_tokens_seen"):
-            facts.append(f"{state['num_input_tokens_seen']:,} tokens")
+        history = state.get("log_history") or []
+        if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
+            raise ValueError(f"{file}: log_history must be a list of objects")
+        facts = [
+            form.format(_number(f"{file}: {key}", state[key]))
+            for key, form in (
+                ("global_step", "{:,} steps"),
+                ("train_batch_size", "{} sequences a step and device"),
+                ("epoch", "{:.2f} epochs"),
+                ("num_input_tokens_seen", "{:,} tokens"),
+            )
+            if state.get(key) or (key == "global_step" and key in state)
+        ]
         for key, name in (("loss", "training loss"), ("eval_loss", "held-out loss")):
             if entries := [entry for entry in history if key in entry]:
-                facts.append(f"{name} {entries[-1][key]:.3f} at step {entries[-1]['step']}")
-        parts.append(f"From `{file.name}`: {', '.join(facts)}.")
+                loss, step = (_number(f"{file}: log_history, {k}", entries[-1].get(k)) for k in (key, "step"))
+                facts.append(f"{name} {loss:.3f} at step {step}")
+        parts.append(f"From {_code(file.name)}: {', '.join(facts)}.")
     return "\n\n".join(parts) or "Not recorded."
 
 
@@ -342,11 +383,15 @@ def _conversion(file: Path | None, figures: list[Figure]) -> dict | None:
     content = read_json(file)
     if not isinstance(content.get("teacher"), str):
         raise ValueError(f'{file}: no "teacher": a conversion names the model it came from')
-    teacher = content["teacher"]
+    teacher = _text(f"{file}: teacher", content["teacher"])
     return {
-        "teacher": teacher,
-        "on_hub": teacher.count("/") == 1 and not Path(teacher).exists(),
-        "facts": [(name.replace("_", " "), _fact(value)) for name, value in content.items() if name != "teacher"],
+        "teacher": _inline(teacher),
+        "on_hub": is_hub_id(teacher),
+        "facts": [
+            (_inline(_line(name.replace("_", " "))), _inline(_line(_fact(value))))
+            for name, value in content.items()
+            if name != "teacher"
+        ],
         "has_recall": any("recall" in f"{f.dataset} {f.metric}".lower() for f in figures),
     }
 
@@ -372,13 +417,13 @@ def _table(figures: list[Figure], commands: list[tuple[str, str]]) -> dict | Non
         numbers = sorted({commands.index((f.command, f.hardware)) + 1 for f in cells.values()})
         rows.append(
             {
-                "dataset": dataset,
-                "metric": metric,
+                "dataset": _inline(dataset),
+                "metric": _inline(metric),
                 "values": [_format(cells[model].value) if model in cells else "" for model in models],
                 "commands": ", ".join(map(str, numbers)),
             }
         )
-    return {"columns": [model or "this checkpoint" for model in models], "rows": rows}
+    return {"columns": [_inline(model) or "this checkpoint" for model in models], "rows": rows}
 
 
 def _model_index(figures: list[Figure]) -> list[EvalResult] | None:
@@ -386,7 +431,7 @@ def _model_index(figures: list[Figure]) -> list[EvalResult] | None:
     return [
         EvalResult(
             task_type="text-generation",
-            dataset_type=f.dataset_id or "-".join(f.dataset.lower().replace(",", " ").split()),
+            dataset_type=f.dataset_id or "-".join(f.dataset.lower().replace(",", " ").split()) or "unnamed",
             dataset_name=f.dataset,
             dataset_split=f.split,
             metric_type=f.metric,
@@ -398,23 +443,10 @@ def _model_index(figures: list[Figure]) -> list[EvalResult] | None:
 
 
 def _own(folder: Path, given: str | os.PathLike | None, name: str) -> Path | None:
-    """The file that was given, else the folder's own of this name if it has one."""
+    """The file that was given, otherwise the folder's own of this name if it has one."""
     if given is not None:
         return Path(given)
-    return folder / name if (folder / name).exists() else None
-
-
-def read_json(path: str | os.PathLike) -> dict:
-    """A file's JSON object. Raises ValueError, with the file's name, for what is not one."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
+    return own_file(folder, name) if os.path.lexists(folder / name) else None
 
 
 def _refuse_unknown(where, entry, known: set[str], required=()) -> None:
@@ -427,9 +459,35 @@ def _refuse_unknown(where, entry, known: set[str], required=()) -> None:
 
 
 def _number(where: str, value) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e300 < value < 1e300:
         raise ValueError(f"{where}: a figure must be a finite number, got {value!r}")
     return value
+
+
+def _text(where: str, value, may_be_empty: bool = False) -> str:
+    """A string of a file, in one line."""
+    if not isinstance(value, str) or not (may_be_empty or _line(value)):
+        raise ValueError(f"{where}: wanted text, got {value!r}")
+    return _line(value)
+
+
+def _line(text: str) -> str:
+    """Text in one line that can be shown: a line break would begin a heading, a table, or the end of the metadata."""
+    text = re.sub(r"\\\r?\n", " ", text)  # a command that goes on in the next line
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _inline(text: str) -> str:
+    """A line as Markdown that shows just this: no cell, code, HTML or link of its own."""
+    text = re.sub(r"[\\`|]", r"\\\g<0>", text).replace("<", "&lt;")
+    return re.sub(r"(\]|!)(?=[\[(])", r"\1\\", text)
+
+
+def _code(text: str) -> str:
+    """A line as a span of code, whatever backticks it holds."""
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{space}{text}{space}{fence}"
 
 
 def _format(value: float) -> str:

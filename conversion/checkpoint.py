@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -21,8 +22,10 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from modeling_deltanet import DeltaNetConfig, DeltaNetForCausalLM
 
+from .files import INDEX, check_named_files, own_file, read_index, read_json
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FACTS = "conversion.json"  # what a converted model came from and went through, which its card tells
 # What travels unchanged to the converted folder.
 TOKENIZER_FILES = (
@@ -60,12 +63,11 @@ class Checkpoint:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         config_file = self.folder / CONFIG
-        if not config_file.is_file():
+        if not os.path.lexists(config_file):
             raise ValueError(f"{self.folder} is no checkpoint: it has no {CONFIG}")
-        try:
-            self.config: dict = json.loads(config_file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{config_file} is not JSON: {error}") from error
+        self.config = read_json(own_file(self.folder, CONFIG))
+        if (weights := self.config.get("transformers_weights")) not in (None, WEIGHTS, INDEX):
+            raise ValueError(f"{config_file} has transformers_weights: {weights!r}; only {WEIGHTS} or {INDEX} is read")
         self.tensors: dict[str, TensorInfo] = {}
         for file in self._weight_files():
             with _opened(file) as weights:
@@ -73,27 +75,33 @@ class Checkpoint:
                     slice_ = weights.get_slice(name)
                     self.tensors[name] = TensorInfo(file, tuple(slice_.get_shape()), slice_.get_dtype())
         self._check_index()
+        layers = self.config.get("num_hidden_layers")
+        if isinstance(layers, int) and layers > len(self.tensors):  # before so many layers are made, to be compared
+            raise ValueError(f"{config_file} has {layers} layers; the files hold {len(self.tensors)} tensors")
+        dtype = self.config.get("dtype") or self.config.get("torch_dtype")
+        if dtype is not None and not (
+            isinstance(dtype, str) and isinstance(getattr(torch, dtype.removeprefix("torch."), None), torch.dtype)
+        ):
+            raise ValueError(f"{config_file} has dtype {dtype!r}, which is none of torch's")
 
     def _weight_files(self) -> list[Path]:
-        if (self.folder / INDEX).is_file():
+        if os.path.lexists(self.folder / INDEX):
             names = sorted(set(self._index().values()))
-        elif (self.folder / WEIGHTS).is_file():
+        elif os.path.lexists(self.folder / WEIGHTS):
             names = [WEIGHTS]
         else:
             found = sorted(p.name for pattern in ("*.bin", "*.pt", "*.safetensors") for p in self.folder.glob(pattern))
             raise ValueError(
                 f"{self.folder} has neither {WEIGHTS} nor {INDEX}; it has {', '.join(found) or 'no weights'}"
             )
-        missing = [name for name in names if not (self.folder / name).is_file()]
-        if missing:
-            raise ValueError(f"{self.folder / INDEX} names files that are not there: {', '.join(missing)}")
-        return [self.folder / name for name in names]
+        return [own_file(self.folder, name) for name in names]
 
     def _index(self) -> dict[str, str]:
-        return json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        return read_index(own_file(self.folder, INDEX))
 
     def _check_index(self) -> None:
-        missing = sorted(set(self._index()) - set(self.tensors)) if (self.folder / INDEX).is_file() else []
+        has_index = os.path.lexists(self.folder / INDEX)
+        missing = sorted(set(self._index()) - set(self.tensors)) if has_index else []
         if missing:
             raise ValueError(f"{self.folder / INDEX} names tensors that its files do not hold: {', '.join(missing)}")
 
@@ -108,6 +116,15 @@ class Checkpoint:
 
 
 @contextmanager
+def reads_config():
+    """Errors of a configuration that is made from a file's fields, with the file's name."""
+    try:
+        yield
+    except (ValueError, StrictDataclassError) as error:
+        raise ValueError(f"config.json: {error}") from error
+
+
+@contextmanager
 def _opened(file: Path):
     try:
         weights = safe_open(file, framework="pt")
@@ -118,13 +135,20 @@ def _opened(file: Path):
 
 
 def fetch(source: str | Path, revision: str | None = None) -> Path:
-    """A folder with the checkpoint: `source` itself where it is one, otherwise the Hub's repository of that name."""
+    """A folder with the checkpoint: `source` itself where it is one, otherwise the Hub's repository of that name.
+
+    Raises:
+        ValueError: a `revision` of a local folder, or files that name others outside the folder.
+    """
     if Path(source).is_dir():
         if revision is not None:
             raise ValueError(f"revision {revision!r} was given, but {source} is a local folder")
-        return Path(source)
-    patterns = [CONFIG, "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
-    return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
+        folder = Path(source)
+    else:
+        patterns = [CONFIG, "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
+        folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
+    check_named_files(folder)
+    return folder
 
 
 @contextmanager
@@ -167,6 +191,7 @@ def convert(
     written beside the weights, for the model card.
     """
     check_outputs(source, outputs, expected, unread)
+    tokenizer_files(source.folder)  # what may not travel is refused before anything is written
     with new_folder(target) as folder:
         write_checkpoint(folder, source, outputs, config, dtype, max_shard_size)
         compare(source, outputs, Checkpoint(folder), dtype)
@@ -175,9 +200,16 @@ def convert(
 
 
 def expected_tensors(config: DeltaNetConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in a checkpoint of this configuration."""
-    with torch.device("meta"):
-        model = DeltaNetForCausalLM(config)
+    """Name and shape of every tensor in a checkpoint of this configuration.
+
+    Raises:
+        ValueError: sizes that no tensor can have.
+    """
+    try:
+        with torch.device("meta"):
+            model = DeltaNetForCausalLM(config)
+    except (RuntimeError, TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"config.json describes a model that cannot be built: {error}") from error
     return {
         name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in unread_head(config)
     }
@@ -321,7 +353,12 @@ def _name_shards(folder: Path, shards: list[list[str]], total_size: int) -> None
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """The files beside the weights that a converted model goes on using."""
-    for pattern in TOKENIZER_FILES:
-        for file in source.glob(pattern):
-            shutil.copy(file, target / file.name)
+    """Copy the files beside the weights that a converted model goes on using."""
+    for file in tokenizer_files(source):
+        shutil.copy(file, target / file.name)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The tokenizer's files and the generation config. Raises ValueError for a link that leads out of the folder."""
+    found = sorted({file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)})
+    return [own_file(folder, file.name) for file in found if not file.is_dir()]

@@ -14,7 +14,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from modeling_deltanet import DeltaNetConfig
 
-from .checkpoint import Checkpoint, Output, convert, expected_tensors, unread_head
+from .checkpoint import Checkpoint, Output, convert, expected_tensors, reads_config, unread_head
 
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,8 @@ def convert_to_fla(
     checkpoint = Checkpoint(source)
     if checkpoint.config.get("model_type") != DeltaNetConfig.model_type:
         raise ValueError(f"{source} holds model_type {checkpoint.config.get('model_type')!r}, not 'deltanet'")
-    config = DeltaNetConfig.from_dict(checkpoint.config)
+    with reads_config():
+        config = DeltaNetConfig.from_dict(checkpoint.config)
     theirs = config_to_fla(config)
     expected = expected_tensors(config)
     outputs = [Output(fla_name(name), (name,)) for name in expected]
@@ -158,6 +159,7 @@ def config_from_fla(theirs: dict, tensor_names=()) -> DeltaNetConfig:
         if name in FIXED and value != FIXED[name]:
             raise ValueError(f"config.json has {name}: {value!r}; only {FIXED[name]!r} can be converted")
 
+    _check_numbers(theirs)
     fields = {ours: theirs.get(name, default) for ours, name, default in FIELDS}
     hidden_size, heads = fields["hidden_size"], fields["linear_num_key_heads"]
     fields["linear_key_head_dim"] = round(hidden_size * theirs.get("expand_k", 1.0)) // heads
@@ -176,20 +178,50 @@ def config_from_fla(theirs: dict, tensor_names=()) -> DeltaNetConfig:
             "the softmax layers' q and k norms have fla's epsilon of 1e-5 there and norm_eps (%s) here",
             fields["rms_norm_eps"],
         )
-    return DeltaNetConfig(architectures=["DeltaNetForCausalLM"], **fields)
+    with reads_config():
+        return DeltaNetConfig(architectures=["DeltaNetForCausalLM"], **fields)
+
+
+# What the other fields are computed from. DeltaNetConfig looks at those that are only handed on.
+WHOLE_NUMBERS = {"hidden_size": 2**31, "num_hidden_layers": 1_000_000, "num_heads": 2**31}
+RATIOS = ("expand_k", "expand_v", "hidden_ratio")
+
+
+def _check_numbers(theirs: dict) -> None:
+    for name, limit in WHOLE_NUMBERS.items():
+        value = theirs.get(name, 1)
+        if type(value) is not int or not 0 < value < limit:
+            raise ValueError(f"config.json has {name}: {value!r}; wanted a number from 1 to {limit - 1}")
+    for name in RATIOS:
+        value = theirs.get(name, 1)
+        if not (name == "hidden_ratio" and value is None) and (
+            type(value) not in (int, float) or not 0 < value < 2**31
+        ):
+            raise ValueError(f"config.json has {name}: {value!r}; wanted a number greater than 0")
+
+
+def _check_attn(spec) -> None:
+    """A specification of softmax layers, with the fields that are needed, of the right type."""
+    if not isinstance(spec, dict):
+        raise ValueError(f"attn must describe softmax layers by {', '.join(sorted(ATTN_FIELDS))}, got {spec!r}")
+    if unknown := sorted(spec.keys() - ATTN_FIELDS):
+        raise ValueError(f"attn has unknown fields {', '.join(unknown)}; known are {', '.join(sorted(ATTN_FIELDS))}")
+    layers, theta = spec.get("layers"), spec.get("rope_theta")
+    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+        raise ValueError(f"attn has layers: {layers!r}; wanted a list of numbers")
+    if type(spec.get("num_heads")) is not int:
+        raise ValueError(f"attn has num_heads: {spec.get('num_heads')!r}; wanted a number")
+    if theta is not None and (type(theta) not in (int, float) or not abs(theta) < 1e300):
+        raise ValueError(f"attn has rope_theta: {theta!r}; wanted a number")
 
 
 def _softmax_fields(attn: dict | list | None, num_hidden_layers: int) -> dict:
     """Our fields for fla's `attn`: None, or one specification of softmax layers, or a list of them."""
-    specs = [] if attn is None else [attn] if isinstance(attn, dict) else attn
+    specs = [] if attn is None else attn if isinstance(attn, list) else [attn]
     layer_types = ["linear_attention"] * num_hidden_layers
     shared: dict = {}
     for spec in specs:
-        unknown = sorted(spec.keys() - ATTN_FIELDS)
-        if unknown:
-            raise ValueError(
-                f"attn has unknown fields {', '.join(unknown)}; known are {', '.join(sorted(ATTN_FIELDS))}"
-            )
+        _check_attn(spec)
         window = spec.get("window_size")
         for layer in spec["layers"]:
             if not 0 <= layer < num_hidden_layers:

@@ -7,6 +7,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_
 
 import modeling_deltanet  # noqa: F401  makes `model_type: deltanet` known to the Auto classes
 
+from .files import check_named_files
+
 
 def generate_text(
     source: str | Path,
@@ -28,8 +30,10 @@ def generate_text(
     Returns `prompt`, `text` (what was added) and `tokens` (how many those are).
 
     Raises:
-        ValueError: the prompt has no token.
+        ValueError: the prompt has no token, or files name others outside their folder.
     """
+    if Path(source).is_dir():
+        check_named_files(Path(source))
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     model = AutoModelForCausalLM.from_pretrained(source, revision=revision)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

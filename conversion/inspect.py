@@ -1,6 +1,5 @@
 """What a checkpoint is, told from its config and the headers of its files; no weight is read or downloaded."""
 
-import json
 import math
 from pathlib import Path
 
@@ -8,7 +7,8 @@ from huggingface_hub import get_safetensors_metadata, hf_hub_download
 
 from modeling_deltanet import DeltaNetConfig
 
-from .checkpoint import CONFIG, Checkpoint
+from .checkpoint import CONFIG, Checkpoint, reads_config
+from .files import read_json
 from .fla import config_from_fla
 from .llama import TEACHERS, config_from_llama
 
@@ -37,7 +37,7 @@ def inspect_checkpoint(source: str | Path, revision: str | None = None) -> dict:
         raw, names = checkpoint.config, checkpoint.tensors
         tensors = [(info.dtype, info.shape) for info in checkpoint.tensors.values()]
     else:
-        raw = json.loads(Path(hf_hub_download(str(source), CONFIG, revision=revision)).read_text(encoding="utf-8"))
+        raw = read_json(hf_hub_download(str(source), CONFIG, revision=revision))
         files = get_safetensors_metadata(str(source), revision=revision).files_metadata.values()
         names = {name for file in files for name in file.tensors}
         tensors = [(tensor.dtype, tuple(tensor.shape)) for file in files for tensor in file.tensors.values()]
@@ -46,6 +46,10 @@ def inspect_checkpoint(source: str | Path, revision: str | None = None) -> dict:
     parameters: dict[str, int] = {}
     for dtype, shape in tensors:
         parameters[dtype] = parameters.get(dtype, 0) + math.prod(shape)
+    if unknown := sorted(parameters.keys() - BYTES.keys()):
+        raise ValueError(f"{source} holds tensors of {', '.join(unknown)}; known are {', '.join(BYTES)}")
+    if not parameters:
+        raise ValueError(f"{source} holds no tensor")
     element = BYTES[max(parameters, key=parameters.get)]
     counts = {t: config.layer_types.count(t) for t in dict.fromkeys(config.layer_types)}
     return {
@@ -79,7 +83,8 @@ def inspect_checkpoint(source: str | Path, revision: str | None = None) -> dict:
 def _our_config(raw: dict, tensor_names) -> DeltaNetConfig:
     model_type = raw.get("model_type")
     if model_type == DeltaNetConfig.model_type:
-        return DeltaNetConfig.from_dict(raw)
+        with reads_config():
+            return DeltaNetConfig.from_dict(raw)
     if model_type == "delta_net":
         return config_from_fla(raw, tensor_names)
     if model_type in TEACHERS:

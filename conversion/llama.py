@@ -20,7 +20,7 @@ from transformers import AutoConfig
 
 from modeling_deltanet import DeltaNetConfig
 
-from .checkpoint import Checkpoint, Output, convert, expected_tensors, unread_head
+from .checkpoint import Checkpoint, Output, convert, expected_tensors, reads_config, unread_head
 
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def config_from_llama(theirs: dict, keep: str = "0.25", linear_use_rope: bool = 
     model_type = theirs.get("model_type")
     if model_type not in TEACHERS:
         raise ValueError(f"model_type must be one of {', '.join(TEACHERS)}, got {model_type!r}")
-    teacher = AutoConfig.for_model(**theirs)
+    teacher = _teacher_config(model_type, theirs)
     heads, hidden_size = teacher.num_attention_heads, teacher.hidden_size
     head_dim = getattr(teacher, "head_dim", None) or hidden_size // heads
     qkv_bias = model_type == "qwen2" or getattr(teacher, "attention_bias", False)
@@ -120,46 +120,65 @@ def config_from_llama(theirs: dict, keep: str = "0.25", linear_use_rope: bool = 
     if teacher_types is None:
         slides = getattr(teacher, "sliding_window", None) is not None
         teacher_types = ["sliding_attention" if slides else "full_attention"] * teacher.num_hidden_layers
+    if len(teacher_types) != teacher.num_hidden_layers:
+        raise ValueError(
+            f"config.json has layer_types of {len(teacher_types)} layers, but num_hidden_layers {teacher.num_hidden_layers}"
+        )
     kept = choose_layers(keep, teacher.num_hidden_layers)
     layer_types = [t if i in kept else "linear_attention" for i, t in enumerate(teacher_types)]
     if out_bias and "linear_attention" in layer_types:
         raise ValueError(
             "the teacher's o_proj has a bias (attention_bias: True), which our linear layers cannot take over"
         )
-    return DeltaNetConfig(
-        architectures=["DeltaNetForCausalLM"],
-        vocab_size=teacher.vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=teacher.intermediate_size,
-        num_hidden_layers=teacher.num_hidden_layers,
-        layer_types=layer_types,
-        linear_num_key_heads=heads,
-        linear_num_value_heads=heads,
-        linear_key_head_dim=head_dim,
-        linear_value_head_dim=head_dim,
-        linear_conv_kernel_dim=CONV_SIZE,
-        linear_qk_activation="identity",
-        linear_attention_bias=qkv_bias,
-        linear_use_rope=linear_use_rope and "linear_attention" in layer_types,
-        num_attention_heads=heads,
-        num_key_value_heads=teacher.num_key_value_heads or heads,
-        head_dim=head_dim,
-        sliding_window=teacher.sliding_window if "sliding_attention" in layer_types else None,
-        rope_parameters=teacher.rope_parameters,
-        use_qk_norm=model_type == "qwen3",
-        attention_bias=qkv_bias,
-        attention_out_bias=out_bias,
-        attention_dropout=teacher.attention_dropout,
-        max_position_embeddings=teacher.max_position_embeddings,
-        hidden_act=teacher.hidden_act,
-        rms_norm_eps=teacher.rms_norm_eps,
-        initializer_range=teacher.initializer_range,
-        use_cache=teacher.use_cache,
-        tie_word_embeddings=teacher.tie_word_embeddings,
-        pad_token_id=teacher.pad_token_id,
-        bos_token_id=teacher.bos_token_id,
-        eos_token_id=teacher.eos_token_id,
-    )
+    with reads_config():
+        return DeltaNetConfig(
+            architectures=["DeltaNetForCausalLM"],
+            vocab_size=teacher.vocab_size,
+            hidden_size=hidden_size,
+            intermediate_size=teacher.intermediate_size,
+            num_hidden_layers=teacher.num_hidden_layers,
+            layer_types=layer_types,
+            linear_num_key_heads=heads,
+            linear_num_value_heads=heads,
+            linear_key_head_dim=head_dim,
+            linear_value_head_dim=head_dim,
+            linear_conv_kernel_dim=CONV_SIZE,
+            linear_qk_activation="identity",
+            linear_attention_bias=qkv_bias,
+            linear_use_rope=linear_use_rope and "linear_attention" in layer_types,
+            num_attention_heads=heads,
+            num_key_value_heads=teacher.num_key_value_heads or heads,
+            head_dim=head_dim,
+            sliding_window=teacher.sliding_window if "sliding_attention" in layer_types else None,
+            rope_parameters=teacher.rope_parameters,
+            use_qk_norm=model_type == "qwen3",
+            attention_bias=qkv_bias,
+            attention_out_bias=out_bias,
+            attention_dropout=teacher.attention_dropout,
+            max_position_embeddings=teacher.max_position_embeddings,
+            hidden_act=teacher.hidden_act,
+            rms_norm_eps=teacher.rms_norm_eps,
+            initializer_range=teacher.initializer_range,
+            use_cache=teacher.use_cache,
+            tie_word_embeddings=teacher.tie_word_embeddings,
+            pad_token_id=teacher.pad_token_id,
+            bos_token_id=teacher.bos_token_id,
+            eos_token_id=teacher.eos_token_id,
+        )
+
+
+def _teacher_config(model_type: str, theirs: dict):
+    """Transformers' configuration of the teacher, with the fields that are computed with in order."""
+    try:
+        teacher = AutoConfig.for_model(**theirs)
+    except Exception as error:  # noqa: BLE001 (a wrong type is found wherever Transformers first computes with it)
+        raise ValueError(f"config.json is not that of a {model_type}: {error}") from error
+    for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "head_dim"):
+        value = getattr(teacher, name, None)
+        optional = value is None and name in ("num_key_value_heads", "head_dim")
+        if not optional and (type(value) is not int or not 0 < value < 2**31):
+            raise ValueError(f"config.json has {name}: {value!r}; wanted a number of at least 1")
+    return teacher
 
 
 def _start_of_mixer(config: DeltaNetConfig, layer: str, qk_norm: bool) -> list[Output]:

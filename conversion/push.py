@@ -12,6 +12,7 @@ A commit that fails is not sent again: the branch is read, and if the commit has
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,10 +20,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    StrictDataclassError,
+)
 from huggingface_hub.utils import validate_repo_id
 
-from .card import card_problems, read_json
+from .card import card_problems
+from .files import check_named_files, is_hub_id, read_json, why_foreign
 from .scan import Problem, scan
 
 
@@ -138,7 +145,10 @@ def prepare(folder: str | os.PathLike, repo_id: str, *, base_model: str | None =
     if base_model is not None and not is_adapter:
         raise ValueError(f"{folder} is not an adapter: base_model ({base_model!r}) belongs into its card")
 
-    sources, left_out, problems = _collect(folder)
+    sources, left_out, problems, foreign = _collect(folder)
+    if foreign:  # nothing of them is read, not even to look for more
+        raise PushRefused(folder, problems + foreign)
+    check_named_files(folder)
     base = None
     if is_adapter:
         sources, base = _with_base(folder, sources, base_model)
@@ -150,6 +160,7 @@ def prepare(folder: str | os.PathLike, repo_id: str, *, base_model: str | None =
     if not any(name.endswith(".safetensors") for name in sources):
         problems.append(Problem("*.safetensors", None, "missing: there are no weights"))
 
+    problems += _foreign_code(folder, sources)
     problems += scan(sources)
     if "README.md" in sources:
         card = (folder / "README.md").read_text(encoding="utf-8")
@@ -166,10 +177,14 @@ def prepare(folder: str | os.PathLike, repo_id: str, *, base_model: str | None =
     return Plan(repo_id, "adapter" if is_adapter else "model", files, left_out, loaded)
 
 
-def _collect(folder: Path) -> tuple[dict[str, Path | bytes], dict[str, str], list[Problem]]:
-    """The files to send, what is left out and why, and what is there but must not be."""
-    sources, left_out, problems = {}, {}, []
-    for path, folders, names in os.walk(folder):
+def _collect(folder: Path) -> tuple[dict[str, Path | bytes], dict[str, str], list[Problem], list[Problem]]:
+    """The files to send, what is left out and why, what is there but must not be, and what may not even be read."""
+    sources, left_out, problems, foreign = {}, {}, [], []
+
+    def unreadable(error: OSError):
+        foreign.append(Problem(Path(error.filename).relative_to(folder).as_posix(), None, f"{error.strerror}"))
+
+    for path, folders, names in os.walk(folder, onerror=unreadable):
         for name in sorted(folders):
             inside = Path(path, name)
             reason = (
@@ -186,7 +201,9 @@ def _collect(folder: Path) -> tuple[dict[str, Path | bytes], dict[str, str], lis
         for name in sorted(names):
             inside = Path(path, name)
             relative = inside.relative_to(folder).as_posix()
-            if name in LEFT_OUT or name.startswith("rng_state"):
+            if not relative.isprintable():
+                foreign.append(Problem(ascii(relative), None, "a name that cannot be shown"))
+            elif name in LEFT_OUT or name.startswith("rng_state"):
                 left_out[relative] = LEFT_OUT.get(name, "training state")
             elif name.startswith(".") and not name.startswith((".env", ".netrc", ".npmrc", ".pypirc")):
                 left_out[relative] = "hidden"
@@ -194,9 +211,11 @@ def _collect(folder: Path) -> tuple[dict[str, Path | bytes], dict[str, str], lis
                 problems.append(
                     Problem(relative, None, "a pickle, which can run code when it is loaded: use safetensors")
                 )
+            elif (reason := why_foreign(inside, folder)) is not None:
+                foreign.append(Problem(relative, None, reason))
             else:
                 sources[relative] = inside
-    return sources, left_out, problems
+    return sources, left_out, problems, foreign
 
 
 def _missing_code(folder: Path) -> dict[str, bytes]:
@@ -208,8 +227,8 @@ def _missing_code(folder: Path) -> dict[str, bytes]:
     stored = read_json(config_file)
     if stored.get("model_type") != "deltanet":
         raise ValueError(f"{config_file} is of model_type {stored.get('model_type')!r}, not 'deltanet'")
-    references = [str(reference) for reference in (stored.get("auto_map") or {}).values()]
-    if references and all((folder / f"{reference.split('.')[0]}.py").exists() for reference in references):
+    references = _references(config_file, stored)
+    if references and all(_module(reference, folder) for reference in references):
         return {}
 
     # Imported here: most folders have their code, and the command line should start without torch.
@@ -218,13 +237,17 @@ def _missing_code(folder: Path) -> dict[str, bytes]:
 
     import modeling_deltanet
 
-    architecture = (stored.get("architectures") or [None])[0]
+    architectures = stored.get("architectures")
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else None
     if architecture not in modeling_deltanet.__all__:
         raise ValueError(
-            f"{config_file} names {architecture!r} as its architecture, which is no model of this package"
+            f"{config_file} names {architectures!r} as its architectures, which is no model of this package"
         )
     modeling_deltanet.register_remote_code()
-    config = modeling_deltanet.DeltaNetConfig.from_pretrained(folder)
+    try:
+        config = modeling_deltanet.DeltaNetConfig.from_dict(stored)
+    except (ValueError, StrictDataclassError) as error:
+        raise ValueError(f"{config_file}: {error}") from error
     with torch.device("meta"):
         model = getattr(modeling_deltanet, architecture)(config)
     config.auto_map = None  # a reference to another repository's code gives way to the code that goes along
@@ -233,6 +256,33 @@ def _missing_code(folder: Path) -> dict[str, bytes]:
         custom_object_save(model, written, config=config)
         code = {path.name: path.read_bytes() for path in Path(written).glob("*.py")}
     return code | {"config.json": _as_json(stored | {"auto_map": config.auto_map})}
+
+
+def _references(file: Path, config: dict) -> list[str]:
+    """What the `auto_map` of a config file leads to: a class, or several for a tokenizer."""
+    auto_map = config.get("auto_map") or {}
+    values = list(auto_map.values()) if isinstance(auto_map, dict) else [auto_map]
+    references = [x for value in values for x in (value if isinstance(value, list) else [value]) if x is not None]
+    if not isinstance(auto_map, dict) or not all(isinstance(reference, str) for reference in references):
+        raise ValueError(f"{file} has auto_map {auto_map!r}, which does not name classes")
+    return references
+
+
+def _module(reference: str, folder: Path) -> Path | None:
+    """The code file in the folder that a reference (`file.Class`) leads to. None for other repositories' and for paths."""
+    match = re.fullmatch(r"(\w+)\.\w+", reference)
+    return folder / f"{match[1]}.py" if match and (folder / f"{match[1]}.py").is_file() else None
+
+
+def _foreign_code(folder: Path, sources: dict) -> list[Problem]:
+    """References to code that does not go along: it would be run when this folder is loaded, here and there."""
+    return [
+        Problem(name, None, f"auto_map leads to {reference!r}, not to code in this folder")
+        for name in ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+        if name in sources
+        for reference in _references(folder / name, read_json(folder / name))
+        if not _module(reference, folder)
+    ]
 
 
 def _with_base(folder: Path, sources: dict, base_model: str | None) -> tuple[dict, str]:
@@ -245,7 +295,7 @@ def _with_base(folder: Path, sources: dict, base_model: str | None) -> tuple[dic
 
 def _adapter_problems(base: str, sources: dict) -> list[Problem]:
     problems = []
-    if base.count("/") != 1 or base.startswith(("/", ".", "~")) or Path(base).exists():
+    if not is_hub_id(base):
         what = f"its base is {base!r}, which is no repository of the Hub (owner/name): give base_model (--base-model)"
         problems.append(Problem("adapter_config.json", None, what))
     if "config.json" in sources:

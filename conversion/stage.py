@@ -8,6 +8,7 @@ import dataclasses
 import glob
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from modeling_deltanet import DeltaNetConfig, DeltaNetForCausalLM
 
 from .checkpoint import FACTS, copy_tokenizer, fetch, new_folder
+from .files import own_file, read_json
 from .interrupt import SaveOnInterrupt
 from .text import blocks, load_text
 
@@ -133,7 +135,9 @@ class Stage:
     def _facts(self, student_folder: Path, name: str, summary: dict) -> dict:
         """What the student's `conversion.json` says, and this stage: nothing that names a local folder."""
         file = student_folder / FACTS
-        facts = json.loads(file.read_text()) if file.exists() else {"teacher": _public(self.teacher)}
+        facts = (
+            read_json(own_file(student_folder, FACTS)) if os.path.lexists(file) else {"teacher": _public(self.teacher)}
+        )
         local = ("teacher", "student", "output", "save_steps", "resumed")
         return facts | {name: {key: value for key, value in summary.items() if key not in local}}
 
@@ -194,7 +198,7 @@ def _public(source: str) -> str:
 
 def student_dtype(folder: Path) -> str:
     """The dtype that a checkpoint's config names."""
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(own_file(folder, "config.json"))
     return config.get("dtype") or config.get("torch_dtype") or "float32"
 
 

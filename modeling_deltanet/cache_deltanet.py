@@ -11,6 +11,7 @@ what a model has read.
 
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -274,26 +275,84 @@ def load_cache(file: str | os.PathLike, config, device: str | torch.device = "cp
     """Read a cache that `save_cache` wrote, ready to be passed to the model as `past_key_values` or `cache`.
 
     Raises:
-        ValueError: a file that is truncated, not a cache, or of a model with another `config`.
+        ValueError: a file that is truncated, not a cache, of a model with another `config`, or that holds anything other
+            than what such a model has after that many tokens: a tensor of another name, shape or dtype, or a value that
+            is not finite.
     """
+    if Path(file).exists() and not Path(file).is_file():
+        raise ValueError(f"{file} is not a file")
     try:
         with safe_open(file, framework="pt", device=str(device)) as f:
-            metadata = f.metadata() or {}
-            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (safe_open is no dict)
+            slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118 (safe_open is no dict)
+            tokens = _check_metadata(file, f.metadata() or {}, config)
+            _check_header(file, {name: (x.get_dtype(), x.get_shape()) for name, x in slices.items()}, config, tokens)
+            tensors = {name: f.get_tensor(name) for name in slices}
     except SafetensorError as error:
         raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
+    for name, x in tensors.items():
+        if not x.isfinite().all():
+            raise ValueError(f"{file}: {name} holds values that are not finite")
+    cache = prepare_cache(DynamicCache(config=config), config)
+    for i, layer in enumerate(cache.layers):
+        _restore(layer, {name.split(".")[1]: x for name, x in tensors.items() if name.startswith(f"{i}.")}, tokens)
+    return cache
+
+
+def _check_metadata(file, metadata: dict[str, str], config) -> int:
+    """How many tokens the cache has read, from a file of the right format and of a model of this `config`."""
     if metadata.get("format") != CACHE_FORMAT:
         raise ValueError(
             f"{file} is not a DeltaNet cache: its format is {metadata.get('format')!r}, not {CACHE_FORMAT!r}"
         )
-    if metadata["config"] != _fingerprint(config):
+    if metadata.get("config") != _fingerprint(config):
         raise ValueError(
-            f"{file} holds the cache of another model: {metadata['config']}, wanted {_fingerprint(config)}"
+            f"{file} holds the cache of another model: {metadata.get('config')}, wanted {_fingerprint(config)}"
         )
-    cache, tokens = prepare_cache(DynamicCache(config=config), config), int(metadata["tokens"])
-    for i, layer in enumerate(cache.layers):
-        _restore(layer, {name.split(".")[1]: x for name, x in tensors.items() if name.startswith(f"{i}.")}, tokens)
-    return cache
+    tokens = metadata.get("tokens", "")
+    if not re.fullmatch("[1-9][0-9]{0,17}", tokens):  # positions are int64
+        raise ValueError(f"{file}: tokens must be a number from 1 to 10^18, got {tokens[:40]!r}")
+    return int(tokens)
+
+
+def _check_header(file, header: dict[str, tuple[str, list[int]]], config, tokens: int) -> None:
+    """Refuse tensors that a model of this `config` does not have, or has otherwise, after so many `tokens`."""
+    wanted = _shapes(config, tokens)
+    missing, unknown = sorted(wanted.keys() - header.keys()), sorted(header.keys() - wanted.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"{file} must hold {', '.join(wanted)}; missing: {', '.join(missing) or 'none'}; "
+            f"unknown: {', '.join(unknown) or 'none'}"
+        )
+    batch = max([1, *header[next(iter(wanted))][1][:1]])
+    for name, shape in wanted.items():
+        dtype, got = header[name]
+        if got != [batch, *shape]:
+            raise ValueError(
+                f"{file}: {name} has shape {got}, wanted {[batch, *shape]} ({batch} sequences, {tokens} tokens)"
+            )
+        dtypes = ("F32", "F64") if name.endswith(".recurrent_state") else ("F32", "F64", "BF16", "F16")
+        if dtype not in dtypes:
+            raise ValueError(f"{file}: {name} has dtype {dtype}, wanted one of {', '.join(dtypes)}")
+
+
+def _shapes(config, tokens: int) -> dict[str, list[int]]:
+    """Name and shape, without the batch, of every tensor in the cache of a model that has read `tokens`."""
+    heads, key_dim, value_dim = (
+        config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim
+    )  # fmt: skip
+    shapes = {}
+    for i, layer_type in enumerate(config.layer_types):
+        if layer_type == "linear_attention":
+            if config.linear_conv_kernel_dim is not None:
+                channels = 2 * config.linear_num_key_heads * key_dim + heads * value_dim
+                shapes[f"{i}.conv_state"] = [channels, config.linear_conv_kernel_dim - 1]
+            shapes[f"{i}.recurrent_state"] = [heads, key_dim, value_dim]
+        else:
+            sliding = layer_type == "sliding_attention"
+            length = min(tokens, config.sliding_window - 1) if sliding else tokens
+            for name in ("keys", "values"):
+                shapes[f"{i}.{name}"] = [config.num_key_value_heads, length, config.head_dim]
+    return shapes
 
 
 def _fingerprint(config) -> str:

@@ -8,6 +8,7 @@ import difflib
 import os
 from typing import Any, Literal
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig
 from transformers.activations import ACT2FN
@@ -37,6 +38,19 @@ TRANSFORMERS_KEYS = {
 }  # fmt: skip
 
 FOREIGN = "_foreign_fields"  # the constructor's argument for what `from_dict` and `from_json_file` keep
+
+
+# What Transformers computes with when it reads a configuration, and does not check.
+INHERITED_TYPES = {
+    "architectures": (list,), "auto_map": (dict,), "dtype": (str, torch.dtype), "id2label": (dict,), "label2id": (dict,),
+    "num_labels": (int,), "partial_rotary_factor": (int, float), "per_layer_config": (dict,), "rope_scaling": (dict,),
+    "rope_theta": (int, float), "torch_dtype": (str, torch.dtype),
+}  # fmt: skip
+MAX_COUNT = 1_000_000  # of layers, or of labels, for each of which an object is made before anything else is looked at
+
+
+def _is_finite_number(x) -> bool:
+    return isinstance(x, int | float) and -1e300 < x < 1e300
 
 
 @strict
@@ -89,7 +103,7 @@ class DeltaNetConfig(PreTrainedConfig):
         head_dim (`int`, *optional*):
             Size of a softmax layer's head; `hidden_size // num_attention_heads` by default.
         sliding_window (`int`, *optional*):
-            Tokens that a sliding layer sees, itself included. Required with such layers, refused without.
+            Tokens that a sliding layer sees, itself included, at least 2. Required with such layers, refused without.
         rope_parameters (`dict`, *optional*):
             Rotary embedding of the softmax layers (and the linear ones, see `linear_use_rope`); theta 10000 by default, `{"rope_theta": None}` for none.
         use_qk_norm (`bool`, *optional*, defaults to `False`):
@@ -214,6 +228,7 @@ class DeltaNetConfig(PreTrainedConfig):
         # Before anything else: what reads these must not take them for fields.
         foreign = kwargs.pop(FOREIGN, {})
         self._refuse_unknown(kwargs)
+        self._check_inherited(kwargs)
         if self.intermediate_size is None:
             self.intermediate_size = 256 * -(-(self.hidden_size * 8 // 3) // 256)
         if self.layer_types is None:
@@ -242,6 +257,33 @@ class DeltaNetConfig(PreTrainedConfig):
         if not fields["auto_map"]:
             del fields["auto_map"]
         return fields
+
+    def _check_inherited(self, kwargs: dict) -> None:
+        """Refuse values of Transformers' fields that it would stumble over, as `num_labels` of any size or type."""
+        fields = {name: kwargs.get(name, vars(self).get(name)) for name in INHERITED_TYPES}
+        for name, types in INHERITED_TYPES.items():
+            if fields[name] is not None and (not isinstance(fields[name], types) or isinstance(fields[name], bool)):
+                wanted = " or ".join(t.__name__ for t in types)
+                raise ValueError(f"{name} must be {wanted}, got {fields[name]!r}")
+        for name in ("dtype", "torch_dtype"):
+            dtype = fields[name]
+            if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
+                raise ValueError(f"{name} must name a dtype of torch, got {dtype!r}")
+        if not 0 <= (fields["num_labels"] or 0) <= MAX_COUNT:
+            raise ValueError(f"num_labels must be from 0 to {MAX_COUNT}, got {fields['num_labels']}")
+        if not self.num_hidden_layers <= MAX_COUNT:
+            raise ValueError(f"num_hidden_layers must be at most {MAX_COUNT}, got {self.num_hidden_layers}")
+        quantization = kwargs.get("quantization_config")
+        if quantization is not None and not isinstance(quantization, dict) and not hasattr(quantization, "to_dict"):
+            raise ValueError(f"quantization_config must be dict, got {quantization!r}")
+        for name in kwargs:
+            if name.startswith("__") or name in ("_auto_class", "_post_init_done"):
+                raise ValueError(
+                    f"a configuration has no field {name!r}: Python or Transformers keeps something else there"
+                )
+        for key in fields["id2label"] or {}:
+            if not str(key).removeprefix("-").isdecimal():
+                raise ValueError(f"id2label must have numbers as keys, got {key!r}")
 
     def _divide(self, size: str, parts: str) -> int:
         """A head size that was not given, from the two fields that determine it."""
@@ -289,8 +331,14 @@ class DeltaNetConfig(PreTrainedConfig):
             "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim", "num_attention_heads",
             "num_key_value_heads", "head_dim",
         ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if not 1 <= getattr(self, name) < 2**31:
+                raise ValueError(f"{name} must be at least 1, and below 2^31, got {getattr(self, name)}")
+        for name, low, high in (
+            ("rms_norm_eps", 0, 1), ("initializer_range", 0, 1e9), ("attention_dropout", 0, 1),
+            ("max_position_embeddings", 1, 2**62), ("pad_token_id", -self.vocab_size, self.vocab_size - 1),
+        ):  # fmt: skip
+            if getattr(self, name) is not None and not low <= getattr(self, name) <= high:  # nor NaN
+                raise ValueError(f"{name} must be from {low} to {high}, got {getattr(self, name)}")
         for multiple, of in (
             ("linear_num_value_heads", "linear_num_key_heads"),
             ("num_attention_heads", "num_key_value_heads"),
@@ -313,8 +361,8 @@ class DeltaNetConfig(PreTrainedConfig):
             raise ValueError(
                 f"sliding_window is {self.sliding_window}, but no layer in layer_types is sliding_attention"
             )
-        if has_sliding_layers and self.sliding_window < 1:
-            raise ValueError(f"sliding_window must be at least 1, got {self.sliding_window}")
+        if has_sliding_layers and self.sliding_window < 2:  # for 1, Transformers' cache keeps everything ([-0:])
+            raise ValueError(f"sliding_window must be at least 2, got {self.sliding_window}")
         if self.linear_conv_kernel_dim is not None and self.linear_conv_kernel_dim < 2:
             raise ValueError(
                 f"linear_conv_kernel_dim must be at least 2, or None for no convolution, got {self.linear_conv_kernel_dim}"
@@ -352,9 +400,20 @@ class DeltaNetConfig(PreTrainedConfig):
             raise ValueError(f"head_dim ({self.head_dim}) must be even for the rotary embedding")
 
     def validate_rope(self):
-        """Part of `@strict` validation: Transformers' own checks, which an odd head without rotation need not pass."""
+        """Part of `@strict` validation: Transformers' own checks, which an odd head without rotation need not pass.
+        They warn of numbers that are none, and end in a KeyError where one is missing."""
+        for name, value in self.rope_parameters.items():
+            numbers = value if isinstance(value, list) else [value]
+            if name not in ("rope_type", "type") and not all(x is None or _is_finite_number(x) for x in numbers):
+                raise ValueError(f"rope_parameters must hold finite numbers, got {name} = {value!r}")
+        theta = self.rope_parameters.get("rope_theta")
+        if theta is not None and (isinstance(theta, list) or theta <= 0):
+            raise ValueError(f"rope_theta must be greater than 0, got {theta}")
         if self.uses_rope:
-            super().validate_rope()
+            try:
+                super().validate_rope()
+            except KeyError as error:
+                raise ValueError(error.args[0]) from error
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:

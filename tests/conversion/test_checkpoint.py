@@ -1,6 +1,7 @@
 """Broken input and a full disk: an error that names what is wrong, and no output left behind."""
 
 import json
+import os
 import resource
 
 import pytest
@@ -8,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import LINEAR, tiny_llama, tiny_model
 
-from deltanet_conversion import convert_checkpoint
-from deltanet_conversion.checkpoint import Checkpoint, new_folder
+from deltanet_conversion import convert_checkpoint, generate_text, inspect_checkpoint
+from deltanet_conversion.checkpoint import Checkpoint, fetch, new_folder
 
 
 @pytest.fixture
@@ -57,6 +58,93 @@ def test_an_index_that_names_more_than_the_files_hold(sharded):
     content["weight_map"]["model.extra.weight"] = next(iter(content["weight_map"].values()))
     index.write_text(json.dumps(content))
     refused(sharded, "model.extra.weight")
+
+
+@pytest.fixture
+def outside(tmp_path):
+    """A checkpoint beside the folder, whose files a name or a link in the folder may lead to."""
+    tiny_model(layer_types=[LINEAR] * 2).save_pretrained(tmp_path / "outside")
+    (tmp_path / "outside" / "tokenizer.1.0.json").write_text("{}")
+    return tmp_path / "outside"
+
+
+def names(folder, file, key, *values):
+    """Write the shards of `weight_map`, or whatever `key` holds, into one of the folder's files."""
+    content = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    content[key] = dict.fromkeys(content[key], *values) if key == "weight_map" else list(values)
+    (folder / file).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside/model.safetensors", "ABSOLUTE", "./model.safetensors", "a/../x.safetensors", "link.safetensors",
+             "linked/model.safetensors", "..", "", 3, None, ["model.safetensors"], "config.json"]
+)  # fmt: skip
+def test_an_index_that_leads_out_of_the_folder(sharded, outside, name):
+    """A folder from elsewhere would have any file of this machine converted, or loaded and compared."""
+    (sharded / "link.safetensors").symlink_to(outside / "model.safetensors")
+    (sharded / "linked").symlink_to(outside)
+    name = str(outside / "model.safetensors") if name == "ABSOLUTE" else name
+    names(sharded, "model.safetensors.index.json", "weight_map", name)
+    refused(sharded, "model.safetensors.index.json" if name != "link.safetensors" else "outside the folder", str(name))
+    for read in (inspect_checkpoint, fetch, lambda folder: generate_text(folder, "w1")):
+        with pytest.raises(ValueError, match="names|outside the folder"):
+            read(sharded)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "[" * 100_000, "{"])
+def test_an_index_of_another_form(sharded, content):
+    """A damaged index would end in a KeyError."""
+    (sharded / "model.safetensors.index.json").write_text(content)
+    refused(sharded, "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer_config.json", "generation_config.json"]
+)
+def test_a_link_out_of_the_folder(ours, outside, name):
+    """The file it leads to would be read, or copied into the converted folder, and published with that."""
+    (outside / "tokenizer_config.json").write_text("{}")
+    (ours / name).unlink(missing_ok=True)
+    (ours / name).symlink_to(outside / name)
+    refused(ours, str(ours / name), f"a link to {outside / name}, outside the folder")
+
+
+def test_the_hubs_cache_is_no_link_out_of_the_folder(ours, tmp_path):
+    """Whatever was downloaded is a link into the cache's blobs: nothing could be converted from the Hub."""
+    snapshot, blobs = tmp_path / "models--me--x" / "snapshots" / "1", tmp_path / "models--me--x" / "blobs"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (ours / "tokenizer.json").write_text("{}")
+    for i, file in enumerate(sorted(ours.iterdir())):
+        file.rename(blobs / str(i))
+        (snapshot / file.name).symlink_to(f"../../blobs/{i}")
+    convert_checkpoint(snapshot, tmp_path / "out", to="fla")
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+
+
+def test_other_names_that_lead_out_of_the_folder(ours, outside):
+    """A tokenizer would be read from elsewhere, and other weights than those that Transformers loads be converted."""
+    names(ours, "tokenizer_config.json", "fast_tokenizer_files", "../outside/tokenizer.1.0.json")
+    refused(ours, "tokenizer_config.json", "../outside/tokenizer.1.0.json")
+    with pytest.raises(ValueError, match="tokenizer_config.json names"):
+        generate_text(ours, "w1")
+    (ours / "tokenizer_config.json").unlink()
+    config = json.loads((ours / "config.json").read_text())
+    (ours / "config.json").write_text(json.dumps(config | {"transformers_weights": "../outside/model.safetensors"}))
+    refused(ours, "transformers_weights", "../outside/model.safetensors")
+
+
+def test_a_pipe_is_not_waited_for(ours):
+    """The command would hang for ever."""
+    (ours / "config.json").unlink()
+    os.mkfifo(ours / "config.json")
+    refused(ours, "config.json", "neither a file nor a link to one")
+
+
+def test_a_folder_beside_the_tokenizer_is_left_alone(ours):
+    """A subfolder that is named like a tokenizer's file would stop the conversion."""
+    (ours / "tokenizer").mkdir()
+    convert_checkpoint(ours, ours.parent / "out", to="fla")
 
 
 @pytest.mark.parametrize("change", ["missing", "unknown", "another shape"])

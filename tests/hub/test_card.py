@@ -165,6 +165,19 @@ def test_the_evaluation_harness_is_read(folder):
 
 
 @pytest.mark.parametrize(
+    "name", ["config.json", "conversion.json", "evaluation.json", "trainer_state.json", "adapter_config.json",
+             "model.safetensors", "other.safetensors"]
+)  # fmt: skip
+def test_a_link_out_of_the_folder_is_not_read(folder, tmp_path, name):
+    """A folder from elsewhere would have facts of this machine told on a public page."""
+    write(tmp_path, "outside.json", {"teacher": "a secret", "command": "a secret"})
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "outside.json")
+    with pytest.raises(ValueError, match=f"{name} is refused: a link to .*outside.json, outside the folder"):
+        make_card(folder, REPO)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"command": None}, 'no "command"'),

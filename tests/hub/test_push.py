@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import pytest
 import torch
 import typer
 from folders import REPO, add_card, client, write_checkpoint
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, snapshot_download
 from loopback import TOKEN
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from deltanet_conversion.card import make_card
 from deltanet_conversion.cli_publish import register
 from deltanet_conversion.push import (
     HubFailure,
@@ -23,6 +25,7 @@ from deltanet_conversion.push import (
     VerificationFailed,
     _collect,
     _content,
+    _missing_code,
     prepare,
     preview,
     publish,
@@ -387,13 +390,160 @@ def test_pickles_and_leftovers_of_training_do_not_travel(folder):
     for name in ("training_args.bin", "optimizer.pt", "rng_state_0.pth", ".DS_Store"):
         (folder / name).write_bytes(b"x")
     write_checkpoint(folder / "merged")
-    _, left_out, problems = _collect(folder)
-    assert not problems
+    _, left_out, problems, foreign = _collect(folder)
+    assert not problems and not foreign
     assert set(left_out) == {"training_args.bin", "optimizer.pt", "rng_state_0.pth", ".DS_Store", "merged/"}
     (folder / "pytorch_model.bin").write_bytes(b"x")
     assert problems_of(folder) == [
         "pytorch_model.bin: a pickle, which can run code when it is loaded: use safetensors"
     ]
+
+
+@pytest.fixture
+def outside(tmp_path) -> Path:
+    """A file of this machine that nobody else should see."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "passwords.txt").write_text("secret")
+    return tmp_path / "outside" / "passwords.txt"
+
+
+def test_a_link_out_of_the_folder_is_refused(folder, outside):
+    """A folder from elsewhere, with a link in it, would publish any file of whoever pushes it."""
+    (folder / "link.txt").symlink_to(outside)
+    (folder / "chain.txt").symlink_to("link.txt")
+    (folder / "up.txt").symlink_to(Path("..", "outside", "passwords.txt"))
+    (folder / "there_and_back.txt").symlink_to(Path("..", "folder", "config.json"))
+    (folder / "nowhere.txt").symlink_to("gone")
+    (folder / "loop.txt").symlink_to("pool.txt")
+    (folder / "pool.txt").symlink_to("loop.txt")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config").write_text("x")
+    (folder / "git.txt").symlink_to(Path(".git", "config"))
+    (folder / "notes").mkdir()
+    (folder / "notes" / "link.txt").symlink_to(outside)
+    (folder / "elsewhere").symlink_to(outside.parent)
+    outward = f"a link to {outside}, outside the folder"
+    assert sorted(problems_of(folder)) == [
+        f"chain.txt: {outward}",
+        f"git.txt: a link to the hidden {folder / '.git' / 'config'}",
+        f"link.txt: {outward}",
+        "loop.txt: a link that leads nowhere",
+        f"notes/link.txt: {outward}",
+        "nowhere.txt: a link that leads nowhere",
+        "pool.txt: a link that leads nowhere",
+        f"up.txt: {outward}",
+    ]
+    assert _collect(folder)[1]["elsewhere/"] == "a link to another folder"
+
+
+@pytest.mark.parametrize("name", ["config.json", "README.md", "model.safetensors", "tokenizer_config.json"])
+def test_no_link_is_read_either(folder, outside, name):
+    """What the error says, or how long it takes, would tell about the file that the link leads to."""
+    (folder / name).unlink()
+    (folder / name).symlink_to(outside)
+    assert problems_of(folder) == [f"{name}: a link to {outside}, outside the folder"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "pipe.txt", "tokenizer_config.json", "config.json"])
+def test_a_pipe_is_refused_and_not_waited_for(folder, name):
+    """The push would hang for ever."""
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    assert problems_of(folder) == [f"{name}: neither a file nor a link to one"]
+
+
+def test_a_name_that_cannot_be_shown_is_refused(folder):
+    """A list of files with a line break, or with bytes that are no text, in one of them would be misread."""
+    (folder / "a\nb.txt").write_text("x")
+    Path(os.fsdecode(bytes(folder) + b"/\xff.txt")).write_text("x")
+    assert problems_of(folder) == [
+        "'a\\nb.txt': a name that cannot be shown",
+        "'\\udcff.txt': a name that cannot be shown",
+    ]
+
+
+def test_a_snapshot_of_the_hubs_cache_can_be_published(hub, plan, tmp_path):
+    """What was downloaded consists of links into the cache's blobs: nobody could publish a copy of it."""
+    publish(plan)
+    snapshot = Path(snapshot_download(REPO, cache_dir=tmp_path / "cache", endpoint=hub.endpoint))
+    assert (snapshot / "config.json").is_symlink()
+    assert set(_collect(snapshot)[0]) == set(plan.files)
+    (tmp_path / "short").symlink_to(snapshot)
+    again = prepare(tmp_path / "short", REPO)
+    assert {name: x.sha256 for name, x in again.files.items()} == {name: x.sha256 for name, x in plan.files.items()}
+
+
+def test_only_this_caches_blobs_are_its_own(folder, outside, tmp_path):
+    """A folder that calls itself a snapshot could bring a link to somebody's files as its blobs."""
+    for cache in ("models--me--x", "models--me--y", "no-cache"):
+        (tmp_path / cache / "snapshots").mkdir(parents=True)
+        (tmp_path / cache / "blobs").mkdir()
+        (tmp_path / cache / "blobs" / "1").write_text("x")
+    snapshot = shutil.move(folder, tmp_path / "models--me--x" / "snapshots" / "1")
+    (snapshot / "own.txt").symlink_to(Path("..", "..", "blobs", "1"))
+    (snapshot / "other.txt").symlink_to(tmp_path / "models--me--y" / "blobs" / "1")
+    assert [str(p).split(":")[0] for p in _collect(snapshot)[3]] == ["other.txt"]
+    (tmp_path / "models--me--x" / "blobs" / "1").unlink()
+    (tmp_path / "models--me--x" / "blobs" / "1").symlink_to(outside)
+    assert [str(p).split(":")[0] for p in _collect(snapshot)[3]] == ["other.txt", "own.txt"]
+    shutil.rmtree(tmp_path / "models--me--x" / "blobs")
+    (tmp_path / "models--me--x" / "blobs").symlink_to(outside.parent)
+    (snapshot / "passwords.txt").symlink_to(Path("..", "..", "blobs", "passwords.txt"))
+    assert "passwords.txt" in {p.file for p in _collect(snapshot)[3]}
+    moved = shutil.move(snapshot, tmp_path / "no-cache" / "snapshots" / "1")
+    assert {p.file for p in _collect(moved)[3]} == {"other.txt", "own.txt", "passwords.txt"}
+
+
+def test_code_of_other_repositories_is_not_run(folder):
+    """Loading the folder, here and by everybody after, would run code that is not in it and can change any day."""
+    for reference in ("../../x--tokenization.Tokenizer", "them/theirs--tokenization.Tokenizer", "../x.Tokenizer"):
+        (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": [reference, None]}}))
+        [problem] = problems_of(folder)
+        assert problem == f"tokenizer_config.json: auto_map leads to {reference!r}, not to code in this folder"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": [{}]}}))
+    with pytest.raises(ValueError, match="tokenizer_config.json has auto_map .*does not name classes"):
+        prepare(folder, REPO)
+
+
+@pytest.mark.parametrize(
+    "reference", ["../../x--mod.Class", "them/theirs--mod.Class", "them--mod.Class", "../mod.Class"]
+)
+def test_another_repositorys_model_code_gives_way_to_ours(folder, reference):
+    """A file that is named like another repository's code would make the push run that repository's code."""
+    (folder / "them--mod.py").write_text("class Class: pass")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": reference}}))
+    code = _missing_code(folder)
+    assert set(code) == CODE | {"config.json"}
+    assert (
+        json.loads(code["config.json"])["auto_map"]["AutoModelForCausalLM"] == "modeling_deltanet.DeltaNetForCausalLM"
+    )
+    for auto_map in (["modeling_deltanet.DeltaNetForCausalLM"], {"AutoConfig": 3}, "x"):
+        (folder / "config.json").write_text(json.dumps(config | {"auto_map": auto_map}))
+        with pytest.raises(ValueError, match="config.json has auto_map .*does not name classes"):
+            _missing_code(folder)
+
+
+def test_names_in_files_do_not_lead_out_of_the_folder(folder, outside):
+    """The push would load weights or a tokenizer from elsewhere on this machine, and publish a folder without them."""
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": "../outside/x.safetensors"}}))
+    with pytest.raises(ValueError, match="index.json names '../outside/x.safetensors'"):
+        prepare(folder, REPO)
+    index.unlink()
+    (folder / "tokenizer_config.json").write_text('{"fast_tokenizer_files": ["../outside/tokenizer.1.0.json"]}')
+    with pytest.raises(ValueError, match="tokenizer_config.json names '../outside/tokenizer.1.0.json'"):
+        prepare(folder, REPO)
+
+
+@pytest.mark.parametrize("base", ["../x", "./x", "~/x", "owner/name/more", "a/b\nlicense: mit", "a/b)[x", 3, None])
+def test_a_base_that_is_no_repository_is_refused(tmp_path, base):
+    """A path, or Markdown of somebody else's choice, would stand as the base on the adapter's page."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"x")
+    assert any(p.startswith("adapter_config.json: its base is") for p in problems_of(tmp_path))
+    with pytest.raises(ValueError, match="no repository of the Hub"):
+        make_card(tmp_path, REPO)
 
 
 def test_what_is_no_deltanet_is_refused(tmp_path):

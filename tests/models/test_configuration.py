@@ -109,6 +109,7 @@ CONTRADICTIONS = {
         {"layer_types": [LINEAR, FULL], "sliding_window": 7}, ["sliding_window", "7", "sliding_attention"]
     ),
     "a window of nothing": ({"sliding_window": 0}, ["sliding_window", "0"]),
+    "a window of one token, which a cache would not keep to": ({"sliding_window": 1}, ["sliding_window", "2", "1"]),
     "a convolution of one tap": ({"linear_conv_kernel_dim": 1}, ["linear_conv_kernel_dim", "1"]),
     "sum norm with SiLU": ({"linear_qk_norm": "sum"}, ["linear_qk_norm", "sum", "linear_qk_activation", "silu"]),
     "sum norm with identity": (
