@@ -50,23 +50,44 @@ STEP_BLOCK_D, STEP_WARPS = 256, 2
 
 
 @triton.jit
+def _border(cu_seqlens, i, N, T):
+    """Border i; T for a border that there is not, so that no row stands at or after it."""
+    return tl.load(cu_seqlens + i, mask=(i >= 0) & (i <= N), other=T).to(tl.int64)
+
+
+@triton.jit
 def _find_sequence(cu_seqlens, t, i_b, T, N):
-    """(n, its first token, the token after its last) for the sequence n of row t."""
+    """(n, its first token, the token after its last) for the sequence n of row t.
+
+    Packed, rows may lie outside of all sequences: n is -1 or N there, and the "first token" T, beyond any row that is read.
+    """
     if cu_seqlens is not None:
-        # The last n with cu_seqlens[n] <= t (so never an empty sequence), by halving.
+        # The last n with cu_seqlens[n] <= t (so never an empty sequence), by halving; -1 if there is none. Counted from 1.
         i_n = t * 0
-        i_end = i_n + N
-        n = N
+        i_end = i_n + N + 2
+        n = N + 2
         while n > 0:
             i_mid = (i_n + i_end) // 2
-            left = tl.load(cu_seqlens + i_mid) > t
+            left = _border(cu_seqlens, i_mid - 1, N, 0) > t
             i_end = tl.where(left, i_mid, i_end)
             i_n = tl.where(left, i_n, i_mid)
             n = n // 2
-        bos, eos = tl.load(cu_seqlens + i_n).to(tl.int64), tl.load(cu_seqlens + i_n + 1).to(tl.int64)
+        i_n -= 1
+        bos = _border(cu_seqlens, tl.where(i_n < N, i_n, -1), N, T)
+        eos = _border(cu_seqlens, i_n + 1, N, T)
     else:
         i_n, bos, eos = i_b, i_b * 0, i_b * 0 + T
     return i_n, bos, eos
+
+
+@triton.jit
+def _rows_inside(cu_seqlens, N, T):
+    """The first row of the first sequence, and the row after the last of the last one."""
+    if cu_seqlens is not None:
+        first, end = tl.load(cu_seqlens).to(tl.int64), tl.load(cu_seqlens + N).to(tl.int64)
+    else:
+        first, end = tl.zeros([], tl.int64), tl.zeros([], tl.int64) + T
+    return first, end
 
 
 @triton.jit
@@ -79,38 +100,39 @@ def _weights(p_w, m_d, W: tl.constexpr):
 
 
 @triton.jit
-def _row(p, s_t, t, T, m_d):
-    """Row t of a [T, D] tensor as it was loaded, zeros outside it."""
-    return tl.load(p + t * s_t, mask=m_d & (t >= 0) & (t < T), other=0.0)
+def _row(p, s_t, t, first, end, m_d):
+    """Row t of a [T, D] tensor as it was loaded, zeros outside of first .. end - 1."""
+    return tl.load(p + t * s_t, mask=m_d & (t >= first) & (t < end), other=0.0)
 
 
 @triton.jit
-def _from_state(h, s_hn, o_h, i_n, j, m_d, W: tl.constexpr):
-    """The input j rows before sequence i_n in fp32 where m_d; zeros without a state."""
+def _from_state(h, s_hn, o_h, i_n, N, j, m_d, W: tl.constexpr):
+    """The input j rows before sequence i_n in fp32 where m_d; zeros without a state, or a sequence."""
     if h is not None:
-        b_x = tl.load(h + i_n * s_hn + o_h * (W - 1) + (W - 1 - j), mask=m_d, other=0.0).to(tl.float32)
+        m = m_d & (i_n >= 0) & (i_n < N)
+        b_x = tl.load(h + i_n * s_hn + o_h * (W - 1) + (W - 1 - j), mask=m, other=0.0).to(tl.float32)
     else:
         b_x = tl.zeros(o_h.shape, tl.float32)
     return b_x
 
 
 @triton.jit
-def _own(b_x, h, s_hn, o_h, i_n, t, bos, m_d, FIRST: tl.constexpr, W: tl.constexpr):
+def _own(b_x, h, s_hn, o_h, i_n, N, t, bos, m_d, FIRST: tl.constexpr, W: tl.constexpr):
     """(x_{t-FIRST}, ..., x_{t-W+1}) as given, but those before the sequence of row t from its state, or zeros."""
     b_own = ()
     for J in tl.static_range(FIRST, W):
-        b_h = _from_state(h, s_hn, o_h, i_n, J - (t - bos), m_d & (t - J < bos), W)
+        b_h = _from_state(h, s_hn, o_h, i_n, N, J - (t - bos), m_d & (t - J < bos), W)
         b_own += (tl.where(t - J >= bos, b_x[J - FIRST], b_h),)
     return b_own
 
 
 @triton.jit
-def _taps(p_x, s_xt, h, s_hn, o_h, i_n, t, bos, m_d, FIRST: tl.constexpr, W: tl.constexpr):
+def _taps(p_x, s_xt, h, s_hn, o_h, i_n, N, t, bos, m_d, FIRST: tl.constexpr, W: tl.constexpr):
     """(x_{t-FIRST}, ..., x_{t-W+1}) in fp32: from x within the sequence, from its state before."""
     b_x = ()
     for J in tl.static_range(FIRST, W):
         b_x += (tl.load(p_x + (t - J) * s_xt, mask=m_d & (t - J >= bos), other=0.0).to(tl.float32),)
-    return _own(b_x, h, s_hn, o_h, i_n, t, bos, m_d, FIRST, W)
+    return _own(b_x, h, s_hn, o_h, i_n, N, t, bos, m_d, FIRST, W)
 
 
 @triton.jit
@@ -139,10 +161,10 @@ def _dz(b_z, b_dy, SILU: tl.constexpr):
 
 
 @triton.jit
-def _dz_at(p_x, s_xt, p_dy, s_dyt, h, s_hn, o_h, i_n, t, bos, eos, m_d, b_w, W: tl.constexpr, SILU: tl.constexpr):
-    """dz of row t >= bos from memory alone, zeros from eos on."""
-    m = m_d & (t < eos)
-    b_z = _dot(b_w, _taps(p_x, s_xt, h, s_hn, o_h, i_n, t, bos, m, 0, W))
+def _dz_at(p_x, s_xt, p_dy, s_dyt, h, s_hn, o_h, i_n, N, t, bos, eos, m_d, b_w, W: tl.constexpr, SILU: tl.constexpr):
+    """dz of row t >= bos from memory alone, zeros from eos on and outside of all sequences."""
+    m = m_d & (t < eos) & (i_n >= 0) & (i_n < N)
+    b_z = _dot(b_w, _taps(p_x, s_xt, h, s_hn, o_h, i_n, N, t, bos, m, 0, W))
     return _dz(b_z, tl.load(p_dy + t * s_dyt, mask=m, other=0.0).to(tl.float32), SILU)
 
 
@@ -155,9 +177,11 @@ def _fwd_kernel(
     # constants
     W: tl.constexpr, SILU: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    i_d = tl.program_id(0)
-    i_b = tl.program_id(2).to(tl.int64)
-    n0, n1 = tl.cdiv(D0, BD), tl.cdiv(D1, BD)
+    # One axis, channels first: the others of a grid end at 65535
+    n0, n1, n2 = tl.cdiv(D0, BD), tl.cdiv(D1, BD), tl.cdiv(D2, BD)
+    i_d = tl.program_id(0) % (n0 + n1 + n2)
+    i_part = tl.program_id(0) // (n0 + n1 + n2)
+    i_b = (i_part // tl.cdiv(T, BT)).to(tl.int64)
     if i_d < n0:
         p_x, p_w, p_y, D, o_first, s_xt = x0 + i_b * s_x0b, w0, y0, D0, 0, s_x0t
     elif i_d < n0 + n1:
@@ -171,24 +195,25 @@ def _fwd_kernel(
     m_d = o_d < D
     o_h = o_first + o_d
     s_hn = ((D0 + D1 + D2) * (W - 1)).to(tl.int64)
-    t = (tl.program_id(1) * BT).to(tl.int64)
+    t = (i_part % tl.cdiv(T, BT)).to(tl.int64) * BT
     i_n, bos, eos = _find_sequence(cu_seqlens, t, i_b, T, N)
+    first, end = _rows_inside(cu_seqlens, N, T)
     p_x += o_d
     p_y += o_d
     b_w = _weights(p_w + o_d * W, m_d, W)
-    b_before = _taps(p_x, s_xt, h, s_hn, o_h, i_n, t, bos, m_d, 1, W)
+    b_before = _taps(p_x, s_xt, h, s_hn, o_h, i_n, N, t, bos, m_d, 1, W)
     for _ in range(0, BT, R):
         b_rows = ()
         for i in tl.static_range(R):
-            b_rows += (_row(p_x, s_xt, t + i, T, m_d),)
+            b_rows += (_row(p_x, s_xt, t + i, first, end, m_d),)
         for i in tl.static_range(R):
             if cu_seqlens is not None:
-                while (t + i >= eos) & (i_n < N - 1):  # another begins; empty ones are passed over
+                while (t + i >= eos) & (i_n < N):  # another begins; empty ones are passed over
                     i_n += 1
-                    eos = tl.load(cu_seqlens + i_n + 1).to(tl.int64)
+                    eos = _border(cu_seqlens, i_n + 1, N, T)
                     b_before = ()
                     for J in tl.static_range(1, W):
-                        b_before += (_from_state(h, s_hn, o_h, i_n, J, m_d, W),)
+                        b_before += (_from_state(h, s_hn, o_h, i_n, N, J, m_d, W),)
             b_x = (b_rows[i].to(tl.float32),) + b_before
             b_z = _dot(b_w, b_x)
             b_y = b_z * _sigmoid(b_z) if SILU else b_z
@@ -209,9 +234,11 @@ def _bwd_kernel(
     # constants
     W: tl.constexpr, SILU: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    i_d = tl.program_id(0)
-    i_b = tl.program_id(2).to(tl.int64)
-    n0, n1 = tl.cdiv(D0, BD), tl.cdiv(D1, BD)
+    # One axis, channels first: the others of a grid end at 65535
+    n0, n1, n2 = tl.cdiv(D0, BD), tl.cdiv(D1, BD), tl.cdiv(D2, BD)
+    i_d = tl.program_id(0) % (n0 + n1 + n2)
+    i_part = tl.program_id(0) // (n0 + n1 + n2)
+    i_b = (i_part // tl.cdiv(T, BT)).to(tl.int64)
     if i_d < n0:
         p_x, p_w, p_dy, p_dx = x0 + i_b * s_x0b, w0, dy0 + i_b * s_dy0b, dx0
         D, o_first, s_xt, s_dyt = D0, 0, s_x0t, s_dy0t
@@ -232,28 +259,29 @@ def _bwd_kernel(
     p_dy += o_d
     p_dx += o_d
     b_w = _weights(p_w + o_d * W, m_d, W)
-    t = (tl.program_id(1) * BT + BT - 1).to(tl.int64)
+    t = (i_part % tl.cdiv(T, BT)).to(tl.int64) * BT + BT - 1
     i_n, bos, eos = _find_sequence(cu_seqlens, t, i_b, T, N)
+    first, end = _rows_inside(cu_seqlens, N, T)
     b_rows, b_after = (), ()
     for j in tl.static_range(W - 1):
-        b_rows += (_row(p_x, s_xt, t - j, T, m_d).to(tl.float32),)
+        b_rows += (_row(p_x, s_xt, t - j, first, end, m_d).to(tl.float32),)
     for j in tl.static_range(1, W):
-        b_after += (_dz_at(p_x, s_xt, p_dy, s_dyt, h, s_hn, o_h, i_n, t + j, bos, eos, m_d, b_w, W, SILU),)
+        b_after += (_dz_at(p_x, s_xt, p_dy, s_dyt, h, s_hn, o_h, i_n, N, t + j, bos, eos, m_d, b_w, W, SILU),)
     b_dw = (tl.zeros([BD], tl.float32),) * W
     for _ in range(0, BT, R):
         b_dy = ()
         for i in tl.static_range(R):
-            b_rows += (_row(p_x, s_xt, t - (W - 1) - i, T, m_d).to(tl.float32),)
-            b_dy += (_row(p_dy, s_dyt, t - i, T, m_d).to(tl.float32),)
+            b_rows += (_row(p_x, s_xt, t - (W - 1) - i, first, end, m_d).to(tl.float32),)
+            b_dy += (_row(p_dy, s_dyt, t - i, first, end, m_d).to(tl.float32),)
         for i in tl.static_range(R):
             if cu_seqlens is not None:
-                while t - i < bos:
+                while (t - i < bos) & (i_n >= 0):
                     i_n -= 1
-                    bos = tl.load(cu_seqlens + i_n).to(tl.int64)
+                    bos = _border(cu_seqlens, i_n, N, 0)
                     b_after = (tl.zeros([BD], tl.float32),) * (W - 1)
             b_x = b_rows[i : i + W]
             if cu_seqlens is not None or h is not None:
-                b_x = b_x[:1] + _own(b_x[1:], h, s_hn, o_h, i_n, t - i, bos, m_d, 1, W)
+                b_x = b_x[:1] + _own(b_x[1:], h, s_hn, o_h, i_n, N, t - i, bos, m_d, 1, W)
             b_dz = _dz(_dot(b_w, b_x), b_dy[i], SILU)
             b_dzs = (b_dz,) + b_after
             b_dx = _dot(b_w, b_dzs)
@@ -266,8 +294,7 @@ def _bwd_kernel(
         b_rows = b_rows[R:]
         t -= R
 
-    i_part = i_b * tl.num_programs(1) + tl.program_id(1)
-    p_dw = dw + (i_part * (D0 + D1 + D2) + o_h) * W + (W - 1)
+    p_dw = dw + (i_part.to(tl.int64) * (D0 + D1 + D2) + o_h) * W + (W - 1)
     for j in tl.static_range(W):
         tl.store(p_dw - j, b_dw[j], mask=m_d)
 
@@ -283,8 +310,9 @@ def _state_kernel(
     # constants
     W: tl.constexpr, SILU: tl.constexpr, BACKWARD: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    i_d = tl.program_id(0)
-    i_n = tl.program_id(1).to(tl.int64)
+    n0, n1, n2 = tl.cdiv(D0, BD), tl.cdiv(D1, BD), tl.cdiv(D2, BD)
+    i_d = tl.program_id(0) % (n0 + n1 + n2)
+    i_n = (tl.program_id(0) // (n0 + n1 + n2)).to(tl.int64)
     if cu_seqlens is not None:
         i_b = i_n * 0
         bos = tl.load(cu_seqlens + i_n).to(tl.int64)
@@ -293,7 +321,6 @@ def _state_kernel(
         i_b = i_n
         bos = i_n * 0
         eos = bos + T
-    n0, n1 = tl.cdiv(D0, BD), tl.cdiv(D1, BD)
     if i_d < n0:
         p_x, p_w, p_dy = x0 + i_b * s_x0b, w0, dy0 + i_b * s_dy0b
         D, o_first, s_xt, s_dyt = D0, 0, s_x0t, s_dy0t
@@ -318,11 +345,11 @@ def _state_kernel(
         for j in tl.static_range(W - 1):
             b_out = tl.zeros([BD], dtype=tl.float32)
             for i in tl.static_range(j + 1):
-                b_dz = _dz_at(p_x, s_xt, p_dy, s_dyt, h, s_hn, o_h, i_n, bos + i, bos, eos, m_d, b_w, W, SILU)
+                b_dz = _dz_at(p_x, s_xt, p_dy, s_dyt, h, s_hn, o_h, i_n, N, bos + i, bos, eos, m_d, b_w, W, SILU)
                 b_out += b_w[W - 1 - j + i] * b_dz
             tl.store(p_out + j, b_out.to(out.dtype.element_ty), mask=m_d)
     else:
-        b_x = _taps(p_x, s_xt, h, s_hn, o_h, i_n, eos, bos, m_d, 1, W)
+        b_x = _taps(p_x, s_xt, h, s_hn, o_h, i_n, N, eos, bos, m_d, 1, W)
         for j in tl.static_range(W - 1):
             tl.store(p_out + j, b_x[W - 2 - j].to(out.dtype.element_ty), mask=m_d)
 
@@ -336,9 +363,9 @@ def _step_kernel(
     # constants
     W: tl.constexpr, SILU: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    i_d = tl.program_id(0)
-    i_b = tl.program_id(1).to(tl.int64)
-    n0, n1 = tl.cdiv(D0, BD), tl.cdiv(D1, BD)
+    n0, n1, n2 = tl.cdiv(D0, BD), tl.cdiv(D1, BD), tl.cdiv(D2, BD)
+    i_d = tl.program_id(0) % (n0 + n1 + n2)
+    i_b = (tl.program_id(0) // (n0 + n1 + n2)).to(tl.int64)
     if i_d < n0:
         p_x, p_w, p_y, D, o_first = x0 + i_b * s_x0b, w0, y0, D0, 0
     elif i_d < n0 + n1:
@@ -403,7 +430,7 @@ def _launch_forward(xs, weights, silu, initial_state, output_final_state, cu_seq
     BD, blocks = _block(Ds, FORWARD_BLOCK_D)
     final_state = None
     launch(
-        _fwd_kernel, (blocks, triton.cdiv(T, FORWARD_SEGMENT), B),
+        _fwd_kernel, (blocks * triton.cdiv(T, FORWARD_SEGMENT) * B,),
         (*_three(xs), *_three(weights), h, cu_seqlens, *_three(ys)),
         (T, N, *Ds, *_strides(xs)),
         {"W": W, "SILU": silu, "BT": FORWARD_SEGMENT, "BD": BD, "R": FORWARD_ROWS},
@@ -419,7 +446,7 @@ def _launch_state(xs, weights, dys, h, cu_seqlens, out, silu, backward):
     _, T, N, Ds = _sizes(xs, cu_seqlens)
     BD, blocks = _block(Ds, STEP_BLOCK_D)
     launch(
-        _state_kernel, (blocks, N),
+        _state_kernel, (blocks * N,),
         (*_three(xs), *_three(weights), *_three(dys), h, cu_seqlens, out),
         (T, N, *Ds, *_strides(xs), *_strides(dys)),
         {"W": weights[0].shape[1], "SILU": silu, "BACKWARD": backward, "BD": BD},
@@ -440,7 +467,7 @@ def _launch_backward(xs, weights, dys, silu, initial_state, cu_seqlens, needs_st
     BD, blocks = _block(Ds, BACKWARD_BLOCK_D)
     dh = None
     launch(
-        _bwd_kernel, (blocks, segments, B),
+        _bwd_kernel, (blocks * segments * B,),
         (*_three(xs), *_three(contiguous), *_three(dys), h, cu_seqlens, *_three(dxs), dw),
         (T, N, *Ds, *_strides(xs), *_strides(dys)),
         {"W": W, "SILU": silu, "BT": BACKWARD_SEGMENT, "BD": BD, "R": BACKWARD_ROWS},
@@ -461,7 +488,7 @@ def _launch_step(xs, weights, state, silu):
     ys = [torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in xs]
     BD, blocks = _block(Ds, STEP_BLOCK_D)
     launch(
-        _step_kernel, (blocks, B),
+        _step_kernel, (blocks * B,),
         (*_three(xs), *_three(weights), state, *_three(ys)),
         (*Ds, *[x.stride(0) for x in _three(xs)], state.stride(0)),
         {"W": weights[0].shape[1], "SILU": silu, "BD": BD},
