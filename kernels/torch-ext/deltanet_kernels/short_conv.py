@@ -177,11 +177,9 @@ def _fwd_kernel(
     # constants
     W: tl.constexpr, SILU: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    # One axis, channels first: the others of a grid end at 65535
-    n0, n1, n2 = tl.cdiv(D0, BD), tl.cdiv(D1, BD), tl.cdiv(D2, BD)
-    i_d = tl.program_id(0) % (n0 + n1 + n2)
-    i_part = tl.program_id(0) // (n0 + n1 + n2)
-    i_b = (i_part // tl.cdiv(T, BT)).to(tl.int64)
+    i_d = tl.program_id(0)
+    i_b = tl.program_id(2).to(tl.int64)
+    n0, n1 = tl.cdiv(D0, BD), tl.cdiv(D1, BD)
     if i_d < n0:
         p_x, p_w, p_y, D, o_first, s_xt = x0 + i_b * s_x0b, w0, y0, D0, 0, s_x0t
     elif i_d < n0 + n1:
@@ -195,7 +193,7 @@ def _fwd_kernel(
     m_d = o_d < D
     o_h = o_first + o_d
     s_hn = ((D0 + D1 + D2) * (W - 1)).to(tl.int64)
-    t = (i_part % tl.cdiv(T, BT)).to(tl.int64) * BT
+    t = (tl.program_id(1) * BT).to(tl.int64)
     i_n, bos, eos = _find_sequence(cu_seqlens, t, i_b, T, N)
     first, end = _rows_inside(cu_seqlens, N, T)
     p_x += o_d
@@ -234,11 +232,9 @@ def _bwd_kernel(
     # constants
     W: tl.constexpr, SILU: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    # One axis, channels first: the others of a grid end at 65535
-    n0, n1, n2 = tl.cdiv(D0, BD), tl.cdiv(D1, BD), tl.cdiv(D2, BD)
-    i_d = tl.program_id(0) % (n0 + n1 + n2)
-    i_part = tl.program_id(0) // (n0 + n1 + n2)
-    i_b = (i_part // tl.cdiv(T, BT)).to(tl.int64)
+    i_d = tl.program_id(0)
+    i_b = tl.program_id(2).to(tl.int64)
+    n0, n1 = tl.cdiv(D0, BD), tl.cdiv(D1, BD)
     if i_d < n0:
         p_x, p_w, p_dy, p_dx = x0 + i_b * s_x0b, w0, dy0 + i_b * s_dy0b, dx0
         D, o_first, s_xt, s_dyt = D0, 0, s_x0t, s_dy0t
@@ -259,7 +255,7 @@ def _bwd_kernel(
     p_dy += o_d
     p_dx += o_d
     b_w = _weights(p_w + o_d * W, m_d, W)
-    t = (i_part % tl.cdiv(T, BT)).to(tl.int64) * BT + BT - 1
+    t = (tl.program_id(1) * BT + BT - 1).to(tl.int64)
     i_n, bos, eos = _find_sequence(cu_seqlens, t, i_b, T, N)
     first, end = _rows_inside(cu_seqlens, N, T)
     b_rows, b_after = (), ()
@@ -294,7 +290,8 @@ def _bwd_kernel(
         b_rows = b_rows[R:]
         t -= R
 
-    p_dw = dw + (i_part.to(tl.int64) * (D0 + D1 + D2) + o_h) * W + (W - 1)
+    i_part = i_b * tl.num_programs(1) + tl.program_id(1)
+    p_dw = dw + (i_part * (D0 + D1 + D2) + o_h) * W + (W - 1)
     for j in tl.static_range(W):
         tl.store(p_dw - j, b_dw[j], mask=m_d)
 
@@ -310,9 +307,9 @@ def _state_kernel(
     # constants
     W: tl.constexpr, SILU: tl.constexpr, BACKWARD: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    n0, n1, n2 = tl.cdiv(D0, BD), tl.cdiv(D1, BD), tl.cdiv(D2, BD)
-    i_d = tl.program_id(0) % (n0 + n1 + n2)
-    i_n = (tl.program_id(0) // (n0 + n1 + n2)).to(tl.int64)
+    i_n = tl.program_id(0).to(tl.int64)
+    i_d = tl.program_id(1)
+    n0, n1 = tl.cdiv(D0, BD), tl.cdiv(D1, BD)
     if cu_seqlens is not None:
         i_b = i_n * 0
         bos = tl.load(cu_seqlens + i_n).to(tl.int64)
@@ -363,9 +360,9 @@ def _step_kernel(
     # constants
     W: tl.constexpr, SILU: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    n0, n1, n2 = tl.cdiv(D0, BD), tl.cdiv(D1, BD), tl.cdiv(D2, BD)
-    i_d = tl.program_id(0) % (n0 + n1 + n2)
-    i_b = (tl.program_id(0) // (n0 + n1 + n2)).to(tl.int64)
+    i_b = tl.program_id(0).to(tl.int64)
+    i_d = tl.program_id(1)
+    n0, n1 = tl.cdiv(D0, BD), tl.cdiv(D1, BD)
     if i_d < n0:
         p_x, p_w, p_y, D, o_first = x0 + i_b * s_x0b, w0, y0, D0, 0
     elif i_d < n0 + n1:
@@ -409,6 +406,26 @@ def _sizes(xs, cu_seqlens):
     return B, T, N, _three([x.shape[2] for x in xs], missing=0)
 
 
+# CUDA's, of a grid's second and third axis; the first ends at 2^31 - 1.
+GRID_LIMIT = 65535
+
+
+def _segment(T: int, rows: int) -> int:
+    """`rows` of a segment, or as many times that as leave a grid its segments."""
+    while triton.cdiv(T, rows) > GRID_LIMIT:  # from 2.1 M tokens on
+        rows *= 2
+    return rows
+
+
+def _batches(B: int) -> list[slice]:
+    """A batch in parts that a grid takes."""
+    return [slice(first, first + GRID_LIMIT) for first in range(0, B, GRID_LIMIT)]
+
+
+def _rows_of(state: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+    return None if state is None else state[rows]
+
+
 @functools.cache
 def _block(sizes, largest):
     """(channels a block, blocks over all tensors)."""
@@ -423,17 +440,25 @@ def _strides(xs):
 def _launch_forward(xs, weights, silu, initial_state, output_final_state, cu_seqlens):
     """(list of y, final state or None)."""
     B, T, N, Ds = _sizes(xs, cu_seqlens)
+    if B > GRID_LIMIT:
+        parts = [
+            _launch_forward([x[b] for x in xs], weights, silu, _rows_of(initial_state, b), output_final_state, None)
+            for b in _batches(B)
+        ]
+        ys = [torch.cat(y) for y in zip(*(ys for ys, _ in parts))]
+        return ys, torch.cat([state for _, state in parts]) if output_final_state else None
     W = weights[0].shape[1]
     xs, weights = [_rows(x) for x in xs], [w.contiguous() for w in weights]
     h = None if initial_state is None else initial_state.contiguous()
     ys = [torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in xs]
     BD, blocks = _block(Ds, FORWARD_BLOCK_D)
     final_state = None
+    BT = _segment(T, FORWARD_SEGMENT)
     launch(
-        _fwd_kernel, (blocks * triton.cdiv(T, FORWARD_SEGMENT) * B,),
+        _fwd_kernel, (blocks, triton.cdiv(T, BT), B),
         (*_three(xs), *_three(weights), h, cu_seqlens, *_three(ys)),
         (T, N, *Ds, *_strides(xs)),
-        {"W": W, "SILU": silu, "BT": FORWARD_SEGMENT, "BD": BD, "R": FORWARD_ROWS},
+        {"W": W, "SILU": silu, "BT": BT, "BD": BD, "R": FORWARD_ROWS},
         {"num_warps": FORWARD_WARPS},
     )  # fmt: skip
     if output_final_state:
@@ -446,7 +471,7 @@ def _launch_state(xs, weights, dys, h, cu_seqlens, out, silu, backward):
     _, T, N, Ds = _sizes(xs, cu_seqlens)
     BD, blocks = _block(Ds, STEP_BLOCK_D)
     launch(
-        _state_kernel, (blocks * N,),
+        _state_kernel, (N, blocks),
         (*_three(xs), *_three(weights), *_three(dys), h, cu_seqlens, out),
         (T, N, *Ds, *_strides(xs), *_strides(dys)),
         {"W": weights[0].shape[1], "SILU": silu, "BACKWARD": backward, "BD": BD},
@@ -457,20 +482,34 @@ def _launch_state(xs, weights, dys, h, cu_seqlens, out, silu, backward):
 def _launch_backward(xs, weights, dys, silu, initial_state, cu_seqlens, needs_state):
     """(list of dx, list of dweight, gradient of the initial state or None)."""
     B, T, N, Ds = _sizes(xs, cu_seqlens)
+    if B > GRID_LIMIT:
+        parts = [
+            _launch_backward(
+                [x[b] for x in xs], weights, [dy[b] for dy in dys], silu, _rows_of(initial_state, b), None, needs_state
+            )
+            for b in _batches(B)
+        ]
+        dxs, dws, dhs = zip(*parts)
+        return (
+            [torch.cat(dx) for dx in zip(*dxs)],
+            [torch.stack(dw).sum(0) for dw in zip(*dws)],
+            torch.cat(dhs) if needs_state else None,
+        )
     W = weights[0].shape[1]
     xs, dys = [_rows(x) for x in xs], [_rows(dy) for dy in dys]
     contiguous = [w.contiguous() for w in weights]
     h = None if initial_state is None else initial_state.contiguous()
     dxs = [torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in xs]
-    segments = triton.cdiv(T, BACKWARD_SEGMENT)
+    BT = _segment(T, BACKWARD_SEGMENT)
+    segments = triton.cdiv(T, BT)
     dw = torch.empty(B * segments, sum(Ds), W, device=xs[0].device, dtype=torch.float32)
     BD, blocks = _block(Ds, BACKWARD_BLOCK_D)
     dh = None
     launch(
-        _bwd_kernel, (blocks * segments * B,),
+        _bwd_kernel, (blocks, segments, B),
         (*_three(xs), *_three(contiguous), *_three(dys), h, cu_seqlens, *_three(dxs), dw),
         (T, N, *Ds, *_strides(xs), *_strides(dys)),
-        {"W": W, "SILU": silu, "BT": BACKWARD_SEGMENT, "BD": BD, "R": BACKWARD_ROWS},
+        {"W": W, "SILU": silu, "BT": BT, "BD": BD, "R": BACKWARD_ROWS},
         {"num_warps": BACKWARD_WARPS},
     )  # fmt: skip
     if needs_state:
@@ -488,7 +527,7 @@ def _launch_step(xs, weights, state, silu):
     ys = [torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in xs]
     BD, blocks = _block(Ds, STEP_BLOCK_D)
     launch(
-        _step_kernel, (blocks * B,),
+        _step_kernel, (B, blocks),
         (*_three(xs), *_three(weights), state, *_three(ys)),
         (*Ds, *[x.stride(0) for x in _three(xs)], state.stride(0)),
         {"W": weights[0].shape[1], "SILU": silu, "BD": BD},
@@ -659,6 +698,8 @@ def short_conv(
             the tensors' channels one after another; zeros by default.
         output_final_state: whether to return such a state after the last token.
         cu_seqlens: [N + 1] int32 or int64, borders of N sequences packed into B = 1: 0, ..., T. Without it N = B.
+            A border may repeat. They are not read by the host: none may go back or lie beyond T. What lies outside of
+            all sequences gives zeros, and gets zero gradients.
 
     Returns:
         a tuple of y_i [B, T, D_i] in x's dtype, and the final state [N, sum D_i, W - 1] or None.
