@@ -329,7 +329,7 @@ def _prepare(q, k, v, beta, scale, initial_state, use_qk_l2norm_in_kernel, cu_se
     if cu_seqlens is None:
         borders, num_states = [0, T], B
     else:
-        borders = _checked_borders(cu_seqlens, B, T)
+        borders = checked_borders(cu_seqlens, B, T)
         num_states = len(borders) - 1
     if initial_state is None:
         initial_state = v.new_zeros(num_states, G, K, V)
@@ -360,7 +360,8 @@ def _check(q, k, v, beta, initial_state) -> None:
         raise ValueError(f"every tensor must be on q's device, {q.device}")
 
 
-def _checked_borders(cu_seqlens: torch.Tensor, B: int, T: int) -> list[int]:
+def checked_borders(cu_seqlens: torch.Tensor, B: int, T: int) -> list[int]:
+    """`cu_seqlens` as a list, which waits for a GPU. ValueError where it does not pack T tokens."""
     if B != 1:
         raise ValueError(f"cu_seqlens packs sequences along time and needs a batch of 1, got {B}")
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():

@@ -6,7 +6,7 @@ Letters: B batch, T time, D channels, W taps, N sequences.
 import torch
 import torch.nn.functional as F
 
-from .delta_rule import is_transformed, kernels_for
+from .delta_rule import checked_borders, is_transformed, kernels_for
 
 
 def short_conv(
@@ -58,35 +58,42 @@ def torch_short_conv(
         xs: tensors `[B, T, D_i]`.
         weights: one `[D_i, W]` for each; the last tap meets the newest token.
         activation: `"silu"` or None.
-        initial_state: the `W - 1` inputs before the first, oldest first, `[B, sum D_i, W - 1]`; zeros by default. Not
-            with `cu_seqlens`.
+        initial_state: the `W - 1` inputs before the first, oldest first, `[N, sum D_i, W - 1]`; zeros by default.
         output_final_state: also return the last `W - 1` inputs, in the same form and the inputs' dtype.
-        cu_seqlens: borders of N packed sequences, int `[N + 1]`; needs B = 1. No token sees another sequence's.
+        cu_seqlens: borders of N packed sequences, int `[N + 1]`, from 0 to T; needs B = 1. No token sees another sequence's.
+            A border may repeat. Without it, N = B.
 
     Returns:
         `(ys, final_state)`: ys like xs, in their dtypes; final_state, differentiable too, or None unless asked for.
     """
     T, W = xs[0].shape[1], weights[0].shape[-1]
     sizes = [x.shape[-1] for x in xs]
-    if initial_state is None:
-        histories = [x.new_zeros(x.shape[0], W - 1, x.shape[-1]) for x in xs]
-    else:
-        histories = [h.to(x.dtype) for h, x in zip(initial_state.mT.split(sizes, dim=-1), xs)]
-    # Inputs that lie W - 1 - j tokens back exist only from the (W - 1 - j)-th token of a sequence on.
-    age = None if cu_seqlens is None else _position_in_sequence(cu_seqlens, T)
+    histories = [None] * len(xs) if initial_state is None else initial_state.mT.split(sizes, dim=-1)
+    if cu_seqlens is not None:
+        if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+            checked_borders(cu_seqlens, xs[0].shape[0], T)
+        sequence, age = _place_in_sequence(cu_seqlens, T)
+        inside = ((age >= 0) & (torch.arange(T, device=age.device) < cu_seqlens[-1]))[None, :, None]
 
     ys, tails = [], []
     for x, weight, history in zip(xs, weights, histories):
-        padded = torch.cat((history, x), dim=1)
+        before = x.new_zeros(x.shape[0], W - 1, x.shape[-1])
+        history = None if history is None else history.to(x.dtype)
+        padded = torch.cat((before if history is None or cu_seqlens is not None else history, x), dim=1)
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         y = 0
         for j in range(W):
             shifted = padded[:, j : j + T]
-            if age is not None:
-                shifted = shifted.masked_fill((age < W - 1 - j)[None, :, None], 0)
+            if cu_seqlens is not None:
+                # The input `back` tokens back belongs to the sequence from its `back`-th token on, before that to its history.
+                back = W - 1 - j
+                own = (age >= back)[None, :, None]
+                other = 0 if history is None else history[sequence, (age + j).clamp(0, W - 2)].unsqueeze(0)
+                shifted = torch.where(own, shifted, other)
             y = y + shifted * weight[:, j]
-        ys.append((F.silu(y) if activation == "silu" else y).to(x.dtype))
-        tails.append(padded[:, T:])
+        y = F.silu(y) if activation == "silu" else y
+        ys.append((y if cu_seqlens is None else torch.where(inside, y, 0)).to(x.dtype))
+        tails.append(padded[:, T:] if cu_seqlens is None else _tails(padded[0], history, cu_seqlens, W))
     return tuple(ys), torch.cat(tails, dim=-1).mT.contiguous() if output_final_state else None
 
 
@@ -122,8 +129,21 @@ def module_short_conv(
     return tuple(ys), torch.cat(tails, dim=-1).mT.contiguous()
 
 
-def _position_in_sequence(cu_seqlens: torch.Tensor, T: int) -> torch.Tensor:
-    """For each of T packed tokens, how many tokens of its own sequence precede it: `[T]`."""
+def _place_in_sequence(cu_seqlens: torch.Tensor, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each of T packed tokens its sequence, and how many tokens of that one precede it: twice `[T]`."""
     t = torch.arange(T, device=cu_seqlens.device)
-    sequence = torch.searchsorted(cu_seqlens, t, right=True) - 1
-    return t - cu_seqlens[sequence]
+    # the last that begins at or before t, which is not an empty one
+    sequence = (torch.searchsorted(cu_seqlens, t, right=True) - 1).clamp(0, len(cu_seqlens) - 2)
+    return sequence, t - cu_seqlens[sequence]
+
+
+def _tails(padded: torch.Tensor, history: torch.Tensor | None, cu_seqlens: torch.Tensor, W: int) -> torch.Tensor:
+    """The last W - 1 inputs of each sequence, `[N, W - 1, D]`; of a shorter one its history's first. `padded` `[W - 1 + T, D]`."""
+    column = torch.arange(W - 1, device=cu_seqlens.device)
+    lengths = cu_seqlens.diff()[:, None]
+    own = padded[cu_seqlens[1:, None] + column]
+    other = 0
+    if history is not None:
+        n = torch.arange(len(history), device=column.device)[:, None]
+        other = history[n, (lengths + column).clamp(max=W - 2)]
+    return torch.where((lengths + column >= W - 1).unsqueeze(-1), own, other)

@@ -52,15 +52,15 @@ def _forward(scale: float | None, l2norm: bool, final: bool, save: bool, q, k, v
     if s > 1 and not segments.can_cut(q, k, v, beta):
         s = 1
     whole = q, k, None, beta, h0, cu_seqlens
+    o = v.new_empty(B, T, HV, V)
     if s > 1:
         q, k, v, beta = (segments.cut(x, s) for x in (q, k, v, beta))
         t = segments.tables(B, T, s, k.device)
     else:
-        t = chunk_forward.tables(B, T, cu_seqlens)
+        t = chunk_forward.tables(B, T, cu_seqlens, (o,))
     memory, scratch = chunk_forward.new_scratch(k, v, l2norm, save, t.n_chunks, plan)
     phi = k.new_empty(t.n, HV, K, K, dtype=torch.float32) if s > 1 else None
     kept = phi if s_backward > 1 else None
-    o = v.new_empty(B, T, HV, V)
     ht = k.new_empty(t.n, HV, K, V, dtype=torch.float32) if final else None
     ahead = compile_ahead(_backward, (scale, l2norm), (*whole, o, None, memory, kept)) if save else None
     chunk_forward.prepare(q, k, beta, scale, scratch, t, plan)
@@ -118,12 +118,14 @@ def _backward(scale: float | None, l2norm: bool, q, k, v, beta, h0, cu_seqlens, 
         if h0 is not None:
             dh0.copy_(part[::s])
     elif memory is not None:
-        t = chunk_forward.tables(*q.shape[:2], cu_seqlens)
-        out = _gradients(ins, scratch, dht, dh0, scale, t, plan)
+        # packed, what lies outside of all sequences is zeroed by the launch that makes the tables
+        out = None if cu_seqlens is None else _gradients_like(*ins)
+        t = chunk_forward.tables(*q.shape[:2], cu_seqlens, out or ())
+        out = _gradients(ins, scratch, dht, dh0, scale, t, plan, out)
     else:
         plan = plan._replace(stored=True)  # a scan without output computes neither P nor the norms of q
-        t = chunk_forward.tables(*q.shape[:2], cu_seqlens)
         out = _gradients_like(*ins)
+        t = chunk_forward.tables(*q.shape[:2], cu_seqlens, out)
         H, HV = q.shape[2], v.shape[2]
         slices = next(i for i in (4, 3, 2, 1) if H % i == 0)
         for i in range(slices):
@@ -334,7 +336,9 @@ def chunk_delta_rule(
         output_final_state: whether to return the state after the last token, `[N, HV, K, V]` fp32.
         use_qk_l2norm_in_kernel: q and k are divided by `sqrt(sum(x^2) + 1e-6)`, without a copy of either.
         cu_seqlens: `[N + 1]` int32 or int64 on the device of q: borders of sequences packed along T, with B = 1.
-            Empty sequences are allowed.
+            Empty sequences are allowed. The borders are not read by the host, which would wait for the GPU: none may go
+            back or lie beyond T (`DELTANET_KERNELS=check` looks). Tokens outside of all sequences, before the first border
+            or after the last, give zeros and get zero gradients.
         recompute: keep only the inputs for backward and compute the rest again, a slice of heads at a time: 0.6 of the
             extra memory for twice the time; on one long sequence, which is then not cut into segments, 4 to 5 times.
 

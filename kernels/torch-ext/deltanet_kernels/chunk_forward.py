@@ -29,9 +29,24 @@ if GLUON:
     from . import hopper_scan, hopper_tiles
 
 
+ZERO_PROGRAMS = 128  # at most; about one a multiprocessor
 BETA_MIN = 2.0**-28  # beta is kept this far from zero inside the kernels: its root is the smallest normal fp16 number
 
 # ---------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _zero_rows(x, W, first, end, T, i_p, n_p):
+    """Rows [0, first) and [end, T) of [T, W], by n_p programs."""
+    if x is not None:
+        BLOCK: tl.constexpr = 1024
+        o = tl.arange(0, BLOCK)
+        zeros = tl.zeros([BLOCK], x.dtype.element_ty)
+        for i in range(i_p * BLOCK, first * W, n_p * BLOCK):
+            tl.store(x + i + o, zeros, mask=i + o < first * W)
+        size = (end * 0 + T) * W  # in int64
+        for i in range(end * W + i_p * BLOCK, size, n_p * BLOCK):
+            tl.store(x + i + o, zeros, mask=i + o < size)
 
 
 @triton.jit
@@ -39,12 +54,28 @@ def index_kernel(
     cu_seqlens,
     # outputs: first chunk of each sequence, and (sequence, position) of each chunk, -1 where unused
     chunk_offsets, chunks,
-    N, MAX_CHUNKS,
+    # outputs of the kernels to come, rows of [T, W], or None
+    x0, x1, x2, x3,
+    N, MAX_CHUNKS, T, W0, W1, W2, W3,
     C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program i_n writes the table entries of sequence i_n; program N closes the table. No host synchronisation."""
+    """Program i_n writes the table entries of sequence i_n; program N closes the table. No host synchronisation.
+
+    The programs after these fill the rows outside of all sequences with zeros, in this launch, which is needed anyway: where
+    there are none, that costs nothing to speak of.
+    """
     i_n = tl.program_id(0)
     o = tl.arange(0, BLOCK)
+    if i_n > N:
+        first = tl.load(cu_seqlens).to(tl.int64)
+        end = tl.load(cu_seqlens + N).to(tl.int64)
+        i_p = i_n - N - 1
+        n_p = tl.num_programs(0) - N - 1
+        _zero_rows(x0, W0, first, end, T, i_p, n_p)
+        _zero_rows(x1, W1, first, end, T, i_p, n_p)
+        _zero_rows(x2, W2, first, end, T, i_p, n_p)
+        _zero_rows(x3, W3, first, end, T, i_p, n_p)
+        return
     chunk = 0
     for i in range(0, i_n, BLOCK):
         m = i + o < i_n
@@ -644,20 +675,21 @@ def count_chunks(B: int, T: int, cu_seqlens: torch.Tensor | None) -> int:
     return B * ((T + CHUNK - 1) // CHUNK) if cu_seqlens is None else T // CHUNK + cu_seqlens.shape[0] - 1
 
 
-def tables(B: int, T: int, cu_seqlens: torch.Tensor | None) -> Tables:
+def tables(B: int, T: int, cu_seqlens: torch.Tensor | None, outputs: tuple[torch.Tensor, ...] = ()) -> Tables:
+    """`outputs`, contiguous, at most four, get zeros where no sequence is (packed sequences alone)."""
     n_chunks = count_chunks(B, T, cu_seqlens)
     if cu_seqlens is None:
         return Tables(B, n_chunks, -(-T // CHUNK), T % CHUNK == 0)
     n = cu_seqlens.shape[0] - 1
     offsets, chunks = (torch.empty(x, dtype=torch.int32, device=cu_seqlens.device) for x in (n + 1, 2 * n_chunks))
+    missing = 4 - len(outputs)
     launch(
-        index_kernel,
-        (n + 1,),
-        (cu_seqlens, offsets, chunks),
-        (n, n_chunks),
+        index_kernel, (n + 1 + min(ZERO_PROGRAMS, -(-T // CHUNK)),),
+        (cu_seqlens, offsets, chunks, *outputs, *[None] * missing),
+        (n, n_chunks, T, *[x.stride(1) for x in outputs], *[0] * missing),
         {"C": CHUNK, "BLOCK": 128},
         {"num_warps": 1},
-    )
+    )  # fmt: skip
     return Tables(n, n_chunks, 0, False, cu_seqlens, offsets, chunks)
 
 

@@ -384,8 +384,9 @@ def _bwd_rows_kernel(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     i_h = tl.program_id(0) % H
-    o_t = (tl.program_id(0) // H) * BT + tl.arange(0, BT)
-    i_b = tl.program_id(1).to(tl.int64)
+    i_t = tl.program_id(0) // H
+    i_b = (i_t // tl.cdiv(T, BT)).to(tl.int64)
+    o_t = (i_t % tl.cdiv(T, BT)) * BT + tl.arange(0, BT)
     o_k = tl.arange(0, BK)
     m_t = o_t < T
     m = m_t[:, None] & (o_k < K)[None, :]
@@ -457,17 +458,23 @@ def _step_kernel(
 # ------------------------------------------------------------------------------------------------------- launchers
 
 
+def _allocation(cu_seqlens):
+    """Packed sequences may leave tokens out, which no program visits: these get zeros. Bytes do not count token by token."""
+    return torch.empty if cu_seqlens is None else torch.zeros
+
+
 def _launch_forward(q, k, v, beta, scale, h0, cu_seqlens, output_final_state, norm, save):
     """(o, ht, e, rq, rk); ht None unless wanted, e (and, with the norm, rq and rk) None unless `save`."""
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     fp32 = {"device": q.device, "dtype": torch.float32}
-    o = torch.empty(B, T, HV, V, device=v.device, dtype=v.dtype)
+    new = _allocation(cu_seqlens)
+    o = new(B, T, HV, V, device=v.device, dtype=v.dtype)
     ht = torch.empty(N, HV, K, V, **fp32) if output_final_state else None
     e = torch.empty(B, T, HV, V, **fp32) if save else None
-    rq = torch.empty(B, T, H, **fp32) if save and norm else None
-    rk = torch.empty(B, T, H, **fp32) if save and norm else None
+    rq = new(B, T, H, **fp32) if save and norm else None
+    rk = new(B, T, H, **fp32) if save and norm else None
     h0 = None if h0 is None else h0.contiguous()
     BV = LOOP_BLOCK
     launch(
@@ -495,10 +502,11 @@ def _launch_backward(q, k, v, beta, e, rq, rk, do, dht, scale, h0, cu_seqlens, n
     BV = BR = LOOP_BLOCK
     NV = triton.cdiv(V, BV)
     # dv stays in fp32 until dq and dk, which follow from it, are done.
-    dv = torch.empty(B, T, HV, V, **fp32)
-    dbeta = torch.empty(NV, B, T, HV, **fp32)
+    new = _allocation(cu_seqlens)
+    dv = new(B, T, HV, V, **fp32)
+    dbeta = new(NV, B, T, HV, **fp32)
     dh0 = None if h0 is None else torch.empty_like(h0)
-    dq_hv, dk_s, dk_g = torch.empty(3, B, T, HV, K, **fp32).unbind(0)
+    dq_hv, dk_s, dk_g = new(3, B, T, HV, K, **fp32).unbind(0)
     dq = torch.empty(B, T, H, K, device=q.device, dtype=q.dtype)
     dk = torch.empty(B, T, H, K, device=k.device, dtype=k.dtype)
     sizes = {"H": H, "HV": HV, "K": K, "V": V, "NORM": norm}
@@ -518,7 +526,7 @@ def _launch_backward(q, k, v, beta, e, rq, rk, do, dht, scale, h0, cu_seqlens, n
         {"num_warps": LOOP_WARPS},
     )  # fmt: skip
     launch(
-        _bwd_rows_kernel, (triton.cdiv(T, 16) * H, B),
+        _bwd_rows_kernel, (triton.cdiv(T, 16) * H * B,),
         (q, k, rq, rk, dq_hv, dk_s, dk_g, dq, dk),
         (T, *q.stride()[:3], *k.stride()[:3]),
         {"H": H, "G": HV // H, "K": K, "BT": 16, "BK": triton.next_power_of_2(K), "NORM": norm},
@@ -697,7 +705,8 @@ def fused_recurrent_delta_rule(
         initial_state: [N, HV, K, V] float32, zeros by default.
         output_final_state: whether to return the state after the last token.
         use_qk_l2norm_in_kernel: divide every q and k by its length, x * rsqrt(sum x^2 + 1e-6).
-        cu_seqlens: [N + 1] int32 or int64, borders of N sequences packed into B = 1: 0, ..., T. Without it N = B.
+        cu_seqlens: [N + 1] int32 or int64, borders of N sequences packed into B = 1: 0, ..., T. Without it N = B. As in
+            `chunk_delta_rule`.
 
     Inputs may be strided views, read in place; the last dimension of q, k and v must be contiguous.
 

@@ -50,23 +50,44 @@ STEP_BLOCK_D, STEP_WARPS = 256, 2
 
 
 @triton.jit
+def _border(cu_seqlens, i, N, T):
+    """Border i; T for a border that there is not, so that no row stands at or after it."""
+    return tl.load(cu_seqlens + i, mask=(i >= 0) & (i <= N), other=T).to(tl.int64)
+
+
+@triton.jit
 def _find_sequence(cu_seqlens, t, i_b, T, N):
-    """(n, its first token, the token after its last) for the sequence n of row t."""
+    """(n, its first token, the token after its last) for the sequence n of row t.
+
+    Packed, rows may lie outside of all sequences: n is -1 or N there, and the "first token" T, beyond any row that is read.
+    """
     if cu_seqlens is not None:
-        # The last n with cu_seqlens[n] <= t (so never an empty sequence), by halving.
+        # The last n with cu_seqlens[n] <= t (so never an empty sequence), by halving; -1 if there is none. Counted from 1.
         i_n = t * 0
-        i_end = i_n + N
-        n = N
+        i_end = i_n + N + 2
+        n = N + 2
         while n > 0:
             i_mid = (i_n + i_end) // 2
-            left = tl.load(cu_seqlens + i_mid) > t
+            left = _border(cu_seqlens, i_mid - 1, N, 0) > t
             i_end = tl.where(left, i_mid, i_end)
             i_n = tl.where(left, i_n, i_mid)
             n = n // 2
-        bos, eos = tl.load(cu_seqlens + i_n).to(tl.int64), tl.load(cu_seqlens + i_n + 1).to(tl.int64)
+        i_n -= 1
+        bos = _border(cu_seqlens, tl.where(i_n < N, i_n, -1), N, T)
+        eos = _border(cu_seqlens, i_n + 1, N, T)
     else:
         i_n, bos, eos = i_b, i_b * 0, i_b * 0 + T
     return i_n, bos, eos
+
+
+@triton.jit
+def _rows_inside(cu_seqlens, N, T):
+    """The first row of the first sequence, and the row after the last of the last one."""
+    if cu_seqlens is not None:
+        first, end = tl.load(cu_seqlens).to(tl.int64), tl.load(cu_seqlens + N).to(tl.int64)
+    else:
+        first, end = tl.zeros([], tl.int64), tl.zeros([], tl.int64) + T
+    return first, end
 
 
 @triton.jit
@@ -79,38 +100,39 @@ def _weights(p_w, m_d, W: tl.constexpr):
 
 
 @triton.jit
-def _row(p, s_t, t, T, m_d):
-    """Row t of a [T, D] tensor as it was loaded, zeros outside it."""
-    return tl.load(p + t * s_t, mask=m_d & (t >= 0) & (t < T), other=0.0)
+def _row(p, s_t, t, first, end, m_d):
+    """Row t of a [T, D] tensor as it was loaded, zeros outside of first .. end - 1."""
+    return tl.load(p + t * s_t, mask=m_d & (t >= first) & (t < end), other=0.0)
 
 
 @triton.jit
-def _from_state(h, s_hn, o_h, i_n, j, m_d, W: tl.constexpr):
-    """The input j rows before sequence i_n in fp32 where m_d; zeros without a state."""
+def _from_state(h, s_hn, o_h, i_n, N, j, m_d, W: tl.constexpr):
+    """The input j rows before sequence i_n in fp32 where m_d; zeros without a state, or a sequence."""
     if h is not None:
-        b_x = tl.load(h + i_n * s_hn + o_h * (W - 1) + (W - 1 - j), mask=m_d, other=0.0).to(tl.float32)
+        m = m_d & (i_n >= 0) & (i_n < N)
+        b_x = tl.load(h + i_n * s_hn + o_h * (W - 1) + (W - 1 - j), mask=m, other=0.0).to(tl.float32)
     else:
         b_x = tl.zeros(o_h.shape, tl.float32)
     return b_x
 
 
 @triton.jit
-def _own(b_x, h, s_hn, o_h, i_n, t, bos, m_d, FIRST: tl.constexpr, W: tl.constexpr):
+def _own(b_x, h, s_hn, o_h, i_n, N, t, bos, m_d, FIRST: tl.constexpr, W: tl.constexpr):
     """(x_{t-FIRST}, ..., x_{t-W+1}) as given, but those before the sequence of row t from its state, or zeros."""
     b_own = ()
     for J in tl.static_range(FIRST, W):
-        b_h = _from_state(h, s_hn, o_h, i_n, J - (t - bos), m_d & (t - J < bos), W)
+        b_h = _from_state(h, s_hn, o_h, i_n, N, J - (t - bos), m_d & (t - J < bos), W)
         b_own += (tl.where(t - J >= bos, b_x[J - FIRST], b_h),)
     return b_own
 
 
 @triton.jit
-def _taps(p_x, s_xt, h, s_hn, o_h, i_n, t, bos, m_d, FIRST: tl.constexpr, W: tl.constexpr):
+def _taps(p_x, s_xt, h, s_hn, o_h, i_n, N, t, bos, m_d, FIRST: tl.constexpr, W: tl.constexpr):
     """(x_{t-FIRST}, ..., x_{t-W+1}) in fp32: from x within the sequence, from its state before."""
     b_x = ()
     for J in tl.static_range(FIRST, W):
         b_x += (tl.load(p_x + (t - J) * s_xt, mask=m_d & (t - J >= bos), other=0.0).to(tl.float32),)
-    return _own(b_x, h, s_hn, o_h, i_n, t, bos, m_d, FIRST, W)
+    return _own(b_x, h, s_hn, o_h, i_n, N, t, bos, m_d, FIRST, W)
 
 
 @triton.jit
@@ -139,10 +161,10 @@ def _dz(b_z, b_dy, SILU: tl.constexpr):
 
 
 @triton.jit
-def _dz_at(p_x, s_xt, p_dy, s_dyt, h, s_hn, o_h, i_n, t, bos, eos, m_d, b_w, W: tl.constexpr, SILU: tl.constexpr):
-    """dz of row t >= bos from memory alone, zeros from eos on."""
-    m = m_d & (t < eos)
-    b_z = _dot(b_w, _taps(p_x, s_xt, h, s_hn, o_h, i_n, t, bos, m, 0, W))
+def _dz_at(p_x, s_xt, p_dy, s_dyt, h, s_hn, o_h, i_n, N, t, bos, eos, m_d, b_w, W: tl.constexpr, SILU: tl.constexpr):
+    """dz of row t >= bos from memory alone, zeros from eos on and outside of all sequences."""
+    m = m_d & (t < eos) & (i_n >= 0) & (i_n < N)
+    b_z = _dot(b_w, _taps(p_x, s_xt, h, s_hn, o_h, i_n, N, t, bos, m, 0, W))
     return _dz(b_z, tl.load(p_dy + t * s_dyt, mask=m, other=0.0).to(tl.float32), SILU)
 
 
@@ -173,22 +195,23 @@ def _fwd_kernel(
     s_hn = ((D0 + D1 + D2) * (W - 1)).to(tl.int64)
     t = (tl.program_id(1) * BT).to(tl.int64)
     i_n, bos, eos = _find_sequence(cu_seqlens, t, i_b, T, N)
+    first, end = _rows_inside(cu_seqlens, N, T)
     p_x += o_d
     p_y += o_d
     b_w = _weights(p_w + o_d * W, m_d, W)
-    b_before = _taps(p_x, s_xt, h, s_hn, o_h, i_n, t, bos, m_d, 1, W)
+    b_before = _taps(p_x, s_xt, h, s_hn, o_h, i_n, N, t, bos, m_d, 1, W)
     for _ in range(0, BT, R):
         b_rows = ()
         for i in tl.static_range(R):
-            b_rows += (_row(p_x, s_xt, t + i, T, m_d),)
+            b_rows += (_row(p_x, s_xt, t + i, first, end, m_d),)
         for i in tl.static_range(R):
             if cu_seqlens is not None:
-                while (t + i >= eos) & (i_n < N - 1):  # another begins; empty ones are passed over
+                while (t + i >= eos) & (i_n < N):  # another begins; empty ones are passed over
                     i_n += 1
-                    eos = tl.load(cu_seqlens + i_n + 1).to(tl.int64)
+                    eos = _border(cu_seqlens, i_n + 1, N, T)
                     b_before = ()
                     for J in tl.static_range(1, W):
-                        b_before += (_from_state(h, s_hn, o_h, i_n, J, m_d, W),)
+                        b_before += (_from_state(h, s_hn, o_h, i_n, N, J, m_d, W),)
             b_x = (b_rows[i].to(tl.float32),) + b_before
             b_z = _dot(b_w, b_x)
             b_y = b_z * _sigmoid(b_z) if SILU else b_z
@@ -234,26 +257,27 @@ def _bwd_kernel(
     b_w = _weights(p_w + o_d * W, m_d, W)
     t = (tl.program_id(1) * BT + BT - 1).to(tl.int64)
     i_n, bos, eos = _find_sequence(cu_seqlens, t, i_b, T, N)
+    first, end = _rows_inside(cu_seqlens, N, T)
     b_rows, b_after = (), ()
     for j in tl.static_range(W - 1):
-        b_rows += (_row(p_x, s_xt, t - j, T, m_d).to(tl.float32),)
+        b_rows += (_row(p_x, s_xt, t - j, first, end, m_d).to(tl.float32),)
     for j in tl.static_range(1, W):
-        b_after += (_dz_at(p_x, s_xt, p_dy, s_dyt, h, s_hn, o_h, i_n, t + j, bos, eos, m_d, b_w, W, SILU),)
+        b_after += (_dz_at(p_x, s_xt, p_dy, s_dyt, h, s_hn, o_h, i_n, N, t + j, bos, eos, m_d, b_w, W, SILU),)
     b_dw = (tl.zeros([BD], tl.float32),) * W
     for _ in range(0, BT, R):
         b_dy = ()
         for i in tl.static_range(R):
-            b_rows += (_row(p_x, s_xt, t - (W - 1) - i, T, m_d).to(tl.float32),)
-            b_dy += (_row(p_dy, s_dyt, t - i, T, m_d).to(tl.float32),)
+            b_rows += (_row(p_x, s_xt, t - (W - 1) - i, first, end, m_d).to(tl.float32),)
+            b_dy += (_row(p_dy, s_dyt, t - i, first, end, m_d).to(tl.float32),)
         for i in tl.static_range(R):
             if cu_seqlens is not None:
-                while t - i < bos:
+                while (t - i < bos) & (i_n >= 0):
                     i_n -= 1
-                    bos = tl.load(cu_seqlens + i_n).to(tl.int64)
+                    bos = _border(cu_seqlens, i_n, N, 0)
                     b_after = (tl.zeros([BD], tl.float32),) * (W - 1)
             b_x = b_rows[i : i + W]
             if cu_seqlens is not None or h is not None:
-                b_x = b_x[:1] + _own(b_x[1:], h, s_hn, o_h, i_n, t - i, bos, m_d, 1, W)
+                b_x = b_x[:1] + _own(b_x[1:], h, s_hn, o_h, i_n, N, t - i, bos, m_d, 1, W)
             b_dz = _dz(_dot(b_w, b_x), b_dy[i], SILU)
             b_dzs = (b_dz,) + b_after
             b_dx = _dot(b_w, b_dzs)
@@ -283,8 +307,9 @@ def _state_kernel(
     # constants
     W: tl.constexpr, SILU: tl.constexpr, BACKWARD: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    i_d = tl.program_id(0)
-    i_n = tl.program_id(1).to(tl.int64)
+    i_n = tl.program_id(0).to(tl.int64)
+    i_d = tl.program_id(1)
+    n0, n1 = tl.cdiv(D0, BD), tl.cdiv(D1, BD)
     if cu_seqlens is not None:
         i_b = i_n * 0
         bos = tl.load(cu_seqlens + i_n).to(tl.int64)
@@ -293,7 +318,6 @@ def _state_kernel(
         i_b = i_n
         bos = i_n * 0
         eos = bos + T
-    n0, n1 = tl.cdiv(D0, BD), tl.cdiv(D1, BD)
     if i_d < n0:
         p_x, p_w, p_dy = x0 + i_b * s_x0b, w0, dy0 + i_b * s_dy0b
         D, o_first, s_xt, s_dyt = D0, 0, s_x0t, s_dy0t
@@ -318,11 +342,11 @@ def _state_kernel(
         for j in tl.static_range(W - 1):
             b_out = tl.zeros([BD], dtype=tl.float32)
             for i in tl.static_range(j + 1):
-                b_dz = _dz_at(p_x, s_xt, p_dy, s_dyt, h, s_hn, o_h, i_n, bos + i, bos, eos, m_d, b_w, W, SILU)
+                b_dz = _dz_at(p_x, s_xt, p_dy, s_dyt, h, s_hn, o_h, i_n, N, bos + i, bos, eos, m_d, b_w, W, SILU)
                 b_out += b_w[W - 1 - j + i] * b_dz
             tl.store(p_out + j, b_out.to(out.dtype.element_ty), mask=m_d)
     else:
-        b_x = _taps(p_x, s_xt, h, s_hn, o_h, i_n, eos, bos, m_d, 1, W)
+        b_x = _taps(p_x, s_xt, h, s_hn, o_h, i_n, N, eos, bos, m_d, 1, W)
         for j in tl.static_range(W - 1):
             tl.store(p_out + j, b_x[W - 2 - j].to(out.dtype.element_ty), mask=m_d)
 
@@ -336,8 +360,8 @@ def _step_kernel(
     # constants
     W: tl.constexpr, SILU: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    i_d = tl.program_id(0)
-    i_b = tl.program_id(1).to(tl.int64)
+    i_b = tl.program_id(0).to(tl.int64)
+    i_d = tl.program_id(1)
     n0, n1 = tl.cdiv(D0, BD), tl.cdiv(D1, BD)
     if i_d < n0:
         p_x, p_w, p_y, D, o_first = x0 + i_b * s_x0b, w0, y0, D0, 0
@@ -382,6 +406,26 @@ def _sizes(xs, cu_seqlens):
     return B, T, N, _three([x.shape[2] for x in xs], missing=0)
 
 
+# CUDA's, of a grid's second and third axis; the first ends at 2^31 - 1.
+GRID_LIMIT = 65535
+
+
+def _segment(T: int, rows: int) -> int:
+    """`rows` of a segment, or as many times that as leave a grid its segments."""
+    while triton.cdiv(T, rows) > GRID_LIMIT:  # from 2.1 M tokens on
+        rows *= 2
+    return rows
+
+
+def _batches(B: int) -> list[slice]:
+    """A batch in parts that a grid takes."""
+    return [slice(first, first + GRID_LIMIT) for first in range(0, B, GRID_LIMIT)]
+
+
+def _rows_of(state: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+    return None if state is None else state[rows]
+
+
 @functools.cache
 def _block(sizes, largest):
     """(channels a block, blocks over all tensors)."""
@@ -396,17 +440,25 @@ def _strides(xs):
 def _launch_forward(xs, weights, silu, initial_state, output_final_state, cu_seqlens):
     """(list of y, final state or None)."""
     B, T, N, Ds = _sizes(xs, cu_seqlens)
+    if B > GRID_LIMIT:
+        parts = [
+            _launch_forward([x[b] for x in xs], weights, silu, _rows_of(initial_state, b), output_final_state, None)
+            for b in _batches(B)
+        ]
+        ys = [torch.cat(y) for y in zip(*(ys for ys, _ in parts))]
+        return ys, torch.cat([state for _, state in parts]) if output_final_state else None
     W = weights[0].shape[1]
     xs, weights = [_rows(x) for x in xs], [w.contiguous() for w in weights]
     h = None if initial_state is None else initial_state.contiguous()
     ys = [torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in xs]
     BD, blocks = _block(Ds, FORWARD_BLOCK_D)
     final_state = None
+    BT = _segment(T, FORWARD_SEGMENT)
     launch(
-        _fwd_kernel, (blocks, triton.cdiv(T, FORWARD_SEGMENT), B),
+        _fwd_kernel, (blocks, triton.cdiv(T, BT), B),
         (*_three(xs), *_three(weights), h, cu_seqlens, *_three(ys)),
         (T, N, *Ds, *_strides(xs)),
-        {"W": W, "SILU": silu, "BT": FORWARD_SEGMENT, "BD": BD, "R": FORWARD_ROWS},
+        {"W": W, "SILU": silu, "BT": BT, "BD": BD, "R": FORWARD_ROWS},
         {"num_warps": FORWARD_WARPS},
     )  # fmt: skip
     if output_final_state:
@@ -419,7 +471,7 @@ def _launch_state(xs, weights, dys, h, cu_seqlens, out, silu, backward):
     _, T, N, Ds = _sizes(xs, cu_seqlens)
     BD, blocks = _block(Ds, STEP_BLOCK_D)
     launch(
-        _state_kernel, (blocks, N),
+        _state_kernel, (N, blocks),
         (*_three(xs), *_three(weights), *_three(dys), h, cu_seqlens, out),
         (T, N, *Ds, *_strides(xs), *_strides(dys)),
         {"W": weights[0].shape[1], "SILU": silu, "BACKWARD": backward, "BD": BD},
@@ -430,12 +482,26 @@ def _launch_state(xs, weights, dys, h, cu_seqlens, out, silu, backward):
 def _launch_backward(xs, weights, dys, silu, initial_state, cu_seqlens, needs_state):
     """(list of dx, list of dweight, gradient of the initial state or None)."""
     B, T, N, Ds = _sizes(xs, cu_seqlens)
+    if B > GRID_LIMIT:
+        parts = [
+            _launch_backward(
+                [x[b] for x in xs], weights, [dy[b] for dy in dys], silu, _rows_of(initial_state, b), None, needs_state
+            )
+            for b in _batches(B)
+        ]
+        dxs, dws, dhs = zip(*parts)
+        return (
+            [torch.cat(dx) for dx in zip(*dxs)],
+            [torch.stack(dw).sum(0) for dw in zip(*dws)],
+            torch.cat(dhs) if needs_state else None,
+        )
     W = weights[0].shape[1]
     xs, dys = [_rows(x) for x in xs], [_rows(dy) for dy in dys]
     contiguous = [w.contiguous() for w in weights]
     h = None if initial_state is None else initial_state.contiguous()
     dxs = [torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in xs]
-    segments = triton.cdiv(T, BACKWARD_SEGMENT)
+    BT = _segment(T, BACKWARD_SEGMENT)
+    segments = triton.cdiv(T, BT)
     dw = torch.empty(B * segments, sum(Ds), W, device=xs[0].device, dtype=torch.float32)
     BD, blocks = _block(Ds, BACKWARD_BLOCK_D)
     dh = None
@@ -443,7 +509,7 @@ def _launch_backward(xs, weights, dys, silu, initial_state, cu_seqlens, needs_st
         _bwd_kernel, (blocks, segments, B),
         (*_three(xs), *_three(contiguous), *_three(dys), h, cu_seqlens, *_three(dxs), dw),
         (T, N, *Ds, *_strides(xs), *_strides(dys)),
-        {"W": W, "SILU": silu, "BT": BACKWARD_SEGMENT, "BD": BD, "R": BACKWARD_ROWS},
+        {"W": W, "SILU": silu, "BT": BT, "BD": BD, "R": BACKWARD_ROWS},
         {"num_warps": BACKWARD_WARPS},
     )  # fmt: skip
     if needs_state:
@@ -461,7 +527,7 @@ def _launch_step(xs, weights, state, silu):
     ys = [torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in xs]
     BD, blocks = _block(Ds, STEP_BLOCK_D)
     launch(
-        _step_kernel, (blocks, B),
+        _step_kernel, (B, blocks),
         (*_three(xs), *_three(weights), state, *_three(ys)),
         (*Ds, *[x.stride(0) for x in _three(xs)], state.stride(0)),
         {"W": weights[0].shape[1], "SILU": silu, "BD": BD},
@@ -648,6 +714,8 @@ def short_conv(
             the tensors' channels one after another; zeros by default.
         output_final_state: whether to return such a state after the last token.
         cu_seqlens: [N + 1] int32 or int64, borders of N sequences packed into B = 1: 0, ..., T. Without it N = B.
+            A border may repeat. They are not read by the host: none may go back or lie beyond T. What lies outside of
+            all sequences gives zeros, and gets zero gradients.
 
     Returns:
         a tuple of y_i [B, T, D_i] in x's dtype, and the final state [N, sum D_i, W - 1] or None.
