@@ -319,7 +319,7 @@ def _is_decoding(state, new_tokens, attention_mask) -> bool:
     """Whether a state moves on by one real token, without gradients: then it can do so in place."""
     if state is None or new_tokens != 1 or attention_mask is not None or torch.is_grad_enabled():
         return False
-    return can_overwrite(state)
+    return can_overwrite(state) and not is_transformed()
 
 
 def _real_tokens_last(xs, attention_mask, history):
