@@ -134,7 +134,7 @@ def can_overwrite(state: torch.Tensor, by: torch.Tensor | None = None) -> bool:
 
 def _leave_inference_mode(layer) -> None:
     """Replace what was made under `torch.inference_mode` by copies, once that is over: torch lets nobody write it then."""
-    if torch.is_inference_mode_enabled() or is_torchdynamo_compiling():
+    if is_torchdynamo_compiling() or torch.is_inference_mode_enabled():
         return
     for attributes in (vars(layer), *(x for x in vars(layer).values() if isinstance(x, dict))):
         for name, x in attributes.items():
