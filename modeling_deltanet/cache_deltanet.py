@@ -158,7 +158,7 @@ def can_overwrite(state: torch.Tensor, by: torch.Tensor | None = None) -> bool:
 
 def _leave_inference_mode(layer) -> None:
     """Replace what was made under `torch.inference_mode` by copies, once that is over: torch lets nobody write it then."""
-    if torch.is_inference_mode_enabled() or is_torchdynamo_compiling():
+    if is_torchdynamo_compiling() or torch.is_inference_mode_enabled():
         return
     for attributes in (vars(layer), *(x for x in vars(layer).values() if isinstance(x, dict))):
         for name, x in attributes.items():
@@ -175,18 +175,14 @@ def prepare_cache(cache: Cache, config) -> Cache:
     if not cache.layers and cache.layer_class_to_replicate is not None:  # DynamicCache() without a config
         cache.layers, cache.layer_class_to_replicate = DynamicCache(config=config).layers, None
     expected = [layer_type == "linear_attention" for layer_type in config.layer_types]
-    came = [isinstance(layer, LinearAttentionLayer) for layer in cache.layers]
-    if expected != came:
-        if len(came) == len(expected) and not any(came):  # PEFT makes such a cache, and cannot be told to do otherwise
-            raise ValueError(
-                f"the cache has keys and values for every layer, as prefix tuning gives them, but of layer_types "
-                f"{config.layer_types} the linear-attention layers take none: use prompt tuning or LoRA instead, or "
-                "make an empty cache with DynamicCache(config=model.config)"
-            )
-        raise ValueError(
+    if expected != (came := [isinstance(layer, LinearAttentionLayer) for layer in cache.layers]):
+        message = (
             f"the cache has layers {cache.layers}, which do not fit layer_types {config.layer_types}; "
             "make it with DynamicCache(config=model.config)"
         )
+        if not any(came):  # PEFT makes such a cache, and cannot be told to make another
+            message += "; prefix tuning is not for linear-attention layers, which keep no keys: use prompt tuning or LoRA"
+        raise ValueError(message)
     for i, layer in enumerate(cache.layers):
         if type(layer) is LinearAttentionLayer:
             if i == 0 and all(expected):

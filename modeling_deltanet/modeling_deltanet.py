@@ -324,7 +324,7 @@ def _is_decoding(state, new_tokens, attention_mask) -> bool:
     """Whether a state moves on by one real token, without gradients: then it can do so in place."""
     if state is None or new_tokens != 1 or attention_mask is not None or torch.is_grad_enabled():
         return False
-    return can_overwrite(state)
+    return can_overwrite(state) and not is_transformed()
 
 
 def _real_tokens_last(xs, attention_mask, history):
@@ -670,24 +670,20 @@ def _find_packed_documents(
 def _packed_by_positions(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
     """The document of each token, or None: a break in a compiled graph, without which documents would run together.
 
-    Padding may stand between documents, and is then a document of its own: nothing that it writes is read by another.
+    Beside a mask, positions may jump forward within a document. Padding between documents is a document of its own: what
+    it writes is read by no other.
     """
     if attention_mask is None:
         return find_packed_sequence_indices(position_ids)
     t = torch.arange(position_ids.shape[1], device=position_ids.device)
     is_real = attention_mask[:, -len(t) :].bool()
-    previous = F.pad(
-        torch.where(is_real, t, -1).cummax(dim=1).values[:, :-1], (1, 0), value=-1
-    )  # the real token before t
-    step = position_ids - position_ids.gather(1, previous.clamp(min=0))
+    previous = F.pad(torch.where(is_real, t, -1).cummax(dim=1).values[:, :-1], (1, 0), value=-1)  # the real token before t
     follows = is_real & (previous >= 0)
-    starts = follows & torch.where(previous == t - 1, step != 1, step <= 0)
+    starts = follows & (position_ids <= position_ids.gather(1, previous.clamp(min=0)))
     if not starts.any():
         return None
     if (follows & (previous != t - 1) & ~starts).any():
-        raise ValueError(
-            "attention_mask has padding within a document of packed position_ids, got it in a row of several"
-        )
+        raise ValueError("attention_mask has padding within a document of packed position_ids, got it in a row of several")
     return F.pad((starts[:, 1:] | (is_real[:, 1:] != is_real[:, :-1])).cumsum(dim=1), (1, 0))
 
 

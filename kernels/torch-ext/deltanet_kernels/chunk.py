@@ -15,6 +15,7 @@ from . import chunk_backward, chunk_forward, configs, segments
 from ._ahead import compile_ahead
 from ._checks import check_arguments
 from ._replay import replay
+from ._transforms import refuse_transforms
 
 
 __all__ = ["chunk_delta_rule", "keep_results", "keep_results_compiled"]
@@ -349,6 +350,7 @@ def chunk_delta_rule(
     Raises:
         ValueError: a shape, dtype, stride or device is not as above; says what came and what was wanted.
     """
+    refuse_transforms("chunk_delta_rule")
     compiling = torch.compiler.is_compiling()
     if compiling:
         scale = check_arguments(q, k, v, beta, scale, initial_state, cu_seqlens)

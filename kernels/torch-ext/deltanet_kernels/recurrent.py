@@ -30,6 +30,7 @@ import triton.language as tl
 
 from ._checks import check_arguments
 from ._launch import launch
+from ._transforms import refuse_transforms
 
 
 __all__ = ["delta_rule_step", "fused_recurrent_delta_rule"]
@@ -716,6 +717,7 @@ def fused_recurrent_delta_rule(
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit, naming both.
     """
+    refuse_transforms("fused_recurrent_delta_rule")
     scale = check_arguments(q, k, v, beta, scale, initial_state, cu_seqlens)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     differentiable = torch.is_grad_enabled() and any(
@@ -762,6 +764,7 @@ def delta_rule_step(
         ValueError: for shapes, dtypes or devices that do not fit, for T != 1, for a state that cannot be updated
             in place, and when a gradient is asked of it.
     """
+    refuse_transforms("delta_rule_step")
     scale = check_arguments(q, k, v, beta, scale, state, None)
     if q.shape[1] != 1:
         raise ValueError(f"delta_rule_step takes one token, T = 1, got T = {q.shape[1]}")

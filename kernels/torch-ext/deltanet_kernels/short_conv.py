@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 
 from ._launch import launch
+from ._transforms import refuse_transforms
 
 
 __all__ = ["short_conv", "short_conv_step"]
@@ -724,6 +725,7 @@ def short_conv(
         ValueError: for shapes, dtypes, devices or an activation that do not fit, naming what came and what was
             wanted.
     """
+    refuse_transforms("short_conv")
     xs, weights, silu = _check_inputs(xs, weights, activation)
     N = xs[0].shape[0]
     if cu_seqlens is not None:
@@ -771,6 +773,7 @@ def short_conv_step(
         ValueError: for shapes, dtypes, devices or an activation that do not fit, for T != 1, for a state that cannot
             be updated in place, and when a gradient is asked of it.
     """
+    refuse_transforms("short_conv_step")
     xs, weights, silu = _check_inputs(xs, weights, activation)
     W = weights[0].shape[1]
     if xs[0].shape[1] != 1:
