@@ -46,6 +46,11 @@ def inspect_checkpoint(source: str | Path, revision: str | None = None) -> dict:
     parameters: dict[str, int] = {}
     for dtype, shape in tensors:
         parameters[dtype] = parameters.get(dtype, 0) + math.prod(shape)
+    architectures = raw.get("architectures")
+    if architectures is not None and not (
+        isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
+    ):
+        raise ValueError(f"config.json has architectures: {architectures!r}; wanted a list of names")
     if unknown := sorted(parameters.keys() - BYTES.keys()):
         raise ValueError(f"{source} holds tensors of {', '.join(unknown)}; known are {', '.join(BYTES)}")
     if not parameters:
@@ -54,7 +59,7 @@ def inspect_checkpoint(source: str | Path, revision: str | None = None) -> dict:
     counts = {t: config.layer_types.count(t) for t in dict.fromkeys(config.layer_types)}
     return {
         "model_type": raw["model_type"],
-        "architectures": raw.get("architectures"),
+        "architectures": architectures,
         "layers": counts,
         "layer_types": config.layer_types,
         "hidden_size": config.hidden_size,

@@ -246,10 +246,10 @@ def _missing_code(folder: Path) -> dict[str, bytes]:
     modeling_deltanet.register_remote_code()
     try:
         config = modeling_deltanet.DeltaNetConfig.from_dict(stored)
-    except (ValueError, StrictDataclassError) as error:
+        with torch.device("meta"):
+            model = getattr(modeling_deltanet, architecture)(config)
+    except (ValueError, RuntimeError, TypeError, StrictDataclassError) as error:
         raise ValueError(f"{config_file}: {error}") from error
-    with torch.device("meta"):
-        model = getattr(modeling_deltanet, architecture)(config)
     config.auto_map = None  # a reference to another repository's code gives way to the code that goes along
     with tempfile.TemporaryDirectory() as written:
         custom_object_save(config, written, config=config)

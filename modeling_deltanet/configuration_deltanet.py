@@ -277,12 +277,11 @@ class DeltaNetConfig(PreTrainedConfig):
         if quantization is not None and not isinstance(quantization, dict) and not hasattr(quantization, "to_dict"):
             raise ValueError(f"quantization_config must be dict, got {quantization!r}")
         for name in kwargs:
-            if name.startswith("__") or name in ("_auto_class", "_post_init_done"):
-                raise ValueError(
-                    f"a configuration has no field {name!r}: Python or Transformers keeps something else there"
-                )
+            taken = name.startswith("__") or name in ("_auto_class", "_post_init_done")
+            if taken or callable(getattr(type(self), name, None)):
+                raise ValueError(f"{name!r} cannot be a field of a configuration: something else has that name")
         for key in fields["id2label"] or {}:
-            if not str(key).removeprefix("-").isdecimal():
+            if not str(key).removeprefix("-").isdecimal() or len(str(key)) > 20:
                 raise ValueError(f"id2label must have numbers as keys, got {key!r}")
 
     def _divide(self, size: str, parts: str) -> int:
@@ -363,7 +362,7 @@ class DeltaNetConfig(PreTrainedConfig):
             )
         if has_sliding_layers and self.sliding_window < 2:  # for 1, Transformers' cache keeps everything ([-0:])
             raise ValueError(f"sliding_window must be at least 2, got {self.sliding_window}")
-        if self.linear_conv_kernel_dim is not None and self.linear_conv_kernel_dim < 2:
+        if self.linear_conv_kernel_dim is not None and not 2 <= self.linear_conv_kernel_dim < 2**31:
             raise ValueError(
                 f"linear_conv_kernel_dim must be at least 2, or None for no convolution, got {self.linear_conv_kernel_dim}"
             )

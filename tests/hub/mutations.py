@@ -109,5 +109,7 @@ def safetensors(draw, content: bytes, flip_data: bool = False) -> bytes:
     size = int.from_bytes(content[:8], "little")
     header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
     text = draw(json_texts(header, extra_keys=("__metadata__", "4.keys")))
-    length = draw(st.sampled_from((len(text),) * 8 + (0, 1, len(text) - 1, len(text) + 8, 2**31, 2**63, 2**64 - 1)))
+    length = draw(
+        st.sampled_from((len(text),) * 8 + (0, 1, max(len(text), 1) - 1, len(text) + 8, 2**31, 2**63, 2**64 - 1))
+    )
     return draw(damaged(length.to_bytes(8, "little") + text + data, None if flip_data else 8 + len(text)))
