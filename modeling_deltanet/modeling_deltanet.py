@@ -38,7 +38,8 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache_deltanet import prepare_cache
 from .configuration_deltanet import DeltaNetConfig
 from .cuda_graph import GraphedStep, can_be_captured
-from .delta_rule import checkpoint_but_for_rule, delta_rule, delta_rule_step
+from .delta_rule import delta_rule, delta_rule_step
+from .kernel_switch import checkpoint_but_for_rule
 from .liger_deltanet import apply_liger_kernel_to_deltanet
 from .short_conv import short_conv, short_conv_step
 

@@ -11,11 +11,15 @@ from typing import NamedTuple
 import torch
 import triton
 
+from . import _switch
+from .limits import NORM_EPS
+
 
 # Gluon is experimental, so its kernels are used only beside versions that compiled and ran them; others get the Triton ones,
 # and so does Triton's interpreter, which has none for Gluon.
 GLUON = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"]) and not triton.knobs.runtime.interpret
-EPS = 1e-6  # inside the square root of the L2 norm
+GLUON = GLUON and _switch.uses("gluon")
+EPS = NORM_EPS
 CHUNK = 64  # tokens in a chunk: the unit of the triangular inverse and of a scan step
 
 
