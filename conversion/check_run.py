@@ -14,7 +14,7 @@ from multiprocessing import get_context
 
 import torch
 
-from modeling_deltanet import delta_rule, short_conv
+from modeling_deltanet import delta_rule, kernel_switch, short_conv
 
 from .check import DTYPES, LAYOUTS, REFERENCE, Case, check_reference, run_case, tolerance, too_large
 
@@ -68,8 +68,10 @@ def routes(device: torch.device, peer: str | None = None) -> tuple[Route, ...]:
 def installed_kernels(device: torch.device):
     """The kernel package where it computes on this device, which a CPU does in Triton's interpreter alone."""
     if device.type == "cuda":
-        return delta_rule.kernels_for(torch.empty(0, device=device))
-    return delta_rule.deltanet_kernels if os.environ.get("TRITON_INTERPRET") == "1" else None
+        return kernel_switch.kernels_for(torch.empty(0, device=device))
+    return (
+        kernel_switch.deltanet_kernels if not kernel_switch.OFF and os.environ.get("TRITON_INTERPRET") == "1" else None
+    )
 
 
 def missing_peer(device: torch.device) -> str | None:

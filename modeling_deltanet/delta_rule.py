@@ -11,27 +11,22 @@ functions elsewhere.
 Letters: B batch, T time, H key heads, G value heads (a multiple of H), K and V head sizes, C chunk, N sequences.
 """
 
-import functools
-import logging
+import warnings
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
+from .kernel_switch import LIMITS, is_transformed, kernels_for
 
-try:  # only a missing package is forgiven: a broken one must be heard
-    import deltanet_kernels
-except ImportError as error:
-    deltanet_kernels, MISSING = None, str(error)
-
-logger = logging.getLogger(__name__)
 
 # Tokens per chunk, as in the paper and in the GPU kernels. Forward + backward on two CPU cores, (B, T, H, D) = (1, 2048, 8,
 # 64): 39 ms in chunks of 32, which keep twice as many states; 47 ms in 64; 60 ms in 128.
 CHUNK_SIZE = 64
 # Below this many tokens the recurrence is faster on a CPU: 0.07 ms against 0.13 at T = 1, even at T = 3 (8 heads of 64).
 SHORT_SEQUENCE = 4
-L2_NORM_EPS = 1e-6
+# More than models have: a time axis, rather. (fla warned of more heads than tokens, which a short prompt has, too.)
+MANY_HEADS = 256
+L2_NORM_EPS = 1e-6  # as the kernels' limits.NORM_EPS, which need not be installed
 
 
 def delta_rule(
@@ -73,62 +68,11 @@ def delta_rule_step(
     return o
 
 
-def checkpoint_but_for_rule(function, *inputs):
-    """`function(*inputs)`, which backward computes again, but for the kernels of a delta rule in it: their results are kept."""
-    if deltanet_kernels is None:  # the rule runs in torch, or by a kernel of the Hub
-        return checkpoint(function, *inputs, use_reentrant=False)
-    compiled = torch.compiler.is_compiling()
-    context_fn = deltanet_kernels.keep_results_compiled if compiled else deltanet_kernels.keep_results
-    return checkpoint(function, *inputs, use_reentrant=False, context_fn=context_fn)
-
-
-def is_transformed() -> bool:
-    """Whether a transformation of `torch.func` (grad, vmap, jvp, ...) is at work: only torch's own operators know them all.
-
-    (torch has no public name for it; its `autograd.Function.apply` asks the same.)
-    """
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-
-
 def _too_large(q: torch.Tensor, v: torch.Tensor) -> str | None:
     sizes = q.shape[-1], v.shape[-1]
-    return f"heads larger than 256, got {sizes}" if max(sizes) > 256 else None
-
-
-def kernels_for(x: torch.Tensor, refused: str | None = None):
-    """The Triton kernels if they compute with tensors like `x`, else None: the one place where that is decided.
-
-    `refused` is what they do not take of this call, for the log.
-    """
-    if not x.is_cuda:
+    if LIMITS is None or max(sizes) <= LIMITS.MAX_HEAD_SIZE:
         return None
-    if x.dtype == torch.float64:
-        refused = "fp64"
-    if refused is not None:
-        _say_once(
-            logging.WARNING, "DeltaNet computes with torch on this GPU: its Triton kernels do not take %s", refused
-        )
-        return None
-    return _installed_kernels()
-
-
-def _installed_kernels():
-    """The kernel package, or None where it, or triton, is missing; and a line in the log on which it is."""
-    if deltanet_kernels is None:
-        _say_once(
-            logging.WARNING, "DeltaNet computes with torch on this GPU, not with its Triton kernels: %s", MISSING
-        )
-    else:
-        _say_once(logging.INFO, "DeltaNet computes with the Triton kernels of %s", deltanet_kernels.__file__)
-    return deltanet_kernels
-
-
-def _say_once(level: int, message: str, detail: str) -> None:
-    if not torch.compiler.is_compiling():  # torch.compile would break the graph there
-        _log_once(level, message, detail)
-
-
-_log_once = functools.cache(logger.log)
+    return f"heads larger than {LIMITS.MAX_HEAD_SIZE}, got {sizes}"
 
 
 def torch_chunk_delta_rule(
@@ -141,6 +85,10 @@ def torch_chunk_delta_rule(
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_cpu: torch.Tensor | None = None,
+    *,
+    head_first: bool = False,
+    chunk_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The delta rule in chunks: O(T) time, sequential only over T / 64 chunks. Differentiable in every tensor.
 
@@ -149,11 +97,14 @@ def torch_chunk_delta_rule(
         v: values, `[B, T, G, V]`; value head g is addressed by key head `g // (G / H)`.
         beta: step sizes in [0, 2], `[B, T, G]`, any floating dtype. Above 1 they give negative eigenvalues.
         scale: factor on the queries, `K ** -0.5` by default.
-        initial_state: memory before the first token, `[N, G, K, V]` in fp32 (fp64 for fp64 inputs); zeros by default.
+        initial_state: memory before the first token, `[N, G, K, V]` in fp32 (fp64 for fp64 inputs) or a narrower dtype, which
+            is converted; zeros by default.
         output_final_state: also return the memory after the last token.
         use_qk_l2norm_in_kernel: divide each query and key by its L2 norm first (1e-6 is added to the squared norm).
         cu_seqlens: borders of N packed sequences, int `[N + 1]`, from 0 to T; needs B = 1. Without it, N = B. A border
             may repeat: such a sequence is empty and its final state is its initial one.
+        cu_seqlens_cpu, head_first, chunk_size: of flash-linear-attention's function. They change nothing here;
+            `head_first=True` is refused.
 
     Returns:
         `(o, final_state)`: o `[B, T, G, V]` in v's dtype; final_state `[N, G, K, V]` in fp32 (fp64 for fp64 inputs),
@@ -162,6 +113,7 @@ def torch_chunk_delta_rule(
     Raises:
         ValueError: a shape, dtype or border that does not fit, with what came and what was wanted.
     """
+    _refuse_head_first(head_first)
     o_dtype = v.dtype
     q, k, v, beta, state, borders = _prepare(q, k, v, beta, scale, initial_state, use_qk_l2norm_in_kernel, cu_seqlens)
     B, T, G, _ = v.shape
@@ -285,14 +237,19 @@ def torch_recurrent_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    beta: torch.Tensor,
+    beta: torch.Tensor | None = None,
     scale: float | None = None,
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_cpu: torch.Tensor | None = None,
+    *,
+    head_first: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The delta rule token by token, for decoding and as the baseline; arguments as in `torch_chunk_delta_rule`."""
+    """The delta rule token by token, for decoding and as the baseline; arguments as in `torch_chunk_delta_rule`, beta 1 by default."""
+    _refuse_head_first(head_first)
+    beta = v.new_ones(v.shape[:-1]) if beta is None else beta
     o_dtype = v.dtype
     q, k, v, beta, state, borders = _prepare(q, k, v, beta, scale, initial_state, use_qk_l2norm_in_kernel, cu_seqlens)
     with torch.autocast(q.device.type, enabled=False):
@@ -333,12 +290,21 @@ def _prepare(q, k, v, beta, scale, initial_state, use_qk_l2norm_in_kernel, cu_se
         num_states = len(borders) - 1
     if initial_state is None:
         initial_state = v.new_zeros(num_states, G, K, V)
-    elif initial_state.shape != (num_states, G, K, V) or initial_state.dtype != dtype:
+    elif (
+        initial_state.shape != (num_states, G, K, V)
+        or not initial_state.is_floating_point()
+        or torch.promote_types(initial_state.dtype, dtype) != dtype
+    ):
         raise ValueError(
-            f"initial_state must be [N, G, K, V] = {[num_states, G, K, V]} in {dtype}, "
+            f"initial_state must be [N, G, K, V] = {[num_states, G, K, V]} in {dtype} or a narrower dtype, "
             f"got {list(initial_state.shape)} in {initial_state.dtype}"
         )
-    return q, k, v, beta, initial_state, borders
+    return q, k, v, beta, initial_state.to(dtype), borders
+
+
+def _refuse_head_first(head_first: bool) -> None:
+    if head_first:
+        raise ValueError("head_first=True is not supported: q, k and v must be [B, T, H, D], got [B, H, T, D]")
 
 
 def _check(q, k, v, beta, initial_state) -> None:
@@ -355,6 +321,11 @@ def _check(q, k, v, beta, initial_state) -> None:
         raise ValueError(
             "q, k and v must share one floating dtype and beta must be floating, "
             f"got q {q.dtype}, k {k.dtype}, v {v.dtype}, beta {beta.dtype}"
+        )
+    if q.shape[1] < q.shape[2] and q.shape[2] > MANY_HEADS and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"q has {q.shape[1]} tokens and {q.shape[2]} heads: is it [B, H, T, K]? The rule wants [B, T, H, K]",
+            stacklevel=4,
         )
     if any(x is not None and x.device != q.device for x in (k, v, beta, initial_state)):
         raise ValueError(f"every tensor must be on q's device, {q.device}")

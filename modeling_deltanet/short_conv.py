@@ -6,7 +6,8 @@ Letters: B batch, T time, D channels, W taps, N sequences.
 import torch
 import torch.nn.functional as F
 
-from .delta_rule import checked_borders, is_transformed, kernels_for
+from .delta_rule import checked_borders
+from .kernel_switch import LIMITS, is_transformed, kernels_for
 
 
 def short_conv(
@@ -40,7 +41,9 @@ def short_conv_step(
 
 def _too_wide(weights: tuple[torch.Tensor, ...]) -> str | None:
     taps = weights[0].shape[-1]
-    return f"convolutions of more than 4 taps, got {taps}" if taps > 4 else None
+    if LIMITS is None or LIMITS.MIN_TAPS <= taps <= LIMITS.MAX_TAPS:
+        return None
+    return f"convolutions of other than {LIMITS.MIN_TAPS} to {LIMITS.MAX_TAPS} taps, got {taps}"
 
 
 def torch_short_conv(

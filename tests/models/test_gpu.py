@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 from modeling_deltanet import DeltaNetConfig, DeltaNetForCausalLM, cuda_graph
-from modeling_deltanet.delta_rule import _log_once
+from modeling_deltanet.kernel_switch import _log_once
 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -262,7 +262,9 @@ def test_backward_is_cut_where_it_pays(T, K, programs, beside, cut):
         ({"v": torch.zeros(1, 4, 1, 32).half()}, "like q"),
         ({"q": torch.zeros(1, 4, 1, 32).double()}, "bfloat16, float16 or float32"),
         ({"initial_state": torch.zeros(1, 1, 32, 31)}, "initial_state must be"),
-        ({"initial_state": torch.zeros(1, 1, 32, 32).half()}, "float32"),
+        ({"initial_state": torch.zeros(1, 1, 32, 32).double()}, "float32"),
+        ({"head_first": True}, r"\[B, T, H, D\]"),
+        ({"chunk_size": 128}, "16, 32 or 64, got 128"),
         ({"cu_seqlens": torch.tensor([0.0, 4.0])}, "int32 or int64"),
         ({"v": torch.zeros(1, 4, 32, 1).transpose(2, 3).expand(1, 4, 1, 32)[..., ::2]}, "v"),
     ],
@@ -277,7 +279,7 @@ def test_errors_name_what_came(change, message):
 def test_unknown_keyword():
     x = torch.zeros(1, 4, 1, 32)
     with pytest.raises(TypeError):
-        chunk_delta_rule(x, x, x, torch.zeros(1, 4, 1), head_first=True)
+        chunk_delta_rule(x, x, x, torch.zeros(1, 4, 1), cu_seqlen=None)
 
 
 def test_what_the_gluon_kernels_take(monkeypatch):

@@ -222,7 +222,7 @@ def test_errors_name_what_came():
     with pytest.raises(ValueError, match="no backward"):
         delta_rule_step(q[:, :1].clone().requires_grad_(), k[:, :1], v[:, :1], beta[:, :1], h0)
     with pytest.raises(TypeError):
-        fused_recurrent_delta_rule(q, k, v, beta, head_first=False)
+        fused_recurrent_delta_rule(q, k, v, beta, cu_seqlen=None)
 
 
 SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227}  # of a block, KB

@@ -9,7 +9,7 @@ import threading
 import torch
 from triton import knobs
 
-from . import _launch
+from . import _launch, _switch
 
 
 _started: set[tuple] = set()
@@ -24,7 +24,12 @@ def compile_ahead(function, numbers: tuple, tensors: tuple) -> threading.Thread 
     kinds = [None if x is None else (x.dtype, x.shape[2:], x.stride()[1:]) for x in tensors]
     key = (function, tensors[0].device, *numbers, *kinds)
     is_cuda = tensors[0].is_cuda
-    if key in _started or knobs.runtime.interpret or (is_cuda and torch.cuda.is_current_stream_capturing()):
+    if (
+        key in _started
+        or knobs.runtime.interpret
+        or not _switch.uses("ahead")
+        or (is_cuda and torch.cuda.is_current_stream_capturing())
+    ):
         return None
     _started.add(key)
     stream = torch.cuda.stream(torch.cuda.current_stream(tensors[0].device)) if is_cuda else contextlib.nullcontext()

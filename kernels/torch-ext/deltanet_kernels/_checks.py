@@ -4,11 +4,55 @@ Messages are put together only when they are needed: torch.compile would take th
 compile again for each length.
 """
 
+import warnings
+
 import torch
+from triton import knobs
+
+from .limits import MAX_HEAD_SIZE
 
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_HEAD_SIZE = 256
+INTERPRETED = knobs.runtime.interpret
+MANY_HEADS = 256  # more than models have: a time axis, rather. (fla warned where T < H, which a short prompt is, too.)
+
+
+def check_device(x: torch.Tensor, instead: str) -> None:
+    """Raises ValueError where Triton would say "0 active drivers"."""
+    if x.device.type == "cpu" and not INTERPRETED:
+        raise ValueError(
+            f"the kernels of deltanet_kernels compute on a CUDA device, got tensors on {x.device}: "
+            f"call modeling_deltanet.{instead}, which takes the same arguments, or set TRITON_INTERPRET=1 before the import"
+        )
+
+
+def check_layout(head_first: bool, chunk_size: int | None = None) -> None:
+    """fla's arguments that change nothing here, but for the layout that it gave up, too."""
+    if head_first:
+        raise ValueError("head_first=True is not supported: q, k and v must be [B, T, H, D], got [B, H, T, D]")
+    if chunk_size not in (None, 16, 32, 64):
+        raise ValueError(f"chunk_size must be 16, 32 or 64, got {chunk_size}")
+
+
+def as_state(initial_state: torch.Tensor | None) -> torch.Tensor | None:
+    """The state in fp32, in which the kernels carry it; autograd brings its gradient back into its dtype."""
+    if initial_state is not None and initial_state.dtype in (torch.bfloat16, torch.float16):
+        return initial_state.float()
+    return initial_state
+
+
+def check_values(tensors: dict[str, torch.Tensor | None], cu_seqlens: torch.Tensor | None, T: int) -> None:
+    """For DELTANET_KERNELS=check: borders that fit T tokens, and finite values. Waits for the GPU."""
+    if torch.compiler.is_compiling():
+        return
+    if cu_seqlens is not None:
+        borders = cu_seqlens.tolist()
+        if borders[0] < 0 or borders[-1] > T or any(a > b for a, b in zip(borders, borders[1:])):
+            raise ValueError(f"cu_seqlens must stay within 0 to T = {T} and never go back, got {borders}")
+    for name, x in tensors.items():
+        if x is not None and not x.isfinite().all():
+            first = (~x.isfinite()).nonzero()[0].tolist()
+            raise ValueError(f"{name} must be finite, got {x[tuple(first)].item()} at {first}")
 
 
 def check_arguments(
@@ -26,6 +70,10 @@ def check_arguments(
     if k.shape != q.shape:
         raise ValueError(f"k must have the shape of q {list(q.shape)}, got {list(k.shape)}")
     B, T, H, K = q.shape
+    if T < H and H > MANY_HEADS and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"q has {T} tokens and {H} heads: is it [B, H, T, K]? The kernels want [B, T, H, K]", stacklevel=4
+        )
     if v.dim() != 4 or v.shape[0] != B or v.shape[1] != T:
         raise ValueError(f"v must be [{B}, {T}, HV, V], got {list(v.shape)}")
     _, _, HV, V = v.shape
@@ -34,7 +82,10 @@ def check_arguments(
     if beta.shape != (B, T, HV):
         raise ValueError(f"beta must be [{B}, {T}, {HV}], got {list(beta.shape)}")
     if not (1 <= K <= MAX_HEAD_SIZE and 1 <= V <= MAX_HEAD_SIZE):
-        raise ValueError(f"head sizes must be 1 to {MAX_HEAD_SIZE}, got {K} for q and k, {V} for v")
+        raise ValueError(
+            f"head sizes must be 1 to {MAX_HEAD_SIZE}, got {K} for q and k, {V} for v: "
+            "modeling_deltanet.delta_rule.torch_chunk_delta_rule takes any"
+        )
     if q.dtype not in DTYPES:
         raise ValueError(f"q must be bfloat16, float16 or float32, got {q.dtype}")
     if k.dtype != q.dtype or v.dtype != q.dtype:
@@ -60,5 +111,5 @@ def check_arguments(
     if initial_state is not None and initial_state.shape != (n, HV, K, V):
         raise ValueError(f"initial_state must be {[n, HV, K, V]}, got {list(initial_state.shape)}")
     if initial_state is not None and initial_state.dtype != torch.float32:
-        raise ValueError(f"initial_state must be float32, got {initial_state.dtype}")
+        raise ValueError(f"initial_state must be float32, bfloat16 or float16, got {initial_state.dtype}")
     return K**-0.5 if scale is None else float(scale)

@@ -11,16 +11,17 @@ import threading
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from . import chunk_backward, chunk_forward, configs, segments
+from . import _switch, chunk_backward, chunk_forward, configs, segments
 from ._ahead import compile_ahead
-from ._checks import check_arguments
+from ._checks import as_state, check_arguments, check_device, check_layout, check_values
 from ._replay import replay
 from ._transforms import refuse_transforms
+from .limits import MAX_CHUNKS
 
 
 __all__ = ["chunk_delta_rule", "keep_results", "keep_results_compiled"]
 
-SEGMENTS = True  # tests switch segmentation off to compare
+SEGMENTS = _switch.uses("segments")
 
 
 def _plan(
@@ -311,6 +312,34 @@ def _policy(context, operator, *args, **kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def _in_parts(q, k, v, beta, scale, state, final, l2norm, cu_seqlens, recompute):
+    """More chunks than a grid takes, 4.2 M tokens: some rows at a time, or of a single row some tokens at a time."""
+    if cu_seqlens is not None:
+        raise ValueError(
+            f"a call takes T / {configs.CHUNK} + N = {MAX_CHUNKS} at most for N packed sequences of T tokens, "
+            f"got N = {cu_seqlens.shape[0] - 1} and T = {q.shape[1]}: pack fewer"
+        )
+    B, T = q.shape[:2]
+    options = {"scale": scale, "use_qk_l2norm_in_kernel": l2norm, "recompute": recompute}
+    if B > 1:
+        rows = max(1, MAX_CHUNKS // -(-T // configs.CHUNK))
+        parts = [
+            chunk_delta_rule(
+                *(x[b : b + rows] for x in (q, k, v, beta)), initial_state=None if state is None else state[b : b + rows],
+                output_final_state=final, **options,
+            )
+            for b in range(0, B, rows)
+        ]  # fmt: skip
+        return torch.cat([o for o, _ in parts]), torch.cat([s for _, s in parts]) if final else None
+    outputs, tokens = [], MAX_CHUNKS * configs.CHUNK
+    for t in range(0, T, tokens):
+        o, state = chunk_delta_rule(
+            *(x[:, t : t + tokens] for x in (q, k, v, beta)), initial_state=state, output_final_state=True, **options
+        )
+        outputs.append(o)
+    return torch.cat(outputs, 1), state if final else None
+
+
 def chunk_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -321,7 +350,10 @@ def chunk_delta_rule(
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_cpu: torch.Tensor | None = None,
     *,
+    head_first: bool = False,
+    chunk_size: int | None = None,
     recompute: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The delta rule, chunk by chunk (Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule").
@@ -333,13 +365,16 @@ def chunk_delta_rule(
         v: `[B, T, HV, V]`, dtype of q. HV is a multiple of H: value head j reads key head `j // (HV // H)`.
         beta: `[B, T, HV]`, the step size, in [0, 2] for normalised keys. Any floating dtype.
         scale: of the queries; default `K ** -0.5`.
-        initial_state: `[N, HV, K, V]` fp32, or None for zeros. N is B, or the number of packed sequences.
+        initial_state: `[N, HV, K, V]` fp32, or bf16 or fp16, which are converted (the gradient comes back in its dtype), or
+            None for zeros. N is B, or the number of packed sequences.
         output_final_state: whether to return the state after the last token, `[N, HV, K, V]` fp32.
         use_qk_l2norm_in_kernel: q and k are divided by `sqrt(sum(x^2) + 1e-6)`, without a copy of either.
         cu_seqlens: `[N + 1]` int32 or int64 on the device of q: borders of sequences packed along T, with B = 1.
             Empty sequences are allowed. The borders are not read by the host, which would wait for the GPU: none may go
             back or lie beyond T (`DELTANET_KERNELS=check` looks). Tokens outside of all sequences, before the first border
             or after the last, give zeros and get zero gradients.
+        cu_seqlens_cpu, head_first, chunk_size: of flash-linear-attention's function. They change nothing here;
+            `head_first=True` is refused.
         recompute: keep only the inputs for backward and compute the rest again, a slice of heads at a time: 0.6 of the
             extra memory for twice the time; on one long sequence, which is then not cut into segments, 4 to 5 times.
 
@@ -352,12 +387,21 @@ def chunk_delta_rule(
     """
     refuse_transforms("chunk_delta_rule")
     compiling = torch.compiler.is_compiling()
+    check_device(q, "delta_rule.torch_chunk_delta_rule")
+    check_layout(head_first, chunk_size)
+    if _switch.CHECKS:
+        check_values({"q": q, "k": k, "v": v, "beta": beta, "initial_state": initial_state}, cu_seqlens, q.shape[1])
+    initial_state = as_state(initial_state)
     if compiling:
         scale = check_arguments(q, k, v, beta, scale, initial_state, cu_seqlens)
     elif scale is not None:
         scale = float(scale)
     if initial_state is not None:
         initial_state = initial_state.contiguous()
+    if chunk_forward.count_chunks(*q.shape[:2], cu_seqlens) > MAX_CHUNKS:
+        return _in_parts(
+            q, k, v, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, recompute
+        )
     numbers = scale, use_qk_l2norm_in_kernel, output_final_state
     if compiling:
         save = (

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import _switch
 from ._launch import launch
 from .chunk_forward import (
     Scratch,
@@ -313,7 +314,12 @@ def reverse(q, k, do, x: Scratch, dht, dv, dh0, scale, t: Tables, plan: Plan, sa
     heads = dv.stride(1) // V if save else HV
     if plan.gluon_scans and hopper_tiles.accepts(q, k, do):
         # at a chip's last quarter or less there is no room for the gradients
-        if plan.beside and save and 4 * nv * HV * t.n <= 3 * multiprocessors(k.device.index):
+        if (
+            plan.beside
+            and save
+            and _switch.uses("beside")
+            and 4 * nv * HV * t.n <= 3 * multiprocessors(k.device.index)
+        ):
             flags = k.new_empty(t.n_chunks, HV, nv, dtype=torch.int32)
         hopper_reverse.reverse(q, k, do, a, rq, rk, dht, dv, ds, dh0, flags, scale, t, heads, save)
     else:

@@ -11,6 +11,9 @@ from typing import NamedTuple
 import torch
 import triton
 
+from . import _switch
+from .limits import NORM_EPS
+
 
 # What is private to Triton, or experimental there, is used only beside versions that it was tried with. Other versions launch
 # by Triton's public call (`_launch.run`), and get the Triton kernels for the Gluon ones; so does Triton's interpreter, which
@@ -18,7 +21,8 @@ import triton
 TRITON = tuple(int(x) for x in triton.__version__.split(".")[:2])
 LAUNCHER = TRITON in ((3, 6), (3, 7), (3, 8), (3, 9))  # the signature of a compiled kernel's `run` read in each
 GLUON = TRITON in ((3, 6), (3, 7)) and not triton.knobs.runtime.interpret  # compiled and run beside each
-EPS = 1e-6  # inside the square root of the L2 norm
+GLUON = GLUON and _switch.uses("gluon")
+EPS = NORM_EPS
 CHUNK = 64  # tokens in a chunk: the unit of the triangular inverse and of a scan step
 
 

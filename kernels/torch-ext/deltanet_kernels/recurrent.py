@@ -28,14 +28,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ._checks import check_arguments
+from . import _switch
+from ._checks import as_state, check_arguments, check_device, check_layout, check_values
 from ._launch import launch
 from ._transforms import refuse_transforms
+from .limits import NORM_EPS
 
 
 __all__ = ["delta_rule_step", "fused_recurrent_delta_rule"]
-
-NORM_EPS = 1e-6
 
 # Launch choices. One warp everywhere in the token loops: with more, each token would wait at a barrier for the sums
 # that cross warps. 8 columns (or rows) of a 128-wide state are 32 registers a thread, of a 256-wide one 64; wider
@@ -686,12 +686,15 @@ def fused_recurrent_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    beta: torch.Tensor,
+    beta: torch.Tensor | None = None,
     scale: float | None = None,
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_cpu: torch.Tensor | None = None,
+    *,
+    head_first: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The delta rule, one token after another (Schlag, Irie and Schmidhuber 2021, arXiv:2102.11174).
 
@@ -701,13 +704,15 @@ def fused_recurrent_delta_rule(
     Args:
         q, k: [B, T, H, K], float32, bfloat16 or float16; T may be 0. K at most 256.
         v: [B, T, HV, V] with HV a multiple of H: value head j reads key head j // (HV // H). V at most 256.
-        beta: [B, T, HV], the step sizes, in (0, 1) or (0, 2).
+        beta: [B, T, HV], the step sizes, in (0, 1) or (0, 2); ones by default.
         scale: factor on q; K ** -0.5 by default.
-        initial_state: [N, HV, K, V] float32, zeros by default.
+        initial_state: [N, HV, K, V] float32, or bfloat16 or float16, which are converted; zeros by default.
         output_final_state: whether to return the state after the last token.
         use_qk_l2norm_in_kernel: divide every q and k by its length, x * rsqrt(sum x^2 + 1e-6).
         cu_seqlens: [N + 1] int32 or int64, borders of N sequences packed into B = 1: 0, ..., T. Without it N = B. As in
             `chunk_delta_rule`.
+        cu_seqlens_cpu, head_first: of flash-linear-attention's functions. They change nothing here; `head_first=True` is
+            refused.
 
     Inputs may be strided views, read in place; the last dimension of q, k and v must be contiguous.
 
@@ -718,7 +723,13 @@ def fused_recurrent_delta_rule(
         ValueError: for shapes, dtypes or devices that do not fit, naming both.
     """
     refuse_transforms("fused_recurrent_delta_rule")
+    check_device(q, "delta_rule.torch_recurrent_delta_rule")
+    check_layout(head_first)
+    beta = v.new_ones(v.shape[:-1]) if beta is None else beta
+    initial_state = as_state(initial_state)
     scale = check_arguments(q, k, v, beta, scale, initial_state, cu_seqlens)
+    if _switch.CHECKS:
+        check_values({"q": q, "k": k, "v": v, "beta": beta, "initial_state": initial_state}, cu_seqlens, q.shape[1])
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     differentiable = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, k, v, beta, initial_state)
@@ -765,7 +776,10 @@ def delta_rule_step(
             in place, and when a gradient is asked of it.
     """
     refuse_transforms("delta_rule_step")
+    check_device(q, "delta_rule.delta_rule_step")
     scale = check_arguments(q, k, v, beta, scale, state, None)
+    if _switch.CHECKS:
+        check_values({"q": q, "k": k, "v": v, "beta": beta, "state": state}, None, 1)
     if q.shape[1] != 1:
         raise ValueError(f"delta_rule_step takes one token, T = 1, got T = {q.shape[1]}")
     if state.stride(3) != 1 and state.shape[3] != 1:

@@ -27,14 +27,16 @@ import torch
 import triton
 import triton.language as tl
 
+from . import _switch
+from ._checks import check_device, check_values
 from ._launch import launch
 from ._transforms import refuse_transforms
+from .limits import MAX_TAPS, MIN_TAPS
 
 
 __all__ = ["short_conv", "short_conv_step"]
 
 MAX_TENSORS = 3
-MIN_WIDTH, MAX_WIDTH = 2, 4
 
 # Launch choices, measured on an H200 for three tensors [8, 4096, 2048] in bf16 with W = 4 and SiLU, where the bytes alone
 # take 0.190 ms forward and 0.285 ms backward. 4 channels a thread.
@@ -662,9 +664,14 @@ def _check_inputs(xs, weights, activation):
             raise ValueError(
                 f"weights must all be of one floating dtype on {x0.device}, got {w0.dtype} and {w.dtype} on {w.device}"
             )
-    if not MIN_WIDTH <= w0.shape[1] <= MAX_WIDTH:
-        raise ValueError(f"weights must be [D, W] with W in {MIN_WIDTH}..{MAX_WIDTH}, got {list(w0.shape)}")
+    if not MIN_TAPS <= w0.shape[1] <= MAX_TAPS:
+        raise ValueError(f"weights must be [D, W] with W in {MIN_TAPS}..{MAX_TAPS}, got {list(w0.shape)}")
     return xs, weights, activation == "silu"
+
+
+def _named(xs, weights, state):
+    names = [f"xs[{i}]" for i in range(len(xs))] + [f"weights[{i}]" for i in range(len(weights))]
+    return dict(zip(names, (*xs, *weights))) | {"state": state}
 
 
 def _check_state(name, state, N, xs, W):
@@ -741,6 +748,9 @@ def short_conv(
         cu_seqlens = cu_seqlens.contiguous()
     if initial_state is not None:
         _check_state("initial_state", initial_state, N, xs, weights[0].shape[1])
+    check_device(xs[0], "short_conv.torch_short_conv")
+    if _switch.CHECKS:
+        check_values(_named(xs, weights, initial_state), cu_seqlens, xs[0].shape[1])
     last = None
     if output_final_state and torch.is_grad_enabled():
         last, output_final_state = _last_inputs(xs, initial_state, weights[0].shape[1], cu_seqlens), False
@@ -779,6 +789,9 @@ def short_conv_step(
     if xs[0].shape[1] != 1:
         raise ValueError(f"short_conv_step takes one token, T = 1, got T = {xs[0].shape[1]}")
     _check_state("state", state, xs[0].shape[0], xs, W)
+    check_device(xs[0], "short_conv.short_conv_step")
+    if _switch.CHECKS:
+        check_values(_named(xs, weights, state), None, 1)
     if state.stride()[1:] != (W - 1, 1):
         raise ValueError(f"state must be contiguous in its last two dimensions, got strides {state.stride()}")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*xs, *weights, state)):
