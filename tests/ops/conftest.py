@@ -1,4 +1,14 @@
 import pytest
+import torch
+
+
+if not torch.cuda.is_available():
+    try:
+        from tests.ops import interpreter_bf16
+    except ImportError:  # no triton, no kernels: their tests skip themselves
+        pass
+    else:
+        interpreter_bf16.install()
 
 
 @pytest.fixture(autouse=True)
