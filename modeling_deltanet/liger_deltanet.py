@@ -14,13 +14,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .cache_deltanet import CACHE_NAME
 
 
-try:  # (here, and not where they are used: remote code may import what is not installed only within a `try`)
-    from liger_kernel.transformers.functional import liger_rms_norm, liger_swiglu
-    from liger_kernel.transformers.model.loss_utils import LigerForCausalLMLoss
-except ImportError:
-    pass
-
-
 def apply_liger_kernel_to_deltanet(
     fused_linear_cross_entropy: bool = True, rms_norm: bool = True, swiglu: bool = True, model=None
 ) -> None:
@@ -31,6 +24,11 @@ def apply_liger_kernel_to_deltanet(
     """
     if model is None:
         raise ValueError("apply_liger_kernel_to_deltanet needs a model, got None")
+    # (Remote code may import what is not installed only within a `try`.)
+    try:
+        from liger_kernel.transformers.functional import liger_rms_norm, liger_swiglu
+    except ImportError as error:
+        raise ImportError(f"apply_liger_kernel_to_deltanet needs the package liger-kernel: {error}") from error
     if rms_norm:
         for norm in (module for module in model.modules() if hasattr(module, "rms_norm")):
             # In place, Liger would overwrite the gradient that comes in, which may be somebody else's too.
@@ -44,6 +42,11 @@ def apply_liger_kernel_to_deltanet(
 
 def _without_logits(forward):
     """`forward` of a causal language model, but in training it returns the loss alone, without the logits."""
+
+    try:
+        from liger_kernel.transformers.model.loss_utils import LigerForCausalLMLoss
+    except ImportError as error:
+        raise ImportError(f"Liger's loss needs the package liger-kernel: {error}") from error
 
     @functools.wraps(forward)  # the Trainer reads the signature
     def forward_without_logits(model, *args, labels=None, skip_logits=None, **kwargs):

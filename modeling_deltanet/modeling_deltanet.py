@@ -40,6 +40,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .after_import import after_import
 from .cache_deltanet import CACHE_NAME, can_overwrite, one_cache, prepare_cache
 from .configuration_deltanet import DeltaNetConfig
 from .cuda_graph import GraphedStep, can_be_captured
@@ -865,21 +866,20 @@ class DeltaNetForTokenClassification(GenericForTokenClassification, DeltaNetPreT
         self.post_init()
 
 
-try:  # LoRA's default targets for this model type, for local and for remote code alike
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-except ImportError:
-    pass
-else:
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[DeltaNetConfig.model_type] = [
-        "q_proj", "k_proj", "v_proj", "b_proj", "g_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-    ]  # fmt: skip
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "b_proj", "g_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-try:  # `TrainingArguments(use_liger_kernel=True)`
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-except ImportError:
-    pass
-else:
-    MODEL_TYPE_TO_APPLY_LIGER_FN[DeltaNetConfig.model_type] = apply_liger_kernel_to_deltanet
+
+def _register_with_peft(constants) -> None:
+    constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[DeltaNetConfig.model_type] = LORA_TARGETS
+
+
+def _register_with_liger(monkey_patch) -> None:
+    """For `TrainingArguments(use_liger_kernel=True)`."""
+    monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN[DeltaNetConfig.model_type] = apply_liger_kernel_to_deltanet
+
+
+after_import("peft.utils.constants", _register_with_peft)
+after_import("liger_kernel.transformers.monkey_patch", _register_with_liger)
 
 
 __all__ = [

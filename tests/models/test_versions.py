@@ -13,8 +13,6 @@ from packaging.requirements import Requirement
 from modeling_deltanet.versions_deltanet import NEWEST, OLDEST, check_transformers
 
 
-# bitsandbytes, which PEFT imports, prints a line of its own on some CPUs: it is not there.
-WITHOUT_BITSANDBYTES = "import sys; sys.modules['bitsandbytes'] = None"
 USE = """
 import torch
 from modeling_deltanet import DeltaNetConfig, DeltaNetForCausalLM
@@ -32,7 +30,7 @@ for layer_types in (types, types[:1]):
 
 
 def python(script: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-W", "error::FutureWarning", "-c", f"{WITHOUT_BITSANDBYTES}\n{script}"]
+    command = [sys.executable, "-W", "error::FutureWarning", "-c", script]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -40,6 +38,17 @@ def test_importing_and_using_the_package_prints_nothing():
     """Each program would begin with lines that its user can do nothing about, and that hide those that matter."""
     done = python(f"import modeling_deltanet\n{USE}")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_import_brings_in_neither_peft_nor_what_peft_does():
+    """Seconds of waiting, and bitsandbytes' own lines, for whoever only generates."""
+    done = python(
+        "import sys, modeling_deltanet\n"
+        "print(*(name for name in ('peft', 'bitsandbytes', 'liger_kernel') if name in sys.modules))\n"
+        "from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as targets\n"
+        "print('q_proj' in targets['deltanet'])"
+    )
+    assert done.stdout.splitlines() == ["", "True"], done.stderr
 
 
 def test_beside_an_older_transformers_the_import_says_what_is_wanted():
