@@ -25,7 +25,7 @@ def deltanet(monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("command", ["convert", "align", "distill", "inspect", "generate"])
+@pytest.mark.parametrize("command", ["convert", "align", "distill", "inspect", "generate", "check"])
 def test_every_command_has_help_with_an_example(deltanet, command):
     """A user would have to read the source to make a first call."""
     code, out, _ = deltanet(command, "--help")

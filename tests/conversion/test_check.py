@@ -1,0 +1,157 @@
+"""`deltanet check`: what it says of a machine must be so, of a wrong one above all."""
+
+import json
+
+import pytest
+import torch
+from test_cli import deltanet  # noqa: F401  a fixture
+
+from deltanet_conversion import check, check_run
+from modeling_deltanet.delta_rule import torch_chunk_delta_rule
+
+
+CPU = torch.device("cpu")
+
+
+def quickly(monkeypatch):
+    """Two cases, and routes of torch alone."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(
+        check, "quick", lambda **options: [check.Case(16, 16, "float32", name) for name in ("few", "step")]
+    )
+    check_run.routes.cache_clear()
+
+
+@pytest.mark.parametrize("layout", ["few", "many", "plain", "length 1"])
+@pytest.mark.parametrize("dtype", check.DTYPES)
+def test_a_right_route_is_within_its_tolerance(layout, dtype, monkeypatch):
+    """Users would report what is right."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    case = check.Case(16, 32, dtype, layout)
+    errors = check.run_case(case, CPU, torch_chunk_delta_rule)
+    states = {"final state", "dh0"} if check.LAYOUTS[layout].states else set()
+    assert errors.keys() == {"output without gradients", "output", "dq", "dk", "dv", "dbeta"} | states
+    assert not check.too_large(errors, check.tolerance(case, "torch"))
+
+
+def spoiled(part):
+    """The rule with one quantity wrong, by a hundredth of one element."""
+
+    class Spoil(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            g = g.clone()
+            g[0, -1] *= 1.05
+            return g
+
+    def rule(q, k, v, beta, **options):
+        x = {"q": q, "k": k, "v": v, "beta": beta}
+        if part in x and torch.is_grad_enabled():
+            x[part] = Spoil.apply(x[part])
+        o, ht = torch_chunk_delta_rule(*x.values(), **options)
+        if part == "output" or (part == "inference" and not torch.is_grad_enabled()):
+            o = o * 1.01
+        if part == "final state":
+            ht = ht * torch.nan
+        return o, ht
+
+    return rule
+
+
+@pytest.mark.parametrize(
+    "part, quantities",
+    [
+        ("q", {"dq"}), ("k", {"dk"}), ("v", {"dv"}), ("beta", {"dbeta"}), ("inference", {"output without gradients"}),
+        ("final state", {"final state", "dq", "dk", "dv", "dbeta", "dh0"}),
+    ],
+)  # fmt: skip
+def test_a_wrong_quantity_is_found_and_named(part, quantities, monkeypatch):
+    """A wrong gradient would pass for right, or a bug report name another."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    case = check.Case(16, 16, "float32", "few")
+    wrong = check.too_large(check.run_case(case, CPU, spoiled(part)), check.tolerance(case, "torch"))
+    assert quantities - {"dq", "dk", "dv", "dbeta", "dh0"} <= wrong.keys() <= quantities and wrong
+
+
+def test_the_reference_is_checked_too():
+    """Everything is compared with a rule of our own: were that wrong, nothing would show it."""
+    assert max(check.check_reference(CPU).values()) < check.REFERENCE
+
+
+def test_a_tiny_beta_is_looked_at_by_itself(monkeypatch):
+    """In a norm over all tokens, a dbeta of masked ones that is all wrong is 1 part in 10."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    case = check.Case(16, 16, "bfloat16", "few", "beta")
+    small = check.make_inputs(case, CPU).tensors["beta"].unique()[:4].tolist()
+    assert small == pytest.approx(list(check.BETAS), rel=1e-2)
+    assert check.run_case(case, CPU, torch_chunk_delta_rule)["dbeta of small beta"] < 4e-3
+
+
+def test_every_documented_size_is_in_the_table():
+    """A size that is in no test has been wrong."""
+    assert len(check.ALL_SIZES) == 256 and set(check.SIZES) <= set(check.ALL_SIZES)
+    cases = list(check.full())
+    assert len({(c.K, c.V, c.dtype, c.layout) for c in cases if c.layout in check.BASIC}) == 256 * 3 * 3
+    assert {c.layout for c in check.quick()} == set(check.LAYOUTS) and {c.inputs for c in check.quick()} == set(
+        check.INPUTS
+    )
+
+
+def test_the_command_reports_and_exits(deltanet, tmp_path, monkeypatch):  # noqa: F811
+    """A script could not tell a wrong machine from a right one, and a report would lack what it is for."""
+    quickly(monkeypatch)
+    code, out, err = deltanet("check", "--device", "cpu", "--json", tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert code == 0 and report["ok"] and "all right: 2 cases" in out and "seed 0" in out
+    assert report["environment"]["torch"] == torch.__version__ and report["environment"]["transformers"] in out
+    rows = [row for row in report["rows"] if row["case"]]
+    assert {(row["route"], row["case"]["layout"]) for row in rows} == {
+        ("torch, chunks", "few"), ("torch, token by token", "few"), ("torch, step", "step"),
+    }  # fmt: skip
+
+    monkeypatch.setattr(check_run.delta_rule, "torch_chunk_delta_rule", spoiled("output"))
+    check_run.routes.cache_clear()
+    code, out, _ = deltanet("check", "--device", "cpu", "--json", "-", "--peer", "fla")
+    report = json.loads(out)
+    assert code == 1 and not report["ok"] and "on a GPU" in report["skipped"][0]
+    (wrong,) = [row for row in report["rows"] if row["too_large"]]
+    assert wrong["route"] == "torch, chunks" and "output" in wrong["too_large"]
+
+    monkeypatch.setattr(check_run.delta_rule, "torch_chunk_delta_rule", lambda *args, **options: 1 / 0)
+    check_run.routes.cache_clear()
+    code, out, _ = deltanet("check", "--device", "cpu")
+    assert code == 1 and "wrong: torch, chunks: K 16" in out and "ZeroDivisionError" in out
+    check_run.routes.cache_clear()
+    for arguments in (("--sizes", "64x"), ("--sizes", "512")):
+        code, _, err = deltanet("check", "--device", "cpu", *arguments)
+        assert code == 1 and "sizes are K or KxV" in err
+    assert deltanet("check", "--dtype", "float8")[0] == 2
+
+
+def test_what_ran_is_named(monkeypatch):
+    """Whether Gluon's or Triton's kernels are wrong is the first thing that a report has to tell."""
+    pytest.importorskip("triton")
+    case, device = check.Case(16, 16, "float32", "few"), CPU
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    check_run.routes.cache_clear()
+    rows = {row["route"]: row for row in check_run._run_routes(case, device, None, 0)}
+    check_run.routes.cache_clear()
+    names = rows["kernels, chunks"]["kernels"]
+    assert {"chunk_forward.scan_kernel", "chunk_backward.grads_kernel"} <= set(names)
+    assert not rows["kernels, chunks"]["too_large"] and not rows["torch, chunks"]["kernels"]
+    assert check_run.describe_kernels(names) == "Triton"
+    names = ["hopper_scan.scan_kernel", "segments.chain_kernel", "chunk_forward.prepare_kernel"]
+    assert check_run.describe_kernels(names) == "Gluon, Triton, segments"
+
+
+def test_jobs_and_words(monkeypatch):
+    """Processes give the same rows; the command's words must reach the kernels, or a bisection bisects nothing."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    case = [check.Case(16, 16, "float32", "length 1")]
+    one, two = (list(check_run.run(case, CPU, jobs=jobs)) for jobs in (1, 2))
+    assert [[row["route"] for row in rows] for rows in one] == [[row["route"] for row in rows] for rows in two]
