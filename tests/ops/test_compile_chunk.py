@@ -1,4 +1,8 @@
-"""Every line of the launch table compiles for its architecture, fits its shared memory and does not spill unnoticed."""
+"""Every line of the launch table compiles for its architecture, fits its shared memory and does not spill unnoticed.
+
+By the Triton that is installed and, for the lines that differ most, by each that lies in `triton-VERSION` beside this
+environment's packages (`python -m pip install --no-deps --target .venv/triton-3.9.0 triton==3.9.0`).
+"""
 
 import json
 import os
@@ -9,40 +13,88 @@ from pathlib import Path
 import pytest
 
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 from deltanet_kernels import configs  # noqa: E402
 
 
 # Bytes of spilled registers a thread that are known and accepted (kernels/README.md, "Spills"). Hopper's wide keys
 # hold 128 registers of state; gradients and prepare at d = 64 are held to 168; where Gluon's scans run, Triton's of few
-# programs is left rows off alignment. Everything else: at most a few words.
+# programs is left rows off alignment. By chip and the larger head size, padded. Everything else: at most a few words.
+# Not listed: fp32 and fp16, not tuned at all.
 ACCEPTED = {
-    (86, 256): {"scan, many": 80, "scan, few": 80, "chain, backwards = False": 96, "chain, backwards = True": 88},
+    (86, 256): {"chain, backwards = False": 96, "chain, backwards = True": 88},
     (90, 64): {"grads": 80, "prepare": 80},
-    (90, 128): {"scan, few": 64},
-    (90, 256): {"scan, many": 224, "scan, few": 224},
-    (100, 128): {
-        "scan, many": 128, "scan, few": 160, "reverse, many": 400, "reverse, few": 256, "first reverse, many": 64,
-        "first reverse, few": 64,
-    },
-    (100, 256): {"scan, many": 320, "scan, few": 320},
-}  # fmt: skip
+    (90, 128): {"scan, few": 64, "scan, many": 80},
+    (90, 256): {"scan, many": 224, "scan, few": 224, "grads": 96},
+    (120, 64): {"prepare": 64},
+}
 SMALL = 48
+# Triton 3.8 alone spills this much in the chain of wide keys, whatever the warps and columns: a launch of 30 us
+CHAIN_OF_3_8 = 600
+
+EVERYWHERE = [(90, 64, 64), (90, 128, 128), (90, 256, 256), (80, 128, 128), (86, 256, 256), (100, 128, 128)]
+HERE = [
+    (90, 16, 64), (90, 32, 128), (90, 96, 192), (90, 192, 96), (80, 64, 256), (86, 128, 128), (86, 256, 64), (86, 48, 48),
+    (89, 96, 96), (100, 64, 64), (100, 256, 256), (120, 64, 64),
+]  # fmt: skip
+WIDE = [(90, 128, 128, "fp32"), (86, 256, 256, "fp32"), (86, 256, 256, "fp16")]
+OTHERS = sorted(Path(sys.prefix).glob("triton-*"))
+CASES = [(None, *case, "bf16") for case in EVERYWHERE + HERE] + [(None, *case) for case in WIDE]
+CASES += [(other, *case, "bf16") for other in OTHERS for case in EVERYWHERE]
 
 
-@pytest.mark.parametrize(
-    "arch, d", [(90, 64), (90, 128), (90, 256), (80, 128), (86, 128), (86, 256), (89, 96), (100, 128), (100, 256)]
-)
-def test_launch_table(arch, d, tmp_path):
+@pytest.mark.parametrize("other, arch, K, V, dtype", CASES, ids=lambda x: getattr(x, "name", None))
+def test_launch_table(other, arch, K, V, dtype, tmp_path):
     """A user of this chip and head size gets kernels that start, and as fast as they were measured."""
     here = Path(__file__).parent
-    paths = [str(here.parent.parent / "kernels/torch-ext"), os.environ.get("PYTHONPATH", "")]
+    paths = [] if other is None else [str(other)]
+    paths += [str(here.parent.parent / "kernels/torch-ext"), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(paths)}
     env.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, str(here / "offline_chunk.py"), str(arch), str(d)]
+    command = [sys.executable, str(here / "offline_chunk.py"), f"{arch}:{K}:{V}:{dtype}"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    for name, (registers, spilled, shared) in json.loads(done.stdout.splitlines()[-1]).items():
+    version = triton.__version__ if other is None else other.name.removeprefix("triton-")
+    for name, found in json.loads(done.stdout.splitlines()[-1]).items():
+        assert isinstance(found, list), (name, found)
+        registers, spilled, shared = found
         assert shared <= configs.shared_memory_limit(arch), (name, shared)
-        assert 32 < registers <= 255, (name, "a kernel of few registers is empty")
-        assert spilled <= ACCEPTED.get((arch, d), {}).get(name, SMALL), (name, spilled)
+        assert 32 - (dtype == "fp32") < registers <= 255, (name, "a kernel of few registers is empty")
+        accepted = ACCEPTED.get((arch, triton.next_power_of_2(max(K, V))), {}).get(name, SMALL)
+        if version.startswith("3.8.") and K > 128 and name.startswith("chain"):
+            accepted = CHAIN_OF_3_8
+        assert spilled <= accepted or dtype != "bf16", (name, spilled)
+
+
+def test_a_lost_base_is_found():
+    """What ptxas 12.8 made of `grads_kernel` at K = 32, V = 64: wrong dq and dk, or an illegal memory access."""
+    code = (
+        "from offline import sums_of_one_half as f\n"
+        "lost = ['UIADD3 UR4, UP0, UR7, 0x40, URZ', 'UIADD3.X UR5, UR7, -0x7fffffe0, URZ, UP0, !UPT']\n"
+        "sound = [lost[0], 'UMOV UR7, URZ', lost[1]], [lost[0], lost[1].replace('UR7', 'UR6')]\n"
+        "text = lambda lines: ''.join(f'/*{i:04x}*/  {line} ;\\n' for i, line in enumerate(lines))\n"
+        "print(len(f(text(lost))), *[len(f(text(x))) for x in sound])"
+    )
+    env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=Path(__file__).parent, env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["1", "0", "0"], done.stderr
+
+
+def test_products_are_read_from_ptx():
+    """A rule about products that the assembler gets wrong would hold of none."""
+    from tests.ops.products import Product, products
+
+    ptx = """
+        or.b64 %rd2, %rd9, -9223371899415822336;
+        add.s64 %rd3, %rd2, 64;
+        wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%r1,%r2}, {%r3,%r4,%r5,%r6}, %rd3, %p1, 1, 1, 1;
+        wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%r1,%r2}, %rd2, %rd3, 0, 1, 1, 0, 1;
+        mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%r1}, {%r2}, {%r3}, {%r1};
+    """
+    types = "f32.bf16.bf16"
+    assert products(ptx) == {
+        Product("wgmma", 64, 32, 16, types, "registers", "shared", False, True, None, 64): 1,
+        Product("wgmma", 64, 32, 16, types, "shared", "shared", False, True, 64, 64): 1,
+        Product("mma.sync", 16, 8, 16, types + ".f32"): 1,
+    }

@@ -20,8 +20,10 @@ from .limits import NORM_EPS
 # has none for Gluon.
 TRITON = tuple(int(x) for x in triton.__version__.split(".")[:2])
 LAUNCHER = TRITON in ((3, 6), (3, 7), (3, 8), (3, 9))  # the signature of a compiled kernel's `run` read in each
-GLUON = TRITON in ((3, 6), (3, 7)) and not triton.knobs.runtime.interpret  # compiled and run beside each
+GLUON = TRITON in ((3, 6), (3, 7), (3, 8)) and not triton.knobs.runtime.interpret  # compiled and run beside each
 GLUON = GLUON and _switch.uses("gluon")
+# keeps more in registers: what was measured beside 3.6 and 3.7 spills two to five times as much there
+NEWER = TRITON >= (3, 8)
 EPS = NORM_EPS
 CHUNK = 64  # tokens in a chunk: the unit of the triangular inverse and of a scan step
 
@@ -78,10 +80,10 @@ def shared_memory_limit(arch: int) -> int:
 @functools.cache
 def chain(arch: int, K: int) -> Launch:
     """The chain of segments, on 16 value columns. Phi does not wait for the state, so as much of it is under way as fits:
-    27 us with three stages, 51 with one, for 8 segments at 32768 tokens. Wider keys do without: a half is 64 KB.
+    27 us with three stages, 51 with one, for 8 segments at 32768 tokens. A stage of 128 keys is 64 KB, and Triton 3.8 takes one
+    stage more than others. Wider keys do without: a half is as much.
     """
-    stages = 1 if K > 128 else 3 if K <= 64 or shared_memory_limit(arch) >= 147464 else 2
-    return Launch(16, 8, stages)
+    return Launch(16, 8, 1 if K > 128 else 3 if K <= 64 else shared_memory_limit(arch) // 2**16)
 
 
 @functools.cache
@@ -101,29 +103,32 @@ def plan(arch: int, K: int, V: int, wide: bool, few: bool) -> Plan:
         if K > 128 and arch == 90:
             # two halves of the state are 128 registers; 8 warps on 128 columns need no more of them, and all of shared
             # memory to load ahead
-            return Plan(prepare, scores, Launch(128, 8, 2), Launch(128, 8, 2), Launch(64, 8, 1))
+            scan = Launch(64 if NEWER else 128, 8, 2)
+            return Plan(prepare, scores, scan, scan, Launch(64, 8, 1))
         if K > 128:  # compiled, not measured; of 64 columns Triton 3.6 and 3.7 make an empty reverse scan for sm_100
-            return Plan(prepare, scores, Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 8, 1))
+            return Plan(prepare, scores, Launch(32, 8, 1), Launch(32, 8, 1), Launch(32, 8, 1))
         # d = 64: three programs a multiprocessor. d = 128: all registers. Keys narrower than 64: of steps of 64 columns
         # ptxas 12.8 makes wrong code (README, "What ptxas gets wrong")
-        grads = Launch(64 if K >= 64 else 32, 4, 1, maxnreg=168 if d <= 64 else None)
+        columns = 32 if K < 64 or (NEWER and d <= 64) else 64
+        grads = Launch(columns, 4, 1, maxnreg=168 if d <= 64 else None)
         gluon = GLUON and arch == 90 and K in (64, 128) and V in (64, 128)
         # two warp groups a program share q, k, A and P; where few run, one each (1 x 4096 x 16 x 128: 0.115 ms, not 0.170)
         scans = 0 if not gluon else 64 if few else V
         entry = Launch(64, 4, 3)  # without q three stages fit: 0.176 ms, not 0.227, at 1 x 32768 x 16 x 128
+        if arch != 90:  # compiled, not measured: the form that spills least
+            return Plan(prepare, scores, Launch(64, 8, 2), Launch(64, 8, 2), grads, entry)
         if few:
             # alone on its multiprocessor a program must hide the loads itself: three stages; the chain from state to
             # state is all that counts, so P is computed elsewhere (0.12 ms, not 0.27, at 1 x 4096 x 16 x 128); Gluon's scans
             # compute it in the chain's gaps
-            scan, reverse = Launch(64, 4, 3), Launch(64, 4, 3, deep=True)
+            spills = NEWER and d > 64
+            scan, reverse = Launch(64, 8 if spills else 4, 3), Launch(64, 4, 3, deep=not spills)
             return Plan(prepare, scores, scan, reverse, grads, entry, gluon, scans, stored=not gluon, beside=gluon)
-        if arch != 90:  # compiled, not measured: the form that spills least
-            return Plan(prepare, scores, Launch(64, 4, 2), Launch(64, 4, 2), grads, entry)
         # as many stages as let two programs share a multiprocessor, where memory's bandwidth is what counts
         # (d = 64: 0.176 ms with three, 0.215 with two)
         scan = Launch(64, 4, 3 if d <= 64 else 2)
         return Plan(prepare, scores, scan, Launch(64, 4, 2, deep=True), grads, entry, gluon, scans, stored=False)
     # compiled, not measured: blocks that fit 99 KB; at d = 256 and 32 columns the reverse scan took 112 KB
-    block_v, warps = (16, 8) if d > 128 else (32, 4)
-    scan = Launch(block_v, 4, 1)
-    return Plan(prepare, scores, scan, scan, Launch(block_v, warps, 1))
+    block_v = 16 if d > 128 else 32
+    scan = Launch(block_v, 4 if d <= 64 else 8, 1)
+    return Plan(prepare, scores, scan, scan, Launch(block_v, 8 if d > 128 else 4, 1))

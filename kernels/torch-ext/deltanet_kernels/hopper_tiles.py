@@ -5,6 +5,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
 
+async_load = (
+    getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+)  # Triton 3.8's name and 3.6's
 STAGES = {64: 4, 128: 3}  # value columns of a scan's program -> chunks that shared memory holds
 
 
@@ -32,9 +35,9 @@ def copy_tile(tile, p, stride, length, N: gl.constexpr, EVEN: gl.constexpr):
     """Starts copying rows of N columns to shared memory, zeros from row `length` on."""
     p_x, m_x = _rows(p, stride, length, tile.shape[0], N)
     if EVEN:
-        async_copy.async_copy_global_to_shared(tile, p_x)
+        async_load(tile, p_x)
     else:
-        async_copy.async_copy_global_to_shared(tile, p_x, m_x)
+        async_load(tile, p_x, m_x)
 
 
 @gluon.jit
@@ -111,9 +114,9 @@ def load_stage(
     copy_tile(t_v.index(slot), v + i_c * C * v_st, v_st, length, V, EVEN)
     copy_tile(t_a.index(slot), a + i_c * HV * C * C, C, C, C, True)
     if L2NORM:
-        async_copy.async_copy_global_to_shared(t_rk.index(slot), rk + i_c * H * C + o_c)
+        async_load(t_rk.index(slot), rk + i_c * H * C + o_c)
         if RQ:
-            async_copy.async_copy_global_to_shared(t_rq.index(slot), rq + i_c * H * C + o_c)
+            async_load(t_rq.index(slot), rq + i_c * H * C + o_c)
 
 
 @gluon.jit
