@@ -37,9 +37,10 @@ from modeling_deltanet import DeltaNetConfig, cache_deltanet, load_cache, save_c
 push, scan = (importlib.import_module(f"deltanet_conversion.{name}") for name in ("push", "scan"))
 SEED, TIMES = int(os.environ.get("MUTATIONS_SEED", 0)), float(os.environ.get("MUTATIONS", 1))
 SHARDS = "model.safetensors.index.json"
+REPOSITORY = Path(__file__).resolve().parents[2]
 # What Python and its packages read of themselves.
 OWN_PLACES = [Path(p).resolve() for p in (sys.prefix, sys.base_prefix, Path(torch.__file__).parents[1], "/proc", "/sys", "/dev",
-              Path(__file__).parents[2])]  # fmt: skip
+              REPOSITORY)]  # fmt: skip
 METADATA = {
     "license",
     "library_name",
@@ -334,9 +335,9 @@ def test_a_file_that_lies_is_refused_or_gives_a_valid_result(place, monkeypatch,
         except Exception as error:  # noqa: BLE001 (every cause is reported, each with its shortest lie)
             outcomes["failed"] += 1
             frames = [
-                f
-                for f in traceback.extract_tb(error.__traceback__)
-                if "wt/c" in f.filename or "_deltanet" in f.filename
+                frame
+                for frame in traceback.extract_tb(error.__traceback__)
+                if Path(frame.filename).is_relative_to(REPOSITORY)
             ]
             cause = f"{type(error).__name__} in {frames[-1].name}:{frames[-1].lineno}: {str(error)[:150]}"
             key = f"{type(error).__name__} {frames[-1].lineno} {str(error)[:40]}"
