@@ -188,7 +188,7 @@ def test_the_log_says_once_which_path_runs(caplog):
     """A silent fall back to torch would be a slow model that nobody understands."""
     _log_once.cache_clear()
     model = make_model().eval()
-    with caplog.at_level(logging.INFO, logger="modeling_deltanet.delta_rule"):
+    with caplog.at_level(logging.INFO, logger="modeling_deltanet.kernel_switch"):
         for _ in range(2):
             model(torch.randint(300, (1, 10), device="cuda"))
     assert len([record for record in caplog.records if "Triton kernels" in record.message]) == 1
