@@ -157,7 +157,9 @@ def prepare_cache(cache: Cache, config) -> Cache:
             "make it with DynamicCache(config=model.config)"
         )
         if not any(came):  # PEFT makes such a cache, and cannot be told to make another
-            message += "; prefix tuning is not for linear-attention layers, which keep no keys: use prompt tuning or LoRA"
+            message += (
+                "; prefix tuning is not for linear-attention layers, which keep no keys: use prompt tuning or LoRA"
+            )
         raise ValueError(message)
     for i, layer in enumerate(cache.layers):
         if type(layer) is LinearAttentionLayer:

@@ -661,13 +661,17 @@ def _packed_by_positions(position_ids: torch.Tensor, attention_mask: torch.Tenso
         return find_packed_sequence_indices(position_ids)
     t = torch.arange(position_ids.shape[1], device=position_ids.device)
     is_real = attention_mask[:, -len(t) :].bool()
-    previous = F.pad(torch.where(is_real, t, -1).cummax(dim=1).values[:, :-1], (1, 0), value=-1)  # the real token before t
+    previous = F.pad(
+        torch.where(is_real, t, -1).cummax(dim=1).values[:, :-1], (1, 0), value=-1
+    )  # the real token before t
     follows = is_real & (previous >= 0)
     starts = follows & (position_ids <= position_ids.gather(1, previous.clamp(min=0)))
     if not starts.any():
         return None
     if (follows & (previous != t - 1) & ~starts).any():
-        raise ValueError("attention_mask has padding within a document of packed position_ids, got it in a row of several")
+        raise ValueError(
+            "attention_mask has padding within a document of packed position_ids, got it in a row of several"
+        )
     return F.pad((starts[:, 1:] | (is_real[:, 1:] != is_real[:, :-1])).cumsum(dim=1), (1, 0))
 
 
