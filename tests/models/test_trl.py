@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset
 from test_packing import arguments
 from tiny import LINEAR, tiny_model, tiny_tokenizer, words
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from modeling_deltanet import DeltaNetForCausalLM, DeltaNetForSequenceClassification
 
@@ -53,3 +53,21 @@ def test_a_reward_model(tmp_path):
     """A classifier could not be trained on preferences."""
     pairs = {name: PREFERENCES[name] for name in ("chosen", "rejected")}
     train(RewardTrainer, tmp_path / "run", folder(tmp_path / "model", DeltaNetForSequenceClassification), pairs)
+
+
+def test_reinforcement_learning(tmp_path):
+    """GRPO, which generates between two steps, could not start from a folder."""
+    config = GRPOConfig(
+        **arguments(tmp_path / "run", max_steps=1, per_device_train_batch_size=4, bf16=False),
+        num_generations=4,
+        max_completion_length=6,
+    )
+    trainer = GRPOTrainer(
+        model=folder(tmp_path / "model"),
+        reward_funcs=lambda completions, **kwargs: [float(len(set(text.split()))) for text in completions],
+        args=config,
+        train_dataset=Dataset.from_dict({"prompt": PREFERENCES["prompt"]}),
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.train()
+    assert trainer.state.global_step == 1
