@@ -225,7 +225,7 @@ def run_case(case: Case, device: torch.device, function: Callable, seed: int = 0
     if case.layout == "step":
         return _run_step(case, device, function, seed)
     run = _run_convolution if case.layout == "convolution" else _run_rule
-    return _compare(run(case, device, function, seed), _reference(case, device, seed))
+    return _compare(run(case, device, function, seed), _reference(case, layout_on(case, device), device, seed))
 
 
 def error(x: torch.Tensor, reference: torch.Tensor) -> float:
@@ -243,7 +243,7 @@ def _compare(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> d
 
 
 @functools.lru_cache(maxsize=1)  # the routes of a case come one after another
-def _reference(case: Case, device: torch.device, seed: int) -> dict[str, torch.Tensor]:
+def _reference(case: Case, shape: Layout, device: torch.device, seed: int) -> dict[str, torch.Tensor]:
     if case.layout == "convolution":
         return _run_convolution(case, device, _conv_fp64, seed, torch.float64)
     return _run_rule(case, device, torch_chunk_delta_rule, seed, torch.float64)

@@ -54,6 +54,19 @@ def test_packed_equals_padded_equals_single(layers):
             assert error < 1e-6, f"{name}: {error}"
 
 
+@pytest.mark.parametrize("layers", LAYERS)
+def test_borders_may_repeat(layers):
+    """Borders of a static shape, whose last ones repeat, would be refused where there is no GPU."""
+    model = tiny_model(**LAYERS[layers]).double().eval()
+    ids = torch.tensor([sum(documents(), [])])
+    borders = torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    padded = torch.cat((borders[:1], borders[:1], borders[1:3], borders[2:], borders[-1:], borders[-1:]))
+    same, got = (model(input_ids=ids, cu_seq_lens_q=cu, use_cache=False).logits for cu in (borders, padded))
+    torch.testing.assert_close(got, same, atol=1e-10, rtol=0)
+    with pytest.raises(ValueError, match="from 0 to T = 30"):
+        tiny_model().double()(input_ids=ids, cu_seq_lens_q=borders[:-1], use_cache=False)
+
+
 def trained(trainer) -> tuple[list[float], dict]:
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
