@@ -57,17 +57,12 @@ def read_cubin(compiled, option):
     return done.stdout + done.stderr
 
 
-def serialized(compiled):
+def serialized(sass: str) -> bool:
     """Whether ptxas makes every product of Hopper's wait for the one before (its advisory C7514)."""
-    text = read_cubin(compiled, "-sass")
-    return text.count("WARPGROUP.DEPBAR") > text.count("HGMMA") / 2
+    return sass.count("WARPGROUP.DEPBAR") > sass.count("HGMMA") / 2
 
 
-def lost_bases(compiled) -> list[str]:
-    return sums_of_one_half(read_cubin(compiled, "-sass"))
-
-
-def sums_of_one_half(sass: str) -> list[str]:
+def lost_bases(sass: str) -> list[str]:
     """Sums of 64 bits, both halves of which start from one value, as ptxas 12.8 (Triton 3.6 and 3.7) makes them of the base of
     a descriptor and an offset: the base is lost, and a product reads elsewhere in shared memory.
 

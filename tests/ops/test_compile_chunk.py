@@ -25,19 +25,19 @@ ACCEPTED = {
     (86, 256): {"chain, backwards = False": 96, "chain, backwards = True": 88},
     (90, 64): {"grads": 80, "prepare": 80},
     (90, 128): {"scan, few": 64, "scan, many": 80},
-    (90, 256): {"scan, many": 224, "scan, few": 224, "grads": 96},
+    (90, 256): {"scan, many": 224, "scan, few": 224, "grads": 96, "prepare": 64},
     (120, 64): {"prepare": 64},
 }
 SMALL = 48
 # Triton 3.8 alone spills this much in the chain of wide keys, whatever the warps and columns: a launch of 30 us
 CHAIN_OF_3_8 = 600
 
-EVERYWHERE = [(90, 64, 64), (90, 128, 128), (90, 256, 256), (80, 128, 128), (86, 256, 256), (100, 128, 128)]
+EVERYWHERE = [(90, 128, 128), (90, 256, 256), (80, 128, 128), (86, 256, 256), (100, 128, 128)]
 HERE = [
-    (90, 16, 64), (90, 32, 128), (90, 96, 192), (90, 192, 96), (80, 64, 256), (86, 128, 128), (86, 256, 64), (86, 48, 48),
-    (89, 96, 96), (100, 64, 64), (100, 256, 256), (120, 64, 64),
+    (90, 64, 64), (90, 16, 64), (90, 32, 128), (90, 96, 192), (80, 64, 256), (86, 256, 64), (86, 48, 48), (89, 96, 96),
+    (100, 256, 256), (120, 64, 64),
 ]  # fmt: skip
-WIDE = [(90, 128, 128, "fp32"), (86, 256, 256, "fp32"), (86, 256, 256, "fp16")]
+WIDE = [(86, 256, 256, "fp32"), (86, 256, 256, "fp16")]  # of least shared memory
 OTHERS = sorted(Path(sys.prefix).glob("triton-*"))
 CASES = [(None, *case, "bf16") for case in EVERYWHERE + HERE] + [(None, *case) for case in WIDE]
 CASES += [(other, *case, "bf16") for other in OTHERS for case in EVERYWHERE]
@@ -69,7 +69,7 @@ def test_launch_table(other, arch, K, V, dtype, tmp_path):
 def test_a_lost_base_is_found():
     """What ptxas 12.8 made of `grads_kernel` at K = 32, V = 64: wrong dq and dk, or an illegal memory access."""
     code = (
-        "from offline import sums_of_one_half as f\n"
+        "from offline import lost_bases as f\n"
         "lost = ['UIADD3 UR4, UP0, UR7, 0x40, URZ', 'UIADD3.X UR5, UR7, -0x7fffffe0, URZ, UP0, !UPT']\n"
         "sound = [lost[0], 'UMOV UR7, URZ', lost[1]], [lost[0], lost[1].replace('UR7', 'UR6')]\n"
         "text = lambda lines: ''.join(f'/*{i:04x}*/  {line} ;\\n' for i, line in enumerate(lines))\n"
