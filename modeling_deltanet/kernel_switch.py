@@ -28,15 +28,17 @@ def kernels_for(x: torch.Tensor, refused: str | None = None):
 
     `refused` is what they do not take of this call, for the log.
     """
-    if not x.is_cuda:
-        return None
+    return _kernels_on(x.device.index, x.dtype, refused) if x.is_cuda else None
+
+
+def _kernels_on(index: int | None, dtype: torch.dtype, refused: str | None):
     if deltanet_kernels is None:
         return _torch("not with its Triton kernels: %s", MISSING)
     if OFF:
         return _torch("as %s says", "DELTANET_KERNELS=off")
-    if (device := _refused_device(x.device.index)) is not None:
+    if (device := _refused_device(index)) is not None:
         return _torch("its Triton kernels do not take %s", device)
-    if x.dtype == torch.float64:
+    if dtype == torch.float64:
         refused = "fp64"
     if refused is not None:
         return _torch("its Triton kernels do not take %s", refused)

@@ -289,14 +289,6 @@ def test_a_known_device_gets_the_kernels_unless_off(monkeypatch, caplog):
     kernel_switch._judged.cache_clear()
 
 
-def test_the_device_is_asked_once_under_compile(monkeypatch):
-    """The question would break the graph of a compiled model."""
-    on_gpu(monkeypatch)
-    compiled = torch.compile(lambda x: x + (kernel_switch._refused_device(0) is None), fullgraph=True, backend="eager")
-    assert compiled(torch.zeros(())).item() == 1
-    kernel_switch._judged.cache_clear()
-
-
 WORDS = """
 import deltanet_kernels, modeling_deltanet.kernel_switch as s
 from deltanet_kernels import _replay, _switch, chunk, configs

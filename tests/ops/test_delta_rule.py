@@ -212,7 +212,10 @@ def test_what_is_missing_is_logged_where_it_is_missed(without_kernels, caplog):
     assert torch.equal(x.grad, torch.ones(2).cos())
     assert not caplog.records
     for _ in range(2):
-        assert module.kernels_for(SimpleNamespace(is_cuda=True, dtype=torch.float32)) is None
+        assert (
+            module.kernels_for(SimpleNamespace(is_cuda=True, dtype=torch.float32, device=SimpleNamespace(index=0)))
+            is None
+        )
     (record,) = caplog.records
     assert record.getMessage().endswith("not with its Triton kernels: no such package")
 
