@@ -348,12 +348,14 @@ def test_a_cache_by_an_unknown_name_is_refused(name):
 
 @pytest.mark.parametrize("variant", ["hybrid", "all_linear"])
 def test_a_checkpointed_layer_writes_to_no_cache(variant):
-    """Backward runs each layer again: the cache would have read every token twice. (Transformers takes it away by name.)"""
+    """Backward runs each layer again: the cache would have read every token twice."""
     model, x = tiny_model(**VARIANTS[variant]).train(), tokens(2, 9)
     model.gradient_checkpointing_enable()
     cache = DynamicCache(config=model.config)
-    model(x, past_key_values=cache, labels=x).loss.backward()
+    with pytest.raises(ValueError, match="under gradient checkpointing"):
+        model(x, past_key_values=cache, labels=x)
     assert cache.get_seq_length() == 0
+    model(x, use_cache=True, labels=x).loss.backward()
 
 
 def test_two_caches_at_once_are_refused():

@@ -393,7 +393,7 @@ def test_packing_with_padding_or_a_cache_is_refused(packing):
 
 def test_borders_that_do_not_fit_are_refused():
     """Wrong borders would cut the documents somewhere else."""
-    with pytest.raises(ValueError, match=r"increase from 0 to T = 30.*\[0, 12\]"):
+    with pytest.raises(ValueError, match=r"from 0 to T = 30 and never back.*\[0, 12\]"):
         tiny_model()(tokens(1, T), cu_seq_lens_q=torch.tensor([0, 12], dtype=torch.int32))
 
 
