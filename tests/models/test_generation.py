@@ -14,6 +14,7 @@ from modeling_deltanet import (
     DeltaNetForTokenClassification,
     DeltaNetModel,
 )
+from modeling_deltanet.cache_deltanet import prepare_cache
 
 
 TOLERANCE = {"atol": 5e-5, "rtol": 1e-4}
@@ -351,7 +352,7 @@ def test_a_checkpointed_layer_writes_to_no_cache(variant):
     """Backward runs each layer again: the cache would have read every token twice."""
     model, x = tiny_model(**VARIANTS[variant]).train(), tokens(2, 9)
     model.gradient_checkpointing_enable()
-    cache = DynamicCache(config=model.config)
+    cache = prepare_cache(DynamicCache(config=model.config), model.config)
     with pytest.raises(ValueError, match="under gradient checkpointing"):
         model(x, past_key_values=cache, labels=x)
     assert cache.get_seq_length() == 0
