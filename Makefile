@@ -16,15 +16,23 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(RUN) -m pip install --quiet -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@
 
+# Tests compile the kernels beside the oldest and the newest Triton, too, where they find them (there are none but for Linux).
+TRITONS ?= $(if $(filter Linux,$(shell uname -s)),3.6.0 3.9.0)
+$(VENV)/.tritons: $(VENV)/.installed
+	for version in $(TRITONS); do \
+		$(RUN) -m pip install --quiet --no-deps --target $(VENV)/triton-$$version triton==$$version || exit 1; \
+	done
+	@touch $@
+
 quickstart: $(VENV)/.installed  ## train, reload, fine-tune with LoRA and generate, on real text (5 minutes on two cores)
 	$(RUN) examples/quickstart.py $(ARGS)
 
-test: $(VENV)/.installed  ## everything a machine without a GPU can run
+test: $(VENV)/.tritons  ## everything a machine without a GPU can run
 	$(RUN) -m pytest -m "not gpu" -n 2 --dist worksteal $(ARGS)
 
 # What no release of another package can change is not run twice: the kernels in Triton's interpreter, the quickstart.
 test-latest:  ## models, conversions and the Hub beside the newest releases (constraints-latest.txt), in .venv-latest
-	$(MAKE) test VENV=.venv-latest CONSTRAINTS=constraints-latest.txt ARGS="tests/models tests/conversion tests/hub $(ARGS)"
+	$(MAKE) test VENV=.venv-latest CONSTRAINTS=constraints-latest.txt TRITONS= ARGS="tests/models tests/conversion tests/hub $(ARGS)"
 
 update-latest:  ## make .venv-latest anew without pins, and write what came into constraints-latest.txt
 	rm -rf .venv-latest
