@@ -115,11 +115,14 @@ class CountingDeltaNetCacheLayer(DeltaNetCacheLayer, CacheLayerMixin):
 
     def __init__(self, count_on_device: bool):
         super().__init__()
-        # A dynamic cache could be compiled, too, but `generate` hands a dict of masks to whoever stands before the model:
-        # PEFT's prompt tuning puts its own tokens in front of one mask.
-        self.is_compileable = count_on_device
         # A tensor where the step is compiled: a Python int would be a constant of the graph, hence recompiled a step.
         self.cumulative_length = torch.zeros((), dtype=torch.long) if count_on_device else 0
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether the step may be compiled. A dynamic cache's could be, too, but then `generate` hands a dict of masks to
+        whoever stands before the model, and PEFT's prompt tuning puts its own tokens in front of one mask."""
+        return isinstance(self.cumulative_length, torch.Tensor)
 
     def lazy_initialization(self, recurrent_states: torch.Tensor | None = None, **kwargs) -> None:
         super().lazy_initialization(recurrent_states=recurrent_states, **kwargs)

@@ -37,10 +37,10 @@ HERE = [
     (90, 64, 64), (90, 16, 64), (90, 32, 128), (90, 96, 192), (80, 64, 256), (86, 256, 64), (86, 48, 48), (89, 96, 96),
     (100, 256, 256), (120, 64, 64),
 ]  # fmt: skip
-WIDE = [(86, 256, 256, "fp32"), (86, 256, 256, "fp16")]  # of least shared memory
+WIDE = [(86, 256, 256, "fp32")]  # of least shared memory; fp16 takes as much
 OTHERS = sorted(Path(sys.prefix).glob("triton-*"))
 CASES = [(None, *case, "bf16") for case in EVERYWHERE + HERE] + [(None, *case) for case in WIDE]
-CASES += [(other, *case, "bf16") for other in OTHERS for case in EVERYWHERE]
+CASES += [(other, *case, "bf16") for other in OTHERS for case in EVERYWHERE if case[0] != 100]
 
 
 @pytest.mark.parametrize("other, arch, K, V, dtype", CASES, ids=lambda x: getattr(x, "name", None))
