@@ -28,6 +28,10 @@ CACHE_FORMAT = "deltanet-cache-1"
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
+# PEFT makes a cache of its own for it, and cannot be told to make another.
+NO_PREFIX_TUNING = "prefix tuning is not for linear-attention layers, which keep no keys: use prompt tuning or LoRA"
+
+
 def one_cache(past_key_values: Cache | None, cache: Cache | None, others: dict) -> Cache | None:
     """The cache among the arguments of a call, which both of its names may carry; `others` are the unknown keywords.
 
@@ -42,7 +46,7 @@ def one_cache(past_key_values: Cache | None, cache: Cache | None, others: dict) 
     if cache is not None and cache is not past_key_values:
         raise ValueError(
             "past_key_values and cache are two names of one argument, got two different caches: "
-            f"a {type(past_key_values).__name__} and a {type(cache).__name__}"
+            f"a {type(past_key_values).__name__} and a {type(cache).__name__} ({NO_PREFIX_TUNING})"
         )
     return past_key_values
 
@@ -183,10 +187,8 @@ def prepare_cache(cache: Cache, config) -> Cache:
             f"the cache has layers {cache.layers}, which do not fit layer_types {config.layer_types}; "
             "make it with DynamicCache(config=model.config)"
         )
-        if not any(came):  # PEFT makes such a cache, and cannot be told to make another
-            message += (
-                "; prefix tuning is not for linear-attention layers, which keep no keys: use prompt tuning or LoRA"
-            )
+        if not any(came):
+            message += f"; {NO_PREFIX_TUNING}"
         raise ValueError(message)
     for i, layer in enumerate(cache.layers):
         if type(layer) is LinearAttentionLayer:
