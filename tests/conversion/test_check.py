@@ -1,6 +1,7 @@
 """`deltanet check`: what it says of a machine must be so, of a wrong one above all."""
 
 import json
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_the_command_reports_and_exits(deltanet, tmp_path, monkeypatch):  # noqa
     code, out, err = deltanet("check", "--device", "cpu", "--json", tmp_path / "report.json")
     report = json.loads((tmp_path / "report.json").read_text())
     assert code == 0 and report["ok"] and "all right: 2 cases" in out and "seed 0" in out
-    assert report["environment"]["torch"] == torch.__version__ and report["environment"]["transformers"] in out
+    assert report["environment"]["torch"] == version("torch") and report["environment"]["transformers"] in out
     rows = [row for row in report["rows"] if row["case"]]
     assert {(row["route"], row["case"]["layout"]) for row in rows} == {
         ("torch, chunks", "few"), ("torch, token by token", "few"), ("torch, step", "step"),

@@ -39,4 +39,5 @@ def checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def plan(checkpoint):
     """The same, validated: what tests of `publish` begin with."""
-    return prepare(checkpoint, REPO)
+    with marks_for_remote_code_undone():  # the fixture of each test begins later than this one
+        return prepare(checkpoint, REPO)
