@@ -5,6 +5,7 @@ from .versions_deltanet import check_transformers  # noqa: F401  (first: another
 
 # isort: split
 import difflib
+import functools
 import os
 from typing import Any, Literal
 
@@ -47,6 +48,11 @@ INHERITED_TYPES = {
     "rope_theta": (int, float), "torch_dtype": (str, torch.dtype),
 }  # fmt: skip
 MAX_COUNT = 1_000_000  # of layers, or of labels, for each of which an object is made before anything else is looked at
+
+
+@functools.cache  # asked for each field of a file
+def _generation_parameters() -> frozenset[str]:
+    return frozenset(GenerationConfig().to_dict() | GenerationConfig._get_default_generation_params())
 
 
 def _is_finite_number(x) -> bool:
@@ -314,8 +320,7 @@ class DeltaNetConfig(PreTrainedConfig):
             name.startswith("_")
             or name in cls.__dataclass_fields__
             or name in TRANSFORMERS_KEYS
-            or name in GenerationConfig().to_dict()
-            or name in GenerationConfig._get_default_generation_params()
+            or name in _generation_parameters()
         )
 
     @classmethod

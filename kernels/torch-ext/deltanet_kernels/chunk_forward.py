@@ -188,9 +188,11 @@ def _load_beta(p, i_b: tl.constexpr, o_t, t_0, stride, T, BETA_MIN: tl.constexpr
 
 
 @triton.jit
-def _root(b_b):
-    """p of beta's sign with p |p| = beta."""
-    return b_b * tl.rsqrt(tl.abs(b_b))
+def _split_beta(b_b, b_r):
+    """rk p, q and -q rk, where p of beta's sign and q = |p| have the product beta."""
+    b_p = b_b * tl.rsqrt(tl.abs(b_b))
+    b_q = tl.abs(b_p)
+    return b_p * b_r, b_q, -b_q * b_r
 
 
 @triton.jit
@@ -414,22 +416,10 @@ def prepare_kernel(
     # |beta| is split evenly between rows (q) and columns (p, with the sign): N = -q rk K K^T rk' p, and A = rk p T q. So
     # where beta is tiny, its row and its column stay within fp16's range. Of the diagonal blocks the transpose too: K K^T
     # is symmetric
-    p0 = _root(b_b0)
-    p1 = _root(b_b1)
-    p2 = _root(b_b2)
-    p3 = _root(b_b3)
-    q0 = tl.abs(p0)
-    p0 *= r0
-    w0 = -q0 * r0
-    q1 = tl.abs(p1)
-    p1 *= r1
-    w1 = -q1 * r1
-    q2 = tl.abs(p2)
-    p2 *= r2
-    w2 = -q2 * r2
-    q3 = tl.abs(p3)
-    p3 *= r3
-    w3 = -q3 * r3
+    p0, q0, w0 = _split_beta(b_b0, r0)
+    p1, q1, w1 = _split_beta(b_b1, r1)
+    p2, q2, w2 = _split_beta(b_b2, r2)
+    p3, q3, w3 = _split_beta(b_b3, r3)
     n00 = g00 * w0[:, None] * p0[None, :]
     n10 = g10 * w1[:, None] * p0[None, :]
     n11 = g11 * w1[:, None] * p1[None, :]

@@ -20,8 +20,8 @@ from .limits import NORM_EPS
 # has none for Gluon.
 TRITON = tuple(int(x) for x in triton.__version__.split(".")[:2])
 LAUNCHER = TRITON in ((3, 6), (3, 7), (3, 8), (3, 9))  # the signature of a compiled kernel's `run` read in each
-GLUON = TRITON in ((3, 6), (3, 7)) and not triton.knobs.runtime.interpret  # compiled and run beside each; 3.8 compiles
-GLUON = GLUON and _switch.uses("gluon")
+# compiled and run beside each; 3.8 compiles
+GLUON = TRITON in ((3, 6), (3, 7)) and not triton.knobs.runtime.interpret and _switch.uses("gluon")
 # keeps more in registers: what was measured beside 3.6 and 3.7 spills two to five times as much there
 NEWER = TRITON >= (3, 8)
 EPS = NORM_EPS
