@@ -17,6 +17,7 @@ from deltanet_kernels import chunk_backward as backward  # noqa: E402
 from deltanet_kernels import chunk_forward as forward  # noqa: E402
 from deltanet_kernels import configs, segments  # noqa: E402
 from offline import compile_kernel, lost_bases, read_cubin, resources, serialized  # noqa: E402
+from pipelines import overwritten  # noqa: E402
 
 
 if configs.GLUON:
@@ -52,6 +53,8 @@ def read(kernel, compiled) -> list[int]:
         sass = read_cubin(compiled, "-sass")
         assert not (kernel.is_gluon() and serialized(sass)), f"{name}: products wait for each other"
         assert not (lost := lost_bases(sass)), f"{name}: ptxas lost the base of an address: {lost}"
+        tiles = overwritten(compiled.asm["ttgir"])
+        assert not tiles, f"{name}: copied to while a product reads them: {tiles}"
     registers, stack, _, shared = resources(compiled)
     return [registers, stack, shared]
 

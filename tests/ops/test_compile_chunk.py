@@ -81,6 +81,32 @@ def test_a_lost_base_is_found():
     assert done.stdout.split() == ["1", "0", "0"], done.stderr
 
 
+@pytest.mark.parametrize("buffers, pendings, wrong", [(2, 1, True), (3, 1, False), (2, 0, False)])
+def test_a_tile_overwritten_under_a_product_is_found(buffers, pendings, wrong):
+    """What Triton made of `scores_kernel` where registers read q, too: P wrong in some rows of one call in three."""
+    from tests.ops.pipelines import overwritten
+
+    ring, tile = (f"!ttg.memdesc<{n}64x64xbf16, #shared, #smem, mutable>" for n in (f"{buffers}x", ""))
+    copy = f"ttg.async_copy_global_to_local %p, %7 mask %m : tensor<64x64x!tt.ptr<bf16>> -> {tile}"
+    ttgir = f"""
+        %q = ttg.local_alloc : () -> {ring}
+        %7 = ttg.memdesc_index %q[%c0] : {ring} -> {tile}
+        %8 = {copy}
+        %7 = ttg.memdesc_index %q[%c1] : {ring} -> {tile}
+        %9 = {copy}
+        %r:2 = scf.for %i = %c0 to %n step %c1 iter_args(%a = %zero) -> (tensor<64x64xf32, #mma>) : i32 {{
+          %1 = ttg.memdesc_index %q[%i] : {ring} -> {tile}
+          %2 = ttg.memdesc_trans %1 {{order = array<i32: 1, 0>}} : {tile} -> {tile} loc(#loc1)
+          %3 = ttng.warp_group_dot %1, %2, %a {{inputPrecision = 0 : i32, isAsync = true}} : {tile} * {tile} -> tensor
+          %4:2 = ttng.warp_group_dot_wait %3, %1 {{pendings = {pendings} : i32}} : tensor<64x64xf32, #mma>, {tile}
+          %7 = ttg.memdesc_index %q[%j] : {ring} -> {tile}
+          %5 = {copy}
+          scf.yield %4#0 : tensor<64x64xf32, #mma>
+        }}
+    """
+    assert overwritten(ttgir) == (["%q"] if wrong else [])
+
+
 def test_products_are_read_from_ptx():
     """A rule about products that the assembler gets wrong would hold of none."""
     from tests.ops.products import Product, products

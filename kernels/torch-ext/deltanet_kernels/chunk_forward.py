@@ -197,8 +197,8 @@ def _split_beta(b_b, b_r):
 
 @triton.jit
 def _norm_of(b_g, EPS: tl.constexpr):
-    """Reciprocal norms from the diagonal of K K^T."""
-    o = tl.arange(0, 16)
+    """Reciprocal norms from the diagonal of K K^T, or of a block of it."""
+    o = tl.arange(0, b_g.shape[0])
     return tl.rsqrt(tl.sum(tl.where(o[:, None] == o[None, :], b_g, 0.0), 1) + EPS)
 
 
@@ -342,7 +342,7 @@ def scores_kernel(
     q += i_b * q_sb + bos * q_st + i_h * q_sh
     k += i_b * k_sb + bos * k_st + i_h * k_sh
     b_p = tl.zeros([C, C], tl.float32)
-    b_r = tl.zeros([C], tl.float32)
+    b_n = tl.zeros([C, C], tl.float32)
     for i_k in range((K + BK - 1) // BK):
         o_k = i_k * BK + tl.arange(0, BK)
         m_k = _below(o_k, K, FULL_K)
@@ -350,11 +350,13 @@ def scores_kernel(
         b_k = _load_tile(k, o_c, k_st, o_k, m_t, m_k).to(CT)
         b_p = tl.dot(b_q, tl.trans(b_k), b_p, input_precision=PRECISION)
         if L2NORM:
-            b_r += _squares(b_q)
+            # not as a sum of squares: a tile that registers read, too, is overwritten under a product (README, "What
+            # Triton's pipeline gets wrong")
+            b_n = tl.dot(b_q, tl.trans(b_q), b_n, input_precision=PRECISION)
     b_s = tl.full([C], scale, tl.float32)
     p_r = (i_t.to(tl.int64) * H + i_h) * C
     if L2NORM:
-        b_r = tl.rsqrt(b_r + EPS)
+        b_r = _norm_of(b_n, EPS)
         tl.store(rq + p_r + o_c, b_r)
         b_s *= b_r
     b_p = tl.where(o_c[:, None] >= o_c[None, :], b_p * b_s[:, None], 0.0)
