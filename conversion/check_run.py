@@ -16,13 +16,14 @@ import torch
 
 from modeling_deltanet import delta_rule, kernel_switch, short_conv
 
-from .check import DTYPES, LAYOUTS, REFERENCE, Case, check_reference, run_case, tolerance, too_large
+from .check import DTYPES, LAYOUTS, REFERENCE, SIZES, Case, check_reference, run_case, tolerance, too_large
 
 
 RULE = tuple(name for name in LAYOUTS if name not in ("step", "convolution"))
 # Token by token, a long sequence is a minute of launches.
 SHORT = tuple(name for name in RULE if name != "segmented")
 AGAIN = 5  # calls more, on a GPU
+FEW_SIZES = 16  # with more, slow routes compute those of published models alone, and a peer the first two of them
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Route:
     kind: str = "kernels"  # of `check.TOLERANCES`
     dtypes: tuple[str, ...] = DTYPES
     is_peer: bool = False  # somebody else's: its errors are shown and do not count
+    is_slow: bool = False  # a minute a size: token by token, or tuned anew for each
 
 
 @cache
@@ -42,7 +44,7 @@ def routes(device: torch.device, peer: str | None = None) -> tuple[Route, ...]:
     """The routes that this machine has."""
     found = [
         Route("torch, chunks", delta_rule.torch_chunk_delta_rule, RULE, "torch"),
-        Route("torch, token by token", delta_rule.torch_recurrent_delta_rule, SHORT, "torch"),
+        Route("torch, token by token", delta_rule.torch_recurrent_delta_rule, SHORT, "torch", is_slow=True),
         Route("torch, convolution", short_conv.torch_short_conv, ("convolution",), "torch"),
     ]
     kernels = installed_kernels(device)
@@ -52,7 +54,7 @@ def routes(device: torch.device, peer: str | None = None) -> tuple[Route, ...]:
         dtypes = DTYPES if device.type == "cuda" else DTYPES[1:]
         found += [
             Route("kernels, chunks", kernels.chunk_delta_rule, RULE, dtypes=dtypes),
-            Route("kernels, token by token", kernels.fused_recurrent_delta_rule, SHORT, dtypes=dtypes),
+            Route("kernels, token by token", kernels.fused_recurrent_delta_rule, SHORT, dtypes=dtypes, is_slow=True),
             Route("kernels, step", kernels.delta_rule_step, ("step",), dtypes=dtypes),
             Route("kernels, convolution", kernels.short_conv, ("convolution",), dtypes=dtypes),
         ]
@@ -60,8 +62,8 @@ def routes(device: torch.device, peer: str | None = None) -> tuple[Route, ...]:
         from fla.ops.delta_rule import chunk_delta_rule, fused_recurrent_delta_rule
 
         found += [
-            Route("fla, chunks", partial(_fla, chunk_delta_rule), RULE, dtypes=DTYPES[:2], is_peer=True),
-            Route("fla, token by token", partial(_fla, fused_recurrent_delta_rule), SHORT, is_peer=True),
+            Route("fla, chunks", partial(_fla, chunk_delta_rule), RULE, dtypes=DTYPES[:2], is_peer=True, is_slow=True),
+            Route("fla, token by token", partial(_fla, fused_recurrent_delta_rule), SHORT, is_peer=True, is_slow=True),
         ]
     return tuple(found)
 
@@ -100,10 +102,15 @@ def run(
 ) -> Iterator[list[dict]]:
     """For each case, in order, a row for each route that takes it. `jobs` processes share the compiling.
 
+    Of more than FEW_SIZES head sizes, slow routes compute those of published models (`check.SIZES`), a peer two of them.
+
     A row holds the case, the route, its errors by quantity, those that are too large, the kernels that ran and `failure`,
     an exception's text; a failed row has no errors.
     """
-    one = partial(_run_routes, device=device, peer=peer, seed=seed)
+    cases = list(cases)
+    sizes = {(case.K, case.V) for case in cases}
+    chosen = (sizes, sizes) if len(sizes) <= FEW_SIZES else (sizes & set(SIZES), sizes & set(SIZES[:2]))
+    one = partial(_run_routes, device=device, peer=peer, seed=seed, chosen=chosen)
     if jobs == 1:
         yield from map(one, cases)
         return
@@ -111,10 +118,13 @@ def run(
         yield from pool.map(one, cases)
 
 
-def _run_routes(case: Case, device: torch.device, peer: str | None, seed: int) -> list[dict]:
+def _run_routes(case: Case, device: torch.device, peer: str | None, seed: int, chosen=(SIZES, SIZES)) -> list[dict]:
+    """`chosen`: sizes of slow routes, and of peers."""
     rows = []
     for route in routes(device, peer):
         if case.layout not in route.layouts or case.dtype not in route.dtypes:
+            continue
+        if route.is_slow and (case.K, case.V) not in chosen[route.is_peer]:
             continue
         row = {"route": route.name, "case": asdict(case), "is_peer": route.is_peer, "errors": {}, "too_large": {}}
         watch = watched(device) if route.name.startswith("kernels") else contextlib.nullcontext([])

@@ -248,7 +248,7 @@ def generate(
 @app.command()
 def check(
     everything: Annotated[
-        bool, typer.Option("--full", help="All head sizes in all dtypes: hours of compiling on a GPU; see --jobs.")
+        bool, typer.Option("--full", help="All head sizes in all dtypes: an hour of compiling on a GPU; see --jobs.")
     ] = False,
     sizes: Annotated[
         str | None, typer.Option(help="Head sizes, K or KxV, such as '64,32x64'; 'all' for multiples of 16 up to 256.")

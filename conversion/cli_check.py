@@ -1,6 +1,7 @@
 """What `deltanet check` prints: progress on stderr, a table, a line for each wrong result, and the whole as JSON."""
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -56,8 +57,7 @@ def run_and_show(
         "rows": rows,
     }
     if json_file is not None:
-        # what is not finite has no number in JSON
-        text = json.dumps(_finite(report), indent=1, allow_nan=False)
+        text = _to_json(_finite(report))
         if json_file == "-":
             print(text)
             return report["ok"]
@@ -66,12 +66,22 @@ def run_and_show(
     return report["ok"]
 
 
+def _to_json(report: dict) -> str:
+    """A row a line: there are thousands."""
+    rows = ",\n".join(f"  {json.dumps(row, allow_nan=False)}" for row in report["rows"])
+    head, tail = json.dumps(report | {"rows": []}, indent=1, allow_nan=False).split('"rows": []')
+    return f'{head}"rows": [\n{rows}\n ]{tail}'
+
+
 def _finite(x):
+    """Three digits of each number; what is not finite has no number in JSON."""
     if isinstance(x, dict):
         return {key: _finite(value) for key, value in x.items()}
     if isinstance(x, list | tuple):
         return [_finite(value) for value in x]
-    return str(x) if isinstance(x, float) and x in (float("inf"), float("-inf")) else x
+    if isinstance(x, float):
+        return float(f"{x:.3g}") if math.isfinite(x) else str(x)
+    return x
 
 
 def _show(report: dict, wrong: list[dict]) -> None:

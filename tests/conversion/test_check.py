@@ -149,6 +149,35 @@ def test_what_ran_is_named(monkeypatch):
     assert check_run.describe_kernels(names) == "Gluon, Triton, segments"
 
 
+def test_slow_routes_leave_most_of_a_table_out(monkeypatch):
+    """Token by token, or tuned for each size, a table of all sizes would take days."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    check_run.routes.cache_clear()
+    table = [check.Case(K, K, "float32", "length 1") for K in range(8, 8 * check_run.FEW_SIZES, 8)]
+    table += [check.Case(K, 16, "float32", "length 1") for K in (64, 72)] + [check.Case(64, 64, "float32", "length 1")]
+    slow = {
+        (row["case"]["K"], row["case"]["V"])
+        for rows in check_run.run(table, CPU)
+        for row in rows
+        if row["route"] == "torch, token by token"
+    }
+    assert slow == {(64, 64)}
+
+
+def test_bits_that_change_between_calls_are_found():
+    """A race is right in most calls."""
+    calls = iter(range(100))
+
+    def now_and_then(*args, **options):
+        o, state = torch_chunk_delta_rule(*args, **options)
+        return (o + 1e-6 if next(calls) == 4 else o), state
+
+    case = check.Case(16, 16, "float32", "few")
+    errors = check.run_case(case, CPU, now_and_then, again=2)
+    assert set(check.too_large(errors, check.tolerance(case, "kernels"))) == {"between calls"}
+    assert check.run_case(case, CPU, torch_chunk_delta_rule, again=1)["between calls"] == 0
+
+
 def test_jobs_and_words(monkeypatch):
     """Processes give the same rows; the command's words must reach the kernels, or a bisection bisects nothing."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
