@@ -198,7 +198,7 @@ def _drawn(seed: int, index: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed * 1000 + index))
 
 
-@functools.lru_cache(maxsize=1)  # of all calls of a case
+@functools.lru_cache(maxsize=2)  # of all calls of a case, in two threads
 def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
     """Drawn on the CPU, so that every device gets the same numbers; smaller heads are a part of larger ones. Not to be changed."""
     shape, dtype = layout_on(case, device), getattr(torch, case.dtype)
@@ -265,7 +265,7 @@ def _compare(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> d
     return {name: error(x, wanted[name]) for name, x in got.items()}
 
 
-@functools.lru_cache(maxsize=1)  # the routes of a case come one after another
+@functools.lru_cache(maxsize=2)  # the routes of a case come one after another
 def _reference(case: Case, shape: Layout, device: torch.device, seed: int) -> dict[str, torch.Tensor]:
     if case.layout == "convolution":
         return _run_convolution(case, device, _conv_fp64, seed, torch.float64)
