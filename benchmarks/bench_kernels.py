@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from bench_ops import SHAPES
-from deltanet_kernels import chunk, chunk_backward, chunk_forward
+from deltanet_kernels import grads, layout, plan, prepare, reverse, scan
 from results_file import write
 
 
@@ -34,37 +34,36 @@ def measure(shape, timer, triton_only: bool) -> dict:
     q, k, v, do = (torch.randn(B, T, H, d, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     beta = torch.rand(B, T, H, device="cuda", dtype=torch.bfloat16)
     scale = d**-0.5
-    plan, *_ = chunk._plan(q, v, None, True)
-    if triton_only:
-        plan = plan._replace(gluon_grads=False, gluon_scans=False)
-    t = chunk_forward.tables(B, T, None)
-
-    _, scratch = chunk_forward.new_scratch(k, v, True, True, t.n_chunks, plan)
+    chosen = plan.make_plan(q, k, v, beta, None, True, cut=False, aligned=not triton_only)
+    x, t = layout.Inputs(q, k, v, beta, None, None), layout.tables(B, T, None)
+    places, bytes_ = layout.scratch_layout(chosen, True, True, t.n_chunks)
+    scratch = layout.scratch_in(torch.empty(bytes_, dtype=torch.uint8, device="cuda"), places)
     a, p, rq, rk, u, s = scratch
     o, dv, dq, dk, dbeta = (torch.empty_like(x) for x in (v, v, q, k, beta))
+    ds = torch.empty(layout.s_shape(chosen, t.n_chunks), dtype=q.dtype, device="cuda")
 
-    def prepare():
-        chunk_forward.prepare(q, k, beta, scale, scratch, t, plan)
+    def run_prepare():
+        prepare.prepare(x, scratch, t, chosen, scale)
 
-    def scan(save):
-        x = scratch if save else scratch._replace(u=None, s=None)
-        chunk_forward.scan(q, k, v, x, None, scale, t, plan, o=o)
+    def run_scan(save):
+        places = scratch if save else scratch._replace(u=None, s=None)
+        scan.scan(x, places, t, chosen, scale, chosen.scan, o=o)
 
-    def reverse():
-        return chunk_backward.reverse(q, k, do, scratch, None, dv, None, scale, t, plan)
+    def run_reverse():
+        reverse.reverse(x, do, scratch, t, chosen, scale, chosen.reverse, dht=None, dv=dv, ds=ds, dh0=None)
 
-    def grads():
-        chunk_backward.grads(q, k, do, scratch, dv, ds, None, dq, dk, dbeta, scale, t, plan)
+    def run_grads():
+        grads.grads(x, do, scratch, t, chosen, scale, dv=dv, ds=ds, flags=None, dq=dq, dk=dk, dbeta=dbeta)
 
-    prepare()
-    scan(save=True)
-    ds, _ = reverse()
+    run_prepare()
+    run_scan(save=True)
+    run_reverse()
     return {
-        "prepare" if p is None else "prepare and scores": (timer(prepare), size(k, beta, a, rk, rq, p) + size(q) * (p is not None)),
-        "scan, inference": (timer(lambda: scan(save=False)), size(q, k, v, a, p, rk, o)),
-        "scan, training": (timer(lambda: scan(save=True)), size(q, k, v, a, p, rk, rq, o, u, s)),
-        "reverse": (timer(reverse), size(q, k, do, a, p, rq, rk, dv, ds)),
-        "grads": (timer(grads), size(q, k, do, u, dv, s, ds, rq, rk, dq, dk, dbeta)),
+        "prepare" if p is None else "prepare and scores": (timer(run_prepare), size(k, beta, a, rk, rq, p) + size(q) * (p is not None)),
+        "scan, inference": (timer(lambda: run_scan(save=False)), size(q, k, v, a, p, rk, o)),
+        "scan, training": (timer(lambda: run_scan(save=True)), size(q, k, v, a, p, rk, rq, o, u, s)),
+        "reverse": (timer(run_reverse), size(q, k, do, a, p, rq, rk, dv, ds)),
+        "grads": (timer(run_grads), size(q, k, do, u, dv, s, ds, rq, rk, dq, dk, dbeta)),
     }  # fmt: skip
 
 

@@ -57,7 +57,6 @@ def candidates(names: list[str]) -> dict:
 
     found = {
         "ours": delta(chunk_delta_rule),
-        "ours-recompute": delta(chunk_delta_rule, recompute=True),
         "sdpa": sdpa,
         "token by token": delta(fused_recurrent_delta_rule),
     }
@@ -158,9 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="*", help="B,T,H,d each; default: the table in kernels/README.md")
     parser.add_argument("--lengths", action="store_true", help="1 x T x 16 x 128 for T from 1024 to 131072 instead")
-    parser.add_argument(
-        "--only", default="ours,ours-recompute,fla,sdpa", help="names, separated by commas; also: token by token"
-    )
+    parser.add_argument("--only", default="ours,fla,sdpa", help="names, separated by commas; also: token by token")
     parser.add_argument("--rep", type=int, default=60, help="milliseconds of repetition a figure")
     parser.add_argument("--cold", action="store_true", help="also time the first call in a fresh process")
     parser.add_argument(

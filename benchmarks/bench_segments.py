@@ -1,4 +1,4 @@
-"""Times the chunked rule cut into each possible number of segments, on one GPU: what `segments.count` chooses rests on it.
+"""Times the chunked rule cut into each possible number of segments, on one GPU: what `plan.count_segments` chooses rests on it.
 
     python benchmarks/bench_segments.py                                    # the heads and lengths of kernels/README.md
     python benchmarks/bench_segments.py --sizes 128,16 --lengths 5000 --out /tmp/segments.json
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from bench_decode import graph_of, median_ms
-from deltanet_kernels import _replay, chunk, chunk_delta_rule, segments
+from deltanet_kernels import _replay, chunk_delta_rule, plan
 from results_file import write
 
 
@@ -36,19 +36,21 @@ def measure(d: int, H: int, T: int) -> dict:
     def both():
         return torch.autograd.grad(chunk_delta_rule(*x, use_qk_l2norm_in_kernel=True)[0], x, do)
 
-    chosen = [chunk._plan(q, v, None, backward)[1] for backward in (False, True)]
-    times, rule = {}, segments.count
+    chosen = [plan.make_plan(*x, None, backward).segments for backward in (False, True)]
+    times, rule = {}, plan.count_segments
     try:
         for s in (1, 2, 4, 8, 16, 32):
             # at least four chunks each, and no more programs than a few a multiprocessor
             sensible = 64 * 4 * s <= T and s * H * d <= 8 * 132 * 64
             if s > 1 and not sensible and s not in chosen:
                 continue
-            segments.count = lambda *_, s=s: s
+            plan.count_segments = lambda *_, s=s: s
+            plan.plan_of.cache_clear()
             _replay.forget()
             times[s] = [round(median_ms(graph_of(f, 1).replay, repeats=15, inner=4), 4) for f in (forward, both)]
     finally:
-        segments.count = rule
+        plan.count_segments = rule
+        plan.plan_of.cache_clear()
         _replay.forget()
     return {"d": d, "heads": H, "tokens": T, "rule": chosen, "ms": times}
 

@@ -1,6 +1,5 @@
 """For the whole suite: nothing may be fetched, and without a GPU Triton's kernels run in its interpreter."""
 
-import importlib
 import os
 
 import pytest
@@ -27,7 +26,7 @@ def short_segments(monkeypatch):
     That is twice what they load at once, and has more borders in as many rows.
     """
     if not torch.cuda.is_available():
-        # The package exports a function of this name, which hides the module.
-        short_conv = importlib.import_module("deltanet_kernels.short_conv")
-        monkeypatch.setattr(short_conv, "FORWARD_SEGMENT", 16)
-        monkeypatch.setattr(short_conv, "BACKWARD_SEGMENT", 8)
+        from deltanet_kernels import convolution
+
+        monkeypatch.setattr(convolution, "FORWARD_SEGMENT", 16)
+        monkeypatch.setattr(convolution, "BACKWARD_SEGMENT", 8)

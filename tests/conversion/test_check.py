@@ -142,10 +142,10 @@ def test_what_ran_is_named(monkeypatch):
     rows = {row["route"]: row for row in check_run._run_routes(case, device, None, 0)}
     check_run.routes.cache_clear()
     names = rows["kernels, chunks"]["kernels"]
-    assert {"chunk_forward.scan_kernel", "chunk_backward.grads_kernel"} <= set(names)
+    assert {"scan.scan_kernel", "grads.grads_kernel"} <= set(names)
     assert not rows["kernels, chunks"]["too_large"] and not rows["torch, chunks"]["kernels"]
     assert check_run.describe_kernels(names) == "Triton"
-    names = ["hopper_scan.scan_kernel", "segments.chain_kernel", "chunk_forward.prepare_kernel"]
+    names = ["hopper_scan.scan_kernel", "segments.chain_kernel", "prepare.prepare_kernel"]
     assert check_run.describe_kernels(names) == "Gluon, Triton, segments"
 
 

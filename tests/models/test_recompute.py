@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import deltanet_kernels
 import pytest
 import torch
-from deltanet_kernels import chunk_forward
+from deltanet_kernels import passes
 from peft import LoraConfig, get_peft_model
 from tiny import FULL, LINEAR, SLIDING, VARIANTS, tiny_model, tokens
 from torch._dynamo.backends.common import aot_autograd
@@ -124,8 +124,8 @@ def test_the_scan_runs_once(recomputing, on_kernels, case, monkeypatch):
     """Each step would wait for the delta rule's kernels twice, or learn from another rule's results than its own."""
     fields = VARIANTS["grouped_value_heads"] if "grouped" in case else {}
     model = tiny_model(**{"layer_types": [LINEAR], **fields}).train()
-    x, launched, scan, results = tokens(1 if "packed" in case else 2, 10), [], chunk_forward.scan, []
-    monkeypatch.setattr(chunk_forward, "scan", lambda *args, **options: launched.append(1) or scan(*args, **options))
+    x, launched, scan, results = tokens(1 if "packed" in case else 2, 10), [], passes.scan, []
+    monkeypatch.setattr(passes, "scan", lambda *args, **options: launched.append(1) or scan(*args, **options))
     inputs = {"input_ids": x, "labels": x}
     if "packed" in case:
         inputs["position_ids"] = torch.cat((torch.arange(3), torch.arange(7))).unsqueeze(0)

@@ -4,7 +4,6 @@ A process of its own, because in the tests' process the kernels belong to the in
 each argument: kernel -> what `resources` says of it.
 """
 
-import importlib
 import json
 import os
 import re
@@ -17,13 +16,11 @@ from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)
 
 import triton  # noqa: E402
+from deltanet_kernels import convolution, recurrent, step  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
-
-# The package exports a function named short_conv, which hides the module from "from ... import".
-recurrent, short_conv = (importlib.import_module(f"deltanet_kernels.{name}") for name in ("recurrent", "short_conv"))
 
 NOT_DIVISIBLE = {"T", "N", "B", "s_bb", "s_bt", "s_bh"}
 
@@ -113,33 +110,38 @@ def main(capability, d, dtype="bf16"):
             4,
         ),
         "conv forward": (
-            short_conv._fwd_kernel,
+            convolution._fwd_kernel,
             channels,
-            {**conv, "BT": short_conv.FORWARD_SEGMENT, "BD": short_conv.FORWARD_BLOCK_D, "R": short_conv.FORWARD_ROWS},
-            short_conv.FORWARD_WARPS,
+            {
+                **conv,
+                "BT": convolution.FORWARD_SEGMENT,
+                "BD": convolution.FORWARD_BLOCK_D,
+                "R": convolution.FORWARD_ROWS,
+            },
+            convolution.FORWARD_WARPS,
         ),
         "conv backward": (
-            short_conv._bwd_kernel,
+            convolution._bwd_kernel,
             {**channels, "h": None},
             {
                 **conv,
-                "BT": short_conv.BACKWARD_SEGMENT,
-                "BD": short_conv.BACKWARD_BLOCK_D,
-                "R": short_conv.BACKWARD_ROWS,
+                "BT": convolution.BACKWARD_SEGMENT,
+                "BD": convolution.BACKWARD_BLOCK_D,
+                "R": convolution.BACKWARD_ROWS,
             },
-            short_conv.BACKWARD_WARPS,
+            convolution.BACKWARD_WARPS,
         ),
         "conv step": (
-            short_conv._step_kernel,
+            convolution._step_kernel,
             channels,
-            {**conv, "BD": short_conv.STEP_BLOCK_D},
-            short_conv.STEP_WARPS,
+            {**conv, "BD": convolution.STEP_BLOCK_D},
+            convolution.STEP_WARPS,
         ),
     }
-    for columns in (recurrent.STEP_BLOCK, recurrent.STEP_BLOCK_FEW):
-        warps = recurrent._step_warps(pad, columns)
+    for columns in (step.STEP_BLOCK, step.STEP_BLOCK_FEW):
+        warps = step._step_warps(pad, columns)
         constants = {**sizes, **eps, "BK": pad, "BV": columns}
-        table[f"step, {columns} columns"] = (recurrent._step_kernel, given, constants, warps)
+        table[f"step, {columns} columns"] = (step._step_kernel, given, constants, warps)
     compiled = {name: compile_kernel(*row, capability, {"num_warps": warps}) for name, (*row, warps) in table.items()}
     return {name: resources(kernel) for name, kernel in compiled.items()}
 

@@ -1,8 +1,8 @@
 """Compiles the chunked kernels for a GPU that is not there: `python offline_chunk.py 90:128:128:bf16 80:64:256:fp32`.
 
 A process of its own, because in the tests' process the kernels belong to the interpreter. Prints a JSON object a line, for
-each argument (chip, K, V, dtype): kernel -> [registers a thread, bytes of spilled registers, bytes of shared memory].
-Which Triton compiles is PYTHONPATH's business.
+each argument (chip, K, V, dtype): kernel -> [registers per thread, bytes of spilled registers, bytes of shared memory].
+What is compiled are the launches of real calls, recorded without a GPU. Which Triton compiles is PYTHONPATH's business.
 """
 
 import json
@@ -13,38 +13,67 @@ from collections.abc import Iterator
 
 os.environ.pop("TRITON_INTERPRET", None)
 
-from deltanet_kernels import chunk_backward as backward  # noqa: E402
-from deltanet_kernels import chunk_forward as forward  # noqa: E402
-from deltanet_kernels import configs, segments  # noqa: E402
+import torch  # noqa: E402
+from deltanet_kernels import grads, layout, passes, plan, prepare, reverse, scan, segments  # noqa: E402
 from offline import compile_kernel, lost_bases, read_cubin, resources, serialized  # noqa: E402
 from pipelines import overwritten  # noqa: E402
 
 
-if configs.GLUON:
-    from deltanet_kernels import hopper_grads, hopper_reverse, hopper_scan, hopper_tiles
+MODULES = [layout, prepare, scan, reverse, grads, segments]
+if plan.GLUON:
+    from deltanet_kernels import hopper_grads, hopper_reverse, hopper_scan
+
+    MODULES += [hopper_scan, hopper_reverse, hopper_grads]
+
+SMS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+# Not a multiple of 16, whatever the recorded call had: lengths and numbers of heads
+NOT_DIVISIBLE = {"T", "NT", "H", "HV"}
+# B, T, heads: few programs of a scan, many, and a sequence that is cut into segments
+CALLS = {"few": (1, 65, 2), "many": (40, 65, 16), "segmented": (1, 8250, 2)}
 
 
-INPUTS, SCRATCH = ("q", "k", "v", "do", "o", "dq", "dk", "beta", "dbeta"), ("a", "p", "u", "s", "ds", "dv")
-STATES = ("rq", "rk", "h0", "ht", "dh0", "dht", "n", "phi", "first", "out")
-TABLES = {"cu_seqlens": "*i64", "flags": "*i32", "chunk_offsets": "*i32", "chunks": "*i32"}
-NOT_DIVISIBLE = {"T", "NT", "H", "HV", "HV_ALL", "H_ALL"}
+def record(arch: int, K: int, V: int, dtype: torch.dtype) -> Iterator[tuple]:
+    """(name, kernel, pointers, sizes, constants, options) of what calls of these head sizes launch."""
+    launched = []
+    for module in MODULES:
+        module.launch = lambda kernel, grid, *arguments: launched.append((kernel, *arguments))
+    plan.arch_of, plan.multiprocessors = lambda _: arch, lambda _: SMS[arch]
+    for kind, (B, T, H) in CALLS.items():
+        q, k = (torch.empty(B, T, H, K, dtype=dtype) for _ in "qk")
+        v, beta, states = (
+            torch.empty(B, T, H, V, dtype=dtype),
+            torch.empty(B, T, H, dtype=dtype),
+            torch.empty(B, H, K, V),
+        )
+        numbers = None, True, kind == "segmented"
+        o, ht, made, memory, phi = passes.forward(*numbers, True, q, k, v, beta, states if numbers[2] else None, None)
+        h0, dht = (states, ht) if numbers[2] else (None, None)
+        passes.backward(made, *numbers[:2], q, k, beta, h0, None, o, dht, memory, phi)
+        for kernel, *arguments in launched:
+            part = "first " if kind == "segmented" and is_first(kernel, arguments[0]) else ""
+            name = part + kernel.fn.__name__.removesuffix("_kernel") + (" back" if arguments[2].get("REVERSE") else "")
+            yield f"{name}, {'Gluon, ' if kernel.is_gluon() else ''}{kind}", kernel, *arguments
+        launched.clear()
 
 
-def compile_line(kernel, constants: dict, launch: configs.Launch, arch: int, dtype: str):
-    scratch = "bf16" if dtype == "bf16" else "fp32"
-    pointers = dict.fromkeys(INPUTS, f"*{dtype}") | dict.fromkeys(SCRATCH, f"*{scratch}")
-    pointers |= dict.fromkeys(STATES, "*fp32") | TABLES
-    if constants.get("PHI"):
-        pointers["o"] = "*fp32"  # Phi stands there
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    if launch.maxnreg:
-        options["maxnreg"] = launch.maxnreg
-    given = {name: constants[name] for name in ("K", "V") if name in constants and not kernel.is_gluon()}
-    wide = dtype != "bf16" and kernel is not segments.chain_kernel
-    numbers = [name for name, size in given.items() if isinstance(forward.static(size, wide), int)]
-    constants = {name: x for name, x in constants.items() if name not in numbers}
-    odd = {name for name in numbers if given[name] % 16}
-    return compile_kernel(kernel, pointers, constants, arch, options, NOT_DIVISIBLE | odd)
+def is_first(kernel, pointers: tuple) -> bool:
+    """Whether a scan only brings the state of a segment to its end."""
+    given = dict(zip(kernel.arg_names, pointers))
+    return kernel.fn.__name__ in ("scan_kernel", "reverse_kernel") and given.get("u", given.get("dv")) is None
+
+
+def compile_launch(kernel, pointers: tuple, sizes: tuple, constants: dict, options: dict, arch: int):
+    names = kernel.arg_names
+    given = {name: None if x is None else NAMES[x.dtype] for name, x in zip(names, pointers)}
+    odd = set(NOT_DIVISIBLE)
+    for name, x in zip(names[len(pointers) :], sizes):
+        if not isinstance(x, int | float):  # a constant
+            constants = constants | {name: x.value}
+        elif name != "scale" and x % 16:
+            odd.add(name)
+    return compile_kernel(kernel, given, constants, arch, {k: x for k, x in options.items() if x is not None}, odd)
 
 
 def read(kernel, compiled) -> list[int]:
@@ -59,70 +88,15 @@ def read(kernel, compiled) -> list[int]:
     return [registers, stack, shared]
 
 
-def lines(arch: int, K: int, V: int, dtype: str) -> Iterator[tuple]:
-    """What calls of these head sizes launch: (name, kernel, constants, its line of the launch table)."""
-    wide = dtype != "bf16"
-    common = {"K": K, "C": configs.CHUNK, "L2NORM": True, "PACKED": False, "EVEN": False, "WIDE": wide}
-    precision = {"PRECISION": "tf32x3" if dtype == "fp32" else "tf32"}
-    for few in (True, False):
-        plan = configs.plan(arch, K, V, wide, few)
-        block_v, _, block_k, nk = forward.blocks(K, V, plan)
-        name = "few" if few else "many"
-        sizes = common | precision | {"V": V, "BK": block_k, "NK": nk, "BV": block_v}
-        sizes |= {"FULL_K": K % block_k == 0, "FULL_V": V % block_v == 0}
-        scan = sizes | {"HAS_H0": False, "EPS": 1e-6, "STORED": plan.stored}
-        state = {"HAS_HT": False, "PHI": False, "OUTPUT": True, "SAVE": True}
-        yield f"scan, {name}", forward.scan_kernel, scan | state, plan.scan
-        first = {"HAS_HT": True, "PHI": True, "OUTPUT": False, "SAVE": False}
-        yield f"first scan, {name}", forward.scan_kernel, scan | first, plan.entry or plan.scan
-        reverse = sizes | {"HAS_DHT": False, "STORED": plan.stored, "DEEP": plan.reverse.deep}
-        state, first = {"HAS_DH0": False, "SAVE": True}, {"HAS_DH0": True, "SAVE": False}
-        yield f"reverse, {name}", backward.reverse_kernel, reverse | state, plan.reverse
-        yield f"first reverse, {name}", backward.reverse_kernel, reverse | first, plan.reverse
-    chain = {"K": K, "V": V, "BK": segments.chain_block(K), "NK": nk, "BV": configs.chain(arch, K).block_v, "S": 4}
-    for backwards in (False, True):
-        constants = chain | {"HAS_FIRST": True, "REVERSE": backwards}
-        yield f"chain, {backwards = }", segments.chain_kernel, constants, configs.chain(arch, K)
-    step = min(plan.prepare.block_v, block_k)
-    constants = common | {"BK": step, "FULL_K": K % step == 0, "FP16": not wide, "EPS": 1e-6}
-    constants |= {"BETA_MIN": forward.BETA_MIN, "PRECISION": "tf32x3" if wide else "tf32"}
-    yield "prepare", forward.prepare_kernel, constants, plan.prepare
-    step = min(plan.scores.block_v, block_k)
-    constants = common | precision | {"BK": step, "FULL_K": K % step == 0, "EPS": 1e-6}
-    yield "scores", forward.scores_kernel, constants, plan.scores
-    step = min(block_v, plan.grads.block_v)
-    constants = sizes | {"W": step, "FULL_V": V % step == 0, "G": 1}
-    yield "grads", backward.grads_kernel, constants, plan.grads
-    if plan.gluon_grads:
-        yield from gluon_lines(K, V, plan)
-
-
-def gluon_lines(K: int, V: int, plan: configs.Plan) -> Iterator[tuple]:
-    sizes = {"K": K, "V": V, "C": configs.CHUNK, "L2NORM": True, "PACKED": False, "EVEN": False}
-    for beside in (False, True):
-        constants = sizes | {"G": 1, "BESIDE": beside}
-        yield f"grads, Gluon, {beside = }", hopper_grads.grads_kernel, constants, plan.grads
-    sizes |= {"H": 16, "HV": 16, "q_st": 16 * K, "k_st": 16 * K}
-    for block_v in sorted({64, V}):
-        state = {"HAS_H0": True, "HAS_HT": True, "SAVE": True, "EPS": 1e-6, "v_st": 16 * V}
-        state |= {"BV": block_v, "STAGES": hopper_tiles.STAGES[block_v]}
-        yield f"scan, Gluon, {block_v}", hopper_scan.scan_kernel, sizes | state, configs.Launch(0, block_v // 16, 1)
-    state = {"HAS_DHT": True, "HAS_DH0": True, "d_st": 16 * V}
-    state |= {"BV": hopper_reverse.BLOCK_V, "STAGES": hopper_tiles.STAGES[hopper_reverse.BLOCK_V]}
-    for save, beside in ((True, False), (True, True), (False, False)):
-        constants = sizes | state | {"SAVE": save, "BESIDE": beside}
-        yield (
-            f"reverse, Gluon, {save = }, {beside = }", hopper_reverse.reverse_kernel, constants, configs.Launch(0, 4, 1),
-        )  # fmt: skip
-
-
-def main(arch: int, K: int, V: int, dtype: str = "bf16") -> dict:
+def main(arch: int, K: int, V: int, dtype: str = "bf16", aligned: bool = True) -> dict:
     done, found = {}, {}  # few and many programs often launch the same kernel
-    for name, kernel, constants, launch in lines(arch, K, V, dtype):
-        key = kernel.fn, *constants.items(), launch.num_warps, launch.num_stages, launch.maxnreg
+    plan.is_aligned = lambda *_: aligned
+    for name, kernel, pointers, sizes, constants, options in record(arch, K, V, DTYPES[dtype]):
+        shown = [getattr(x, "value", None) for x in sizes]
+        key = kernel.fn, *[x is None for x in pointers], *shown, *constants.values(), *options.values()
         if key not in done:
             try:
-                done[key] = read(kernel, compile_line(kernel, constants, launch, arch, dtype))
+                done[key] = read(kernel, compile_launch(kernel, pointers, sizes, constants, options, arch))
             except Exception as error:  # the table is to be read whole
                 done[key] = f"{type(error).__name__}: {str(error)[-500:]}"
         found[name] = done[key]
@@ -132,4 +106,7 @@ def main(arch: int, K: int, V: int, dtype: str = "bf16") -> dict:
 if __name__ == "__main__":
     for case in sys.argv[1:]:
         arch, K, V, dtype = case.split(":")
-        print(json.dumps(main(int(arch), int(K), int(V), dtype)), flush=True)
+        found = main(int(arch), int(K), int(V), dtype)
+        if any("Gluon" in name for name in found):  # and what takes their place where rows are not aligned
+            found |= main(int(arch), int(K), int(V), dtype, aligned=False)
+        print(json.dumps(found), flush=True)

@@ -11,7 +11,10 @@ from tests.ops._reference import delta_rule_fp64, error
 
 
 triton = pytest.importorskip("triton")
-from deltanet_kernels import _launch, _replay, chunk, chunk_backward, chunk_delta_rule, configs, segments  # noqa: E402
+import deltanet_kernels  # noqa: E402
+from deltanet_kernels import _replay, chunk_delta_rule, plan, reverse  # noqa: E402
+
+from tests.ops._plans import call, change_plans, decide_anew  # noqa: E402
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,24 +83,14 @@ def test_without_norm(state):
 @pytest.mark.parametrize("stored, deep", [(False, False), (False, True), (True, True)])
 def test_every_form_of_the_scans(stored, deep, monkeypatch):
     """Which form runs depends on the chip's size and the head's: each must give the same as the others."""
-    plan = configs.plan(90, 64, 32, True, False)
-    plan = plan._replace(stored=stored, reverse=plan.reverse._replace(deep=deep))
-    monkeypatch.setattr(configs, "plan", lambda *_: plan)
+    change_plans(monkeypatch, scores=plan.Launch(32, 4, 1) if stored else None, deep=deep)
     compare(*make(2, 100, 1, 64, 32, HV=2))
     compare(*make(1, 150, 1, 192, 16, l2norm=False, n=2), l2norm=False, cu_seqlens=[0, 70, 150])
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_packed(recompute):
+def test_packed():
     """Documents packed along T must not see each other, also where a border falls inside a chunk or one is empty."""
-    compare(*make(1, 200, 2, 32, n=5, HV=2), cu_seqlens=[0, 0, 5, 68, 133, 200], recompute=recompute)
-
-
-def test_recompute_gives_the_same_bits():
-    """`recompute` trades time for memory, never the result."""
-    x = make(1, 70, 2, 32, HV=4)
-    for a, b in zip(compare(*x), compare(*x, recompute=True), strict=True):
-        assert torch.equal(a, b)
+    compare(*make(1, 200, 2, 32, n=5, HV=2), cu_seqlens=[0, 0, 5, 68, 133, 200])
 
 
 def test_beta_zero_and_two():
@@ -189,13 +182,13 @@ def test_segments(monkeypatch, B, T, HV, K, V, backward):
     """A long sequence cut into segments, in backward too or not, gives what the plain scan gives. It need not be a
     multiple of them.
     """
-    monkeypatch.setattr(segments, "count", lambda *_: 4)
-    monkeypatch.setattr(segments, "cuts_backward", lambda *_: backward)
+    decide_anew(monkeypatch, count_segments=lambda *_: 4, cuts_backward=lambda *_: backward)
     x = make(B, T, 1, K, V, HV=HV)
-    assert chunk._plan(x[0], x[2], None, True)[1:] == (4, 4 if backward else 1)
+    made = plan.make_plan(*x[:4], None, True)
+    assert (made.segments, made.segments_backward) == (4, 4 if backward else 1)
     cut = compare(*x)
-    monkeypatch.setattr(chunk, "SEGMENTS", False)
-    assert chunk._plan(x[0], x[2], None, True)[1] == 1
+    decide_anew(monkeypatch, SEGMENTS=False)
+    assert plan.make_plan(*x[:4], None, True).segments == 1
     for a, b in zip(cut, compare(*x), strict=True):
         assert error(a, b) < 1e-5
 
@@ -238,7 +231,8 @@ def test_segment_count(shape, training, inference):
     """Few programs: cut. Enough programs or a short sequence: leave alone."""
     B, HV, K, blocks = shape
     for lengths, backward in ((training, True), (inference, False)):
-        assert {T: segments.count(B, T, HV, K, blocks, 132, backward) for T in lengths} == lengths
+        calls = {T: call(B=B, T=T, HV=HV, K=K, gradients=backward) for T in lengths}
+        assert {T: plan.count_segments(x, blocks) for T, x in calls.items()} == lengths
 
 
 @pytest.mark.parametrize(
@@ -250,7 +244,7 @@ def test_segment_count(shape, training, inference):
 )  # fmt: skip
 def test_backward_is_cut_where_it_pays(T, K, programs, beside, cut):
     """A short sequence would wait for the host, and gradients for a chip that is full."""
-    assert segments.cuts_backward(T, K, programs, 132, beside) is cut
+    assert plan.cuts_backward(call(T=T, K=K), programs, beside) is cut
 
 
 @pytest.mark.parametrize(
@@ -284,30 +278,41 @@ def test_unknown_keyword():
 
 def test_what_the_gluon_kernels_take(monkeypatch):
     """Other chips, sizes, types and rows off alignment would reach kernels that were not made for them."""
-    from deltanet_kernels import hopper_tiles
-
-    monkeypatch.setattr(configs, "GLUON", True)  # as where nothing is interpreted
-    plan_for = configs.plan.__wrapped__
-    cases = [(90, 128, 128, False), (90, 64, 128, False), (90, 64, 64, False), (90, 128, 64, False)]
-    assert [plan_for(*case, few=False).gluon_grads for case in cases] == [True] * 4
-    assert [plan_for(*case, few=False).gluon_scans for case in cases] == [128, 128, 64, 64]
-    assert [plan_for(*case, few=True).gluon_scans for case in cases] == [64] * 4
-    for case in [
-        (100, 128, 128, False),
-        (80, 128, 128, False),
-        (90, 256, 256, False),
-        (90, 96, 96, False),
-        (90, 128, 128, True),
-    ]:
-        plan = plan_for(*case, few=False)
-        assert not plan.gluon_grads and not plan.gluon_scans
+    monkeypatch.setattr(plan, "GLUON", True)  # as where nothing is interpreted
+    monkeypatch.setattr(plan, "launch_table", plan.launch_table.__wrapped__)
+    make_plan = plan.plan_of.__wrapped__
+    sizes = [(128, 128), (64, 128), (64, 64), (128, 64)]
+    many, few = ([make_plan(call(B=B, K=K, V=V)) for K, V in sizes] for B in (99, 1))
+    assert all(x.scan.gluon and x.reverse.gluon and x.grads.gluon and x.scores is None for x in many + few)
+    assert [x.scan.columns for x in many] == [128, 128, 64, 64] and [x.scan.columns for x in few] == [64] * 4
+    others = [{"arch": 100}, {"arch": 80}, {"K": 256, "V": 256}, {"K": 96, "V": 96}, {"dtype": torch.float16}]
+    for change in [*others, {"aligned": False}]:
+        x = make_plan(call(**change))
+        assert not (x.scan.gluon or x.reverse.gluon or x.grads.gluon or x.beside)
 
     def cut(width, first):  # 128 columns of rows that are wider
         return torch.zeros(2, 70, 4, width, dtype=torch.bfloat16)[..., first : first + 128]
 
-    assert hopper_tiles.accepts(cut(128, 0), cut(144, 16), cut(144, 8))
+    assert plan.is_aligned(cut(128, 0), cut(144, 16), cut(144, 8))
     for x in (cut(144, 4), cut(136, 8), cut(132, 0)):
-        assert not hopper_tiles.accepts(cut(128, 0), x)
+        assert not plan.is_aligned(cut(128, 0), x)
+
+
+def test_a_plan_explains_itself():
+    """A report of a wrong result would not say what computed it."""
+    text = str(plan.plan_of.__wrapped__(call(T=32768, K=256, V=256, arch=90)))
+    for part in (
+        "T 32768",
+        "K 256",
+        "sm_90",
+        "16 segments per sequence",
+        "scores: Triton, 64 key columns",
+        "chain: Triton",
+    ):
+        assert part in text, text
+    x = make(1, 70, 2, 32)
+    lines = deltanet_kernels.explain(*x[:4]).splitlines()
+    assert "B 1, T 70, H 2, HV 2, K 32, V 32, float32" in lines[0] and "sequences whole" in lines[2]
 
 
 # --------------------------------------------------------------------------------------------------------------- GPU
@@ -333,13 +338,14 @@ def test_gpu_more_programs_than_multiprocessors(d, heads, cu_seqlens):
     """Where many heads run, other launch choices are made: they must be right too."""
     n = None if cu_seqlens is None else len(cu_seqlens) - 1
     x = make(1, 100, heads // 2, d, HV=heads, n=n, dtype=torch.bfloat16)
-    assert chunk._plan(x[0], x[2], None, True)[0] == configs.plan(configs.arch_of(0), d, d, False, few=False)
+    made = plan.make_plan(*x[:4], None, True)
+    assert heads * made.value_tiles > made.call.sms and not made.beside
     compare(*x, cu_seqlens=cu_seqlens)
 
 
 def spy_on_gluon(monkeypatch):
     """Names of the Gluon kernels as they are launched."""
-    if not configs.GLUON or configs.arch_of(0) != 90:
+    if not plan.GLUON or plan.arch_of(0) != 90:
         pytest.skip("the Gluon kernels are for Hopper, beside a known Triton")
     from deltanet_kernels import hopper_grads, hopper_reverse, hopper_scan
 
@@ -393,14 +399,13 @@ def test_gpu_gradients_beside_the_scan(T, cu_seqlens, d, monkeypatch):
     x = [t.requires_grad_() for t in x]
     cu = None if cu_seqlens is None else torch.tensor(cu_seqlens, device=DEVICE)
     do = torch.randn_like(x[2])
-    plan, reverse, flags = configs.plan, chunk_backward.hopper_reverse.reverse, []
+    plan_of, hopper, flags = plan.plan_of, reverse.hopper_reverse.reverse, []
 
     def spy(*args):
-        if not _launch.here.compile_only:
-            flags.append(args[10])
-        reverse(*args)
+        flags.append(args[-1])
+        hopper(*args)
 
-    monkeypatch.setattr(chunk_backward.hopper_reverse, "reverse", spy)
+    monkeypatch.setattr(reverse.hopper_reverse, "reverse", spy)
 
     def run(times):
         _replay.forget()
@@ -411,10 +416,10 @@ def test_gpu_gradients_beside_the_scan(T, cu_seqlens, d, monkeypatch):
             del poison
             yield torch.autograd.grad(o, x, do, retain_graph=True)
 
-    monkeypatch.setattr(configs, "plan", lambda *args: plan(*args)._replace(beside=False))
+    change_plans(monkeypatch, beside=False)
     (want,) = run(1)
     assert flags == [None]
-    monkeypatch.setattr(configs, "plan", plan)
+    monkeypatch.setattr(plan, "plan_of", plan_of)
     for got in run(10):
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert flags[1] is not None
@@ -432,10 +437,9 @@ def test_gpu_packed():
 @pytest.mark.parametrize("backward", [True, False])
 def test_gpu_segments(monkeypatch, T, d, backward):
     """What enters a segment would come from another place, or its gradient go to one; backward may be uncut."""
-    monkeypatch.setattr(segments, "MIN_TOTAL", 1)
-    monkeypatch.setattr(segments, "MIN_BACKWARD", 1 if backward else 1000)
+    decide_anew(monkeypatch, MIN_TOTAL=1, MIN_BACKWARD=1 if backward else 1000)
     x = make(2 if T < 4096 else 1, T, 1, d, dtype=torch.bfloat16)
-    assert chunk._plan(x[0], x[2], None, True)[1] > 1
+    assert plan.make_plan(*x[:4], None, True).segments > 1
     compare(*x)
 
 
@@ -508,4 +512,4 @@ def test_the_table_has_every_architecture():
     for arch in (80, 86, 89, 90, 100, 120):
         for K in (32, 64, 96, 128, 192, 256):
             for wide in (False, True):
-                assert configs.plan(arch, K, K, wide, False).scan.block_v >= 16
+                assert plan.launch_table(arch, K, K, wide, False).scan.columns >= 16

@@ -14,7 +14,7 @@ import pytest
 
 
 triton = pytest.importorskip("triton")
-from deltanet_kernels import configs  # noqa: E402
+from deltanet_kernels import plan  # noqa: E402
 
 
 # Bytes of spilled registers a thread that are known and accepted (kernels/README.md, "Spills"). Hopper's wide keys
@@ -22,10 +22,10 @@ from deltanet_kernels import configs  # noqa: E402
 # programs is left rows off alignment. By chip and the larger head size, padded. Everything else: at most a few words.
 # Not listed: fp32 and fp16, not tuned at all.
 ACCEPTED = {
-    (86, 256): {"chain, backwards = False": 96, "chain, backwards = True": 88},
+    (86, 256): {"chain": 96, "chain back": 88},
     (90, 64): {"grads": 80, "prepare": 80},
-    (90, 128): {"scan, few": 64, "scan, many": 80},
-    (90, 256): {"scan, many": 224, "scan, few": 224, "grads": 96, "prepare": 64},
+    (90, 128): {"scan": 80},
+    (90, 256): {"scan": 224, "grads": 96, "prepare": 64},
     (120, 64): {"prepare": 64},
 }
 SMALL = 48
@@ -58,9 +58,10 @@ def test_launch_table(other, arch, K, V, dtype, tmp_path):
     for name, found in json.loads(done.stdout.splitlines()[-1]).items():
         assert isinstance(found, list), (name, found)
         registers, spilled, shared = found
-        assert shared <= configs.shared_memory_limit(arch), (name, shared)
+        assert shared <= plan.shared_memory_limit(arch), (name, shared)
         assert 32 - (dtype == "fp32") < registers <= 255, (name, "a kernel of few registers is empty")
-        accepted = ACCEPTED.get((arch, triton.next_power_of_2(max(K, V))), {}).get(name, SMALL)
+        kernel = name.partition(",")[0]
+        accepted = ACCEPTED.get((arch, triton.next_power_of_2(max(K, V))), {}).get(kernel, SMALL)
         if version.startswith("3.8.") and K > 128 and name.startswith("chain"):
             accepted = CHAIN_OF_3_8
         assert spilled <= accepted or dtype != "bf16", (name, spilled)

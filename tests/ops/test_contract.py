@@ -18,7 +18,7 @@ from modeling_deltanet.short_conv import torch_short_conv
 
 triton = pytest.importorskip("triton")
 import deltanet_kernels  # noqa: E402
-from deltanet_kernels import _checks, _switch, chunk_forward, limits  # noqa: E402
+from deltanet_kernels import _checks, _switch, limits, prepare  # noqa: E402
 from deltanet_kernels import chunk as chunk_module  # noqa: E402
 
 
@@ -97,11 +97,10 @@ OUTSIDE = [[0, 70, 130], [0, 0, 40], [5, 5, 70, 130], [30, 90, 90]]
 
 
 @pytest.mark.parametrize("borders", OUTSIDE, ids=str)
-@pytest.mark.parametrize("rule", [*KERNELS, "recompute"])
+@pytest.mark.parametrize("rule", KERNELS)
 def test_tokens_outside_of_all_sequences_give_zeros(rule, borders):
     """A padded buffer's tail would hand what memory held to the next layer and to the optimizer; nothing else may change."""
-    options = {"recompute": True} if rule == "recompute" else {}
-    rule, T = (KERNELS[0] if rule == "recompute" else rule), 150
+    T = 150
     if rule is KERNELS[1]:  # which the interpreter runs a token at a time
         T, borders = T // 10, [border // 10 for border in borders]
     first, end = borders[0], borders[-1]
@@ -109,8 +108,8 @@ def test_tokens_outside_of_all_sequences_give_zeros(rule, borders):
     inputs = make(T, len(borders) - 1)
     do, dht = randn(*inputs[2].shape), randn(*inputs[4].shape)
     inside = [x.detach()[:, first:end].requires_grad_() for x in inputs[:4]] + [inputs[4].detach().requires_grad_()]
-    want = run(rule, inside, cu - first, do[:, first:end], dht, **options)
-    got = run(rule, inputs, cu, do, dht, **options)
+    want = run(rule, inside, cu - first, do[:, first:end], dht)
+    got = run(rule, inputs, cu, do, dht)
     for name, a, b in zip(("o", "ht", "dq", "dk", "dv", "dbeta", "dh0"), got, want):
         if name not in ("ht", "dh0"):
             assert not a[:, :first].any() and not a[:, end:].any(), name
@@ -291,8 +290,8 @@ def test_a_known_device_gets_the_kernels_unless_off(monkeypatch, caplog):
 
 WORDS = """
 import deltanet_kernels, modeling_deltanet.kernel_switch as s
-from deltanet_kernels import _replay, _switch, chunk, configs
-print(configs.GLUON, chunk.SEGMENTS, _replay.REPLAYS, _switch.uses("beside"), _switch.uses("ahead"), _switch.CHECKS, s.OFF)
+from deltanet_kernels import _replay, _switch, plan
+print(plan.GLUON, plan.SEGMENTS, _replay.REPLAYS, _switch.uses("beside"), _switch.CHECKS, _switch.EXPLAINS, s.OFF)
 """
 
 
@@ -304,8 +303,8 @@ def with_words(words, script=WORDS):
 
 def test_the_environment_variable_leaves_out_what_it_names():
     """A wrong result could not be bisected; a word that is not known must not pass for "nothing found"."""
-    done = with_words("no-gluon, no-segments,no-replay,no-beside,no-ahead,check,off")
-    assert done.stdout.split() == ["False"] * 5 + ["True", "True"], done.stderr
+    done = with_words("no-gluon, no-segments,no-replay,no-beside,check,explain,off")
+    assert done.stdout.split() == ["False"] * 4 + ["True"] * 3, done.stderr
     assert "DELTANET_KERNELS=no-gluon" in done.stderr and done.stderr.count("DELTANET_KERNELS=") == 1
     assert _switch.parse("") == frozenset() and _switch.uses("gluon")
     with pytest.raises(ValueError, match="no-gluon, no-segments, .*got no-glue"):
@@ -347,9 +346,7 @@ def test_more_chunks_than_a_grid_takes(B, T, monkeypatch):
     want, launched = run_(), []
     monkeypatch.setattr(chunk_module, "MAX_CHUNKS", 3)
     monkeypatch.setattr(
-        chunk_forward,
-        "launch",
-        lambda kernel, grid, *x, go=chunk_forward.launch: (launched.append(grid), go(kernel, grid, *x)),
+        prepare, "launch", lambda kernel, grid, *x, go=prepare.launch: (launched.append(grid), go(kernel, grid, *x))
     )
     for a, b in zip(run_(), want):
         assert error(a, b) < 1e-5
@@ -362,9 +359,8 @@ def test_more_chunks_than_a_grid_takes(B, T, monkeypatch):
 @pytest.mark.usefixtures("short_segments")
 def test_a_convolution_larger_than_a_grid(monkeypatch):
     """From 2.1 million tokens, or 65536 rows, on a launch would be refused."""
-    import importlib
+    from deltanet_kernels import convolution as module
 
-    module = importlib.import_module("deltanet_kernels.short_conv")
     torch.manual_seed(0)
     inputs = [randn(3, 34, 20), randn(20, 4), randn(3, 20, 3)]
     inputs, dy = [x.requires_grad_() for x in inputs], randn(3, 34, 20)

@@ -14,7 +14,9 @@ from tests.ops.test_chunk_delta_rule import compare, make
 
 
 triton = pytest.importorskip("triton")
-from deltanet_kernels import configs, segments  # noqa: E402
+from deltanet_kernels import plan  # noqa: E402
+
+from tests.ops._plans import change_plans, decide_anew  # noqa: E402
 
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests run the real thing")
@@ -25,20 +27,14 @@ BF16 = torch.bfloat16
 @pytest.mark.parametrize("stored, deep", [(False, True), (True, False)])
 def test_chunked(K, V, HV, stored, deep, monkeypatch):
     """A cast or a factor missing where scratch is bf16 would spoil every user's training, and no fp32 test would see it."""
-    plan = configs.plan(90, K, V, False, not stored)
-    # Triton's kernels, in blocks of columns that the interpreter gets through
-    plan = plan._replace(
-        gluon_scans=0, gluon_grads=False, beside=False, stored=stored, reverse=plan.reverse._replace(deep=deep)
-    )
-    monkeypatch.setattr(configs, "plan", lambda *_: plan)
+    change_plans(monkeypatch, scores=plan.Launch(32, 4, 3) if stored else None, deep=deep)
     compare(*make(1, 100, 1, K, V, HV=HV, dtype=BF16))
 
 
 @pytest.mark.parametrize("arch", [80, 100])
 def test_other_chips(arch, monkeypatch):
     """Blocks of columns, and with them the tiles in scratch, are others there."""
-    plan = configs.plan(arch, 32, 48, False, True)
-    monkeypatch.setattr(configs, "plan", lambda *_: plan)
+    decide_anew(monkeypatch, arch_of=lambda _: arch)
     compare(*make(1, 70, 1, 32, 48, dtype=BF16))
 
 
@@ -48,15 +44,10 @@ def test_packed_and_without_norm():
     compare(*make(2, 65, 1, 32, l2norm=False, state=False, dtype=BF16), l2norm=False)
 
 
-def test_recompute():
-    compare(*make(1, 70, 2, 32, HV=4, dtype=BF16), recompute=True)
-
-
 @pytest.mark.parametrize("T", [512, 450])
 def test_segments(T, monkeypatch):
     """A segment's N and Phi are fp32, what comes from them bf16 again."""
-    monkeypatch.setattr(segments, "count", lambda *args: 4)
-    monkeypatch.setattr(segments, "cuts_backward", lambda *args: True)
+    decide_anew(monkeypatch, count_segments=lambda *_: 4, cuts_backward=lambda *_: True)
     compare(*make(1, T, 1, 32, 16, dtype=BF16))
 
 

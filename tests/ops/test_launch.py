@@ -12,7 +12,7 @@ import torch
 
 
 triton = pytest.importorskip("triton")
-from deltanet_kernels import _ahead, _launch, _replay, chunk, chunk_delta_rule, configs  # noqa: E402
+from deltanet_kernels import _launch, _replay, chunk_delta_rule, plan  # noqa: E402
 
 
 class Kernel:
@@ -47,14 +47,6 @@ def kernel(monkeypatch):
     monkeypatch.setattr(_launch, "driver", driver)
     monkeypatch.setattr(_launch, "_compiled", {})
     return Kernel()
-
-
-@pytest.fixture
-def ahead(monkeypatch):
-    """`compile_ahead` as where Triton does not interpret, having compiled nothing."""
-    monkeypatch.setattr(_ahead, "knobs", SimpleNamespace(runtime=SimpleNamespace(interpret=False)))
-    monkeypatch.setattr(_ahead, "_started", set())
-    return _ahead.compile_ahead
 
 
 def launch(kernel, x, y, n=3, **constants):
@@ -97,7 +89,7 @@ def test_with_a_hook_triton_launches(kernel, monkeypatch, name):
 
 def test_beside_an_untried_triton_triton_launches(kernel, monkeypatch):
     """A release that changes what its compiled kernels take would be handed a stream for a size, silently."""
-    monkeypatch.setattr(configs, "LAUNCHER", False)
+    monkeypatch.setattr(_launch, "LAUNCHER", False)
     monkeypatch.setattr(_launch, "driver", None)  # is not asked for a stream either
     a = torch.zeros(8)
     launch(kernel, a, None)
@@ -107,7 +99,7 @@ def test_beside_an_untried_triton_triton_launches(kernel, monkeypatch):
 
 def test_an_untried_triton_plays_tapes(kernel, monkeypatch):
     """Recorded calls have a way of their own to the driver."""
-    monkeypatch.setattr(configs, "LAUNCHER", False)
+    monkeypatch.setattr(_launch, "LAUNCHER", False)
     monkeypatch.setattr(_launch, "driver", None)
     monkeypatch.setattr(_replay, "_tapes", {})
 
@@ -127,7 +119,7 @@ def test_an_untried_triton_plays_tapes(kernel, monkeypatch):
 def test_the_private_launcher_was_read_for_this_triton():
     """`run` is called with what stands before a kernel's own arguments: nine values, and hooks None."""
     source = inspect.getsource(triton.compiler.CompiledKernel)
-    assert configs.LAUNCHER, f"read the launcher of Triton {triton.__version__}, then add it to configs.LAUNCHER"
+    assert _launch.LAUNCHER, f"read the launcher of Triton {triton.__version__}, then add it to _launch.LAUNCHER"
     wanted = (
         "self.run(grid[0], grid[1], grid[2], stream, self.function, self.packed_metadata, launch_metadata, "
         "knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, *args)"
@@ -137,7 +129,7 @@ def test_the_private_launcher_was_read_for_this_triton():
 
 def test_a_version_says_what_is_private():
     """A nightly build or a release candidate of an untried version must not pass for a tried one, nor fail to import."""
-    code = "import triton, sys; triton.__version__ = sys.argv[1]; from deltanet_kernels import configs as c; print(c.LAUNCHER, c.GLUON)"
+    code = "import triton, sys; triton.__version__ = sys.argv[1]; from deltanet_kernels import _launch, plan; print(_launch.LAUNCHER, plan.GLUON)"
     for version, expected in (("3.6.0+git1234", "True True"), ("3.10.0rc1", "False False"), ("4.0.0", "False False")):
         env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
         done = subprocess.run([sys.executable, "-c", code, version], env=env, capture_output=True, text=True)
@@ -150,30 +142,6 @@ def test_fusion_is_asked_for(kernel):
     kernel.first = lambda args, constants: seen.append(constants["enable_fp_fusion"])
     launch(kernel, torch.zeros(8), None)
     assert seen == [True]
-
-
-def test_a_kernel_is_compiled_ahead(kernel, ahead):
-    """A first step would wait for one kernel after the other; or backward's would run before there is a gradient."""
-
-    def call(n, x, y):
-        launch(kernel, x, y, n)
-
-    thread = ahead(call, (3,), (torch.zeros(8, 2), None))
-    thread.join()
-    assert kernel.compiled == 1 and kernel.told == [] and kernel.thread is thread and kernel.loaded
-    assert ahead(call, (3,), (torch.zeros(9, 2), None)) is None  # the length does not count
-    ahead(call, (3,), (torch.zeros(8, 2).double(), None)).join()
-    assert kernel.compiled == 2
-    launch(kernel, torch.zeros(8), None)
-    assert kernel.compiled == 3  # this thread launches as ever
-
-
-def test_an_error_ahead_is_left_to_the_call(ahead, monkeypatch):
-    """It would be printed by a thread, and raised by nobody."""
-    errors = []
-    monkeypatch.setattr(threading, "excepthook", errors.append)
-    ahead(lambda x: 1 / 0, (), (torch.zeros(1),)).join()
-    assert errors == []
 
 
 class Call:
@@ -301,7 +269,7 @@ def test_gpu_hooks_see_every_launch():
     q, k, v = torch.randn(3, 1, 128, 2, 64, device="cuda", dtype=torch.bfloat16).unbind(0)
     beta = torch.rand(1, 128, 2, device="cuda").bfloat16()
     names, hook = [], triton.knobs.runtime.launch_enter_hook
-    plan, *_ = chunk._plan(q, v, None, False)
+    scores = plan.make_plan(q, k, v, beta, None, False).scores is not None
 
     def see(metadata):
         names.append(metadata.get()["name"])
@@ -311,32 +279,8 @@ def test_gpu_hooks_see_every_launch():
         (hook.add if add else hook.remove)(see)
         for _ in range(3):  # once through Triton, once recorded, once played
             results.append(chunk_delta_rule(q, k, v, beta, use_qk_l2norm_in_kernel=True)[0])
-        assert names == ["prepare_kernel", *["scores_kernel"] * plan.stored, "scan_kernel"] * 3
+        assert names == ["prepare_kernel", *["scores_kernel"] * scores, "scan_kernel"] * 3
     assert all(torch.equal(results[0], x) for x in results[1:])
-
-
-AHEAD = """
-import threading, torch, triton
-from deltanet_kernels import chunk_delta_rule
-compiled = []
-# of threads: MainThread, Thread-1, and Dummy-1 for autograd's
-triton.knobs.compilation.listener = lambda src, **_: compiled.append(f"{threading.current_thread().name[:6]} {src.name}")
-x = [torch.randn(1, 200, 2, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv"]
-x.append(torch.rand(1, 200, 2, device="cuda").bfloat16().requires_grad_())
-for _ in range(2):
-    o, _ = chunk_delta_rule(*x, use_qk_l2norm_in_kernel=True)
-    torch.autograd.grad(o.float().square().sum(), x)
-print(sorted(compiled))
-"""
-
-
-@pytest.mark.gpu
-def test_gpu_backward_is_compiled_ahead(tmp_path):
-    """Each kernel once, backward's in a thread: a first step would take twice as long."""
-    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", AHEAD], env=env, capture_output=True, text=True, check=True)
-    expected = ["MainTh prepare_kernel", "MainTh scan_kernel", "Thread grads_kernel", "Thread reverse_kernel"]
-    assert done.stdout.strip() == str(expected)
 
 
 CASES = {
@@ -349,7 +293,6 @@ CASES = {
     "d = 256": {"d": 256},
     "off alignment": {"shift": 1},
     "many programs": {"B": 40},
-    "recompute": {"recompute": True},
     "segments": {"T": 8192, "H": 1},
     "segments of any length": {"T": 8200, "H": 1},
     "segments in forward": {"T": 4096, "H": 1},
@@ -362,16 +305,14 @@ CASES = {
 def test_gpu_a_played_call_gives_the_same_bits(case):
     """Training would learn from other numbers from its third step on."""
 
-    def tensors(
-        seed, B=2, T=150, H=2, HV=2, d=128, dtype=torch.bfloat16, state=False, packed=False, shift=0, recompute=False
-    ):
+    def tensors(seed, B=2, T=150, H=2, HV=2, d=128, dtype=torch.bfloat16, state=False, packed=False, shift=0):
         torch.manual_seed(seed)
         B, HV = (1 if packed or T > 150 else B), (1 if H == 1 else HV)
         q, k, v, do = (
             torch.randn(B, T, h, d + shift, device="cuda", dtype=dtype)[..., shift:] for h in (H, H, HV, HV)
         )
         beta, h0 = torch.rand(B, T, HV, device="cuda", dtype=dtype), None
-        kw = {"use_qk_l2norm_in_kernel": True, "recompute": recompute, "output_final_state": state}
+        kw = {"use_qk_l2norm_in_kernel": True, "output_final_state": state}
         if packed:
             kw["cu_seqlens"] = torch.tensor([0, 70, 70, 150], device="cuda")
         if state:
@@ -395,5 +336,3 @@ def test_gpu_a_played_call_gives_the_same_bits(case):
         assert all(torch.equal(x, y) for x, y in zip(run(seed), expected[seed], strict=True))
     played = [type(tape) is _replay.Tape for tape in _replay._tapes.values()]
     assert all(played) if case not in ("segments, states", "fp16") else not all(played)
-    # whose slices of heads would all be in memory at once
-    assert (case == "recompute") == (chunk._backward not in {function for function, *_ in _replay._tapes})

@@ -16,8 +16,11 @@ from _reference import delta_rule_fp64
 
 triton = pytest.importorskip("triton")
 
-from deltanet_kernels import recurrent  # noqa: E402
-from deltanet_kernels.recurrent import delta_rule_step, fused_recurrent_delta_rule  # noqa: E402
+from deltanet_kernels import (  # noqa: E402
+    delta_rule_step,
+    fused_recurrent_delta_rule,
+    recurrent,  # noqa: E402
+)
 
 
 CUDA = torch.cuda.is_available()

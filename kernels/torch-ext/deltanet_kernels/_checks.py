@@ -113,3 +113,12 @@ def check_arguments(
     if initial_state is not None and initial_state.dtype != torch.float32:
         raise ValueError(f"initial_state must be float32, bfloat16 or float16, got {initial_state.dtype}")
     return K**-0.5 if scale is None else float(scale)
+
+
+def refuse_transforms(function: str) -> None:
+    """Raise where a transformation of `torch.func` is at work; torch itself speaks of a method that is missing here."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise ValueError(
+            f"{function} cannot be transformed by torch.func (grad, vmap, jacrev, ...), since its kernels need tensors with "
+            "memory: use torch.autograd, or the delta rule in torch's own operators"
+        )

@@ -3,26 +3,27 @@
 `kernel[grid](...)` formats the types of all arguments into a string to find the compiled kernel, 0.1 to 0.2 ms a launch
 for kernels of 50 parameters on the host of the H200 we measured, more than the kernels take at batch 1. Here the
 compiled kernel is found by a tuple, and given addresses, which it need not ask the driver about. Pointers count by dtype
-and 16-byte alignment, as Triton specialises them. Beside a Triton with which that was not tried (`configs.LAUNCHER`), the
+and 16-byte alignment, as Triton specialises them. Beside a Triton with which that was not tried (LAUNCHER), the
 compiled kernel is still found here, but launched by Triton's public call.
 """
 
 import threading
 
 import torch
+import triton
 from triton import knobs
 from triton.runtime import driver
 
-from . import configs
 
-
+TRITON = tuple(int(x) for x in triton.__version__.split(".")[:2])
+# A compiled kernel's own `run` is private to Triton: its signature was read in each of these
+LAUNCHER = TRITON in ((3, 6), (3, 7), (3, 8), (3, 9))
 # a * b + c rounded once: Triton's default up to 3.9, which warns where nothing is said, but not from 3.10 on
 FUSED = {"enable_fp_fusion": True}
 
 
 class _Here(threading.local):
     recorder = None  # is told of each launch (see `_replay.py`)
-    compile_only = False  # launches compile their kernel and leave it at that (see `_ahead.py`)
 
 
 here = _Here()
@@ -55,10 +56,6 @@ def launch(kernel, grid: tuple[int, ...], pointers: tuple, sizes: tuple, constan
     # by the function: a Triton kernel's own hash takes a lock
     key = kernel.fn, device, misaligned, sizes, *dtypes, *constants.values(), *options.values()
     found = _compiled.get(key)
-    if here.compile_only:
-        if found is None:
-            kernel.warmup(*pointers, *sizes, grid=grid, **constants, **FUSED, **options)[grid]  # loads it, too
-        return None
     if watched is not None:
         watched.append(f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}")
     if found is None:
@@ -86,12 +83,12 @@ def run(compiled, grid: tuple[int, int, int], stream: int | None, addresses: lis
 
 def stream_of(device: int) -> int | None:
     """The stream to launch on, where it is not Triton who asks for it."""
-    return driver.active.get_current_stream(device) if configs.LAUNCHER else None
+    return driver.active.get_current_stream(device) if LAUNCHER else None
 
 
 def hooked() -> bool:
     """Whether Triton itself must launch: somebody, a profiler say, is to be told of it, or it was not tried without."""
-    return not configs.LAUNCHER or _is_set(knobs.runtime.launch_enter_hook) or _is_set(knobs.runtime.launch_exit_hook)
+    return not LAUNCHER or _is_set(knobs.runtime.launch_enter_hook) or _is_set(knobs.runtime.launch_exit_hook)
 
 
 def _is_set(hook) -> bool:

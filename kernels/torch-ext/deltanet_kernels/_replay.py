@@ -35,6 +35,7 @@ class Launch(NamedTuple):
 
 class Tape(NamedTuple):
     steps: list[Allocation | View | Launch]
+    constants: list  # results that are no tensors
     results: list[int]  # places
 
 
@@ -74,7 +75,8 @@ def watch():
 
 
 def replay(function, numbers: tuple, tensors: tuple) -> list:
-    """`function(*numbers, *tensors)`, a list of tensors and None. `tensors` may be None, but for the first.
+    """`function(*numbers, *tensors)`, a list of tensors, None and objects that follow from the signature. `tensors` may be None,
+    but for the first.
 
     What a call allocates lives until it ends, also where `function` itself would have let go of it.
     """
@@ -122,6 +124,7 @@ def _play(tape: Tape, tensors: tuple, addresses: list, device: int) -> list:
             addresses.append(addresses[step.place] + step.offset)
         else:
             _launch.run(step.compiled, step.grid, stream, [addresses[i] for i in step.places], step.rest, hooked)
+    tensors += tape.constants
     return [tensors[i] for i in tape.results]
 
 
@@ -176,13 +179,18 @@ class _Recorder(TorchDispatchMode):
             self.steps.append(Launch(compiled, grid, places, rest))
 
     def tape(self, results: list):
+        constants = [x for x in results if not isinstance(x, torch.Tensor | None)]
+        self.places |= {id(x): len(self.tensors) + i for i, x in enumerate(constants)}
+        self.tensors += constants
         places = [self.places.get(id(x)) for x in results]
         if self.steps is None or not all(map(self._is_whole, results, places)):
             return NEVER
-        return Tape(self.steps, places)
+        return Tape(self.steps, constants, places)
 
     def _is_whole(self, x: torch.Tensor | None, place: int | None) -> bool:
         """Whether what stands at the place may be returned for x, which may be a view of it."""
-        if x is None or place is None or self.tensors[place] is None:
-            return x is None
+        if not isinstance(x, torch.Tensor):
+            return True
+        if place is None or self.tensors[place] is None:
+            return False
         return x.shape == self.tensors[place].shape and x.stride() == self.tensors[place].stride()

@@ -14,7 +14,7 @@ WORDS = {
     "no-segments": "long sequences cut into segments",
     "no-beside": "gradients that start while the reverse scan runs",
     "no-replay": "calls played from a tape of launches",
-    "no-ahead": "backward's kernels compiled in a thread while forward's are",
+    "explain": "logs for each kind of call which kernels run, with which tiles, and why",
 }
 
 
@@ -38,3 +38,4 @@ def uses(feature: str) -> bool:
 
 
 CHECKS = "check" in CHOSEN
+EXPLAINS = "explain" in CHOSEN

@@ -1,4 +1,4 @@
-"""The chunk-parallel gradients of `chunk_backward.py` for Hopper, in Gluon, Triton's language with explicit layouts.
+"""The gradients of `grads.py` for Hopper, in Gluon, Triton's language with explicit layouts.
 
 Same formulas, same scratch. Where `grads_kernel` needs two programs a chunk, which read most tiles twice, and waits after
 each product, here one program loads every tile once, all of them before its first wait, and issues products that do not
@@ -16,10 +16,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_wait
 
 from ._launch import launch
-from .chunk_forward import Tables, _norm_backward
-from .configs import CHUNK, Plan
 from .hopper_beside import chunk_in_order, wait_for_chunk
-from .hopper_tiles import copy_tile, load_fragments, store_tile
+from .hopper_tiles import C, copy_tile, load_fragments, store_tile
+from .layout import Inputs, Scratch, Tables
+from .plan import Plan
+from .tiles import locate_chunk, norm_backward
 
 
 # ---------------------------------------------------------------------------------------------------------- kernels
@@ -27,41 +28,31 @@ from .hopper_tiles import copy_tile, load_fragments, store_tile
 
 @gluon.jit
 def grads_kernel(
-    # inputs; dv as the reverse scan wrote it, in the scratch type
+    # inputs; dv as the reverse scan wrote it; rq and rk None without the L2 norm; flags where that scan still runs
     q, k, do, a, u, dv, s, ds, rq, rk, flags,
     # outputs
     dq, dk, dbeta,
     # packed sequences
     cu_seqlens, chunks,
     # sizes and strides
-    scale, T, NT, H, H_ALL, HV_ALL,
+    scale, T, NT, H,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, d_sb, d_st, d_sh,
     # constants; G the value heads of a key head
-    K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, G: gl.constexpr, L2NORM: gl.constexpr, PACKED: gl.constexpr,
-    EVEN: gl.constexpr, BESIDE: gl.constexpr,
+    K: gl.constexpr, V: gl.constexpr, G: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
     """One chunk and key head: dq, dk, dbeta. Tiles of values are halves of 64 columns, as the scans cut them.
 
-    With BESIDE the reverse scan still runs (`hopper_beside.py`).
+    With flags the reverse scan still runs (`hopper_beside.py`).
     """
     i_h = gl.program_id(0)
-    i_t = chunk_in_order(NT, PACKED) if BESIDE else gl.program_id(1)
+    i_t = chunk_in_order(NT, cu_seqlens is not None) if flags is not None else gl.program_id(1)
     HV = H * G
     T_all = T
-    if PACKED:
-        i_n = gl.load(chunks + i_t * 2)
-        if i_n < 0:  # beyond the last chunk: the host knows only an upper bound
-            if BESIDE:
-                gdc_wait()
-            return
-        i_c = gl.load(chunks + i_t * 2 + 1)
-        i_b = i_n.to(gl.int64) * 0
-        bos = gl.load(cu_seqlens + i_n).to(gl.int64)
-        T = (gl.load(cu_seqlens + i_n + 1) - bos).to(gl.int32)
-    else:
-        i_b = (i_t // NT).to(gl.int64)
-        i_c = i_t % NT
-        bos = i_b * 0
+    i_b, i_c, bos, T = locate_chunk(i_t, chunks, cu_seqlens, T, NT)
+    if cu_seqlens is not None and T == 0:  # beyond the last chunk: the host knows only an upper bound
+        if flags is not None:
+            gdc_wait()
+        return
     length = T - i_c * C
     bos += i_c * C
     chunk = i_t.to(gl.int64)
@@ -69,7 +60,7 @@ def grads_kernel(
     q += i_b * q_sb + bos * q_st + i_h * q_sh
     k += i_b * k_sb + bos * k_st + i_h * k_sh
     do += i_b * d_sb + bos * d_st + i_h * G * d_sh
-    dv += (row * HV_ALL + i_h * G) * V
+    dv += (row * HV + i_h * G) * V
     u += (chunk * HV + i_h * G) * V * C
     s += (chunk * HV + i_h * G) * V * K
     ds += (chunk * HV + i_h * G) * V * K
@@ -98,7 +89,7 @@ def grads_kernel(
     b_rq = gl.full([C], 1.0, gl.float32, gl.SliceLayout(1, wide))
     b_rk = gl.full([C], 1.0, gl.float32, gl.SliceLayout(1, wide))
     b_rk_i = gl.full([C], 1.0, gl.float32, gl.SliceLayout(1, square))
-    if L2NORM:
+    if rk is not None:
         o_w = gl.arange(0, C, gl.SliceLayout(1, wide))
         rq += (chunk * H + i_h) * C
         rk += (chunk * H + i_h) * C
@@ -111,17 +102,17 @@ def grads_kernel(
     b_dq = gl.zeros([C, K], gl.float32, wide)
     b_dk = gl.zeros([C, K], gl.float32, wide)
     for i_g in range(G):
-        # everything is asked for before anything is waited for, first what the first products read (0.43 ms; the other way
-        # round 0.50)
+        # everything is asked for before anything is waited for, first what the first products read (0.43 ms, was 0.50 the
+        # other way round)
         b_u0 = load_fragments(u + i_g * V * C, 64, C)
         b_s0 = load_fragments(s + i_g * V * K, 64, K)
         if NV == 2:
             b_u1 = load_fragments(u + i_g * V * C + 64 * C, 64, C)
             b_s1 = load_fragments(s + i_g * V * K + 64 * K, 64, K)
-        if BESIDE:
+        if flags is not None:
             wait_for_chunk(flags + ((chunk - i_c) * HV + i_h * G + i_g) * NV, HV * NV, (T + C - 1) // C, i_c, NV)
         for h in gl.static_range(NV):
-            copy_tile(t_dv.index(h), dv + i_g * V + h * 64, HV_ALL * V, length, 64, EVEN)
+            copy_tile(t_dv.index(h), dv + i_g * V + h * 64, HV * V, length, 64, EVEN)
             copy_tile(t_do.index(h), do + i_g * d_sh + h * 64, d_st, length, 64, EVEN)
         async_copy.commit_group()
         b_ds0 = load_fragments(ds + i_g * V * K, 64, K)
@@ -160,15 +151,15 @@ def grads_kernel(
         for h in gl.static_range(NV):
             b_e = warpgroup_mma(t_dv.index(h), t_u.index(h), b_e, is_async=True)
         b_e = warpgroup_mma_wait(0, deps=[b_e])
-        # by A's diagonal rk beta as it was rounded, not by rk beta^2: U and dV carry that rounding (error 0.0048, not
+        # by A's diagonal rk beta as it was rounded, not by rk beta^2: U and dV carry that rounding (error 0.0048, was
         # 0.0060); twice, because its square would leave fp32's range where beta is near its bound
         b_g = gl.sum(gl.where(o_i[:, None] == o_j[None, :], b_e, 0.0), 1) / b_a * b_rk_i / b_a
-        p_b = dbeta + (row + o_i) * HV_ALL + i_h * G + i_g
+        p_b = dbeta + (row + o_i) * HV + i_h * G + i_g
         gl.store(p_b, b_g.to(dbeta.dtype.element_ty), mask=o_i < length)
         b_e = gl.where(o_i[:, None] > o_j[None, :], b_e * -b_rk_i[:, None], 0.0)
         b_el = gl.convert_layout(b_e.to(BF16), left)
         # E^T likewise, from the transposed product: turning a matrix costs more. After E, not beside it: where registers run
-        # out, ptxas lets each product wait for the one before (0.404 ms, not 0.430)
+        # out, ptxas lets each product wait for the one before (0.404 ms, was 0.430)
         b_e = gl.zeros([C, C], gl.float32, square)
         for h in gl.static_range(NV):
             b_e = warpgroup_mma(t_u.index(h).permute([1, 0]), t_dv.index(h).permute([1, 0]), b_e, is_async=True)
@@ -200,37 +191,30 @@ def grads_kernel(
         b_r = gl.convert_layout(b_r.to(BF16), left)
         b_dq = warpgroup_mma(b_r, t_k, b_dq)
 
-    p_x = (row * H_ALL + i_h) * K
-    b_dk = _norm_backward(b_dk, t_k.load(wide), b_rk, L2NORM)
-    b_dq = _norm_backward(b_dq * (b_rq * scale)[:, None], t_q.load(wide), b_rq, L2NORM)
+    p_x = (row * H + i_h) * K
+    b_dk = norm_backward(b_dk, t_k.load(wide), b_rk, rk is not None)
+    b_dq = norm_backward(b_dq * (b_rq * scale)[:, None], t_q.load(wide), b_rq, rk is not None)
     t_k.store(b_dk.to(BF16))
-    store_tile(dk + p_x, H_ALL * K, t_k, length, K, EVEN)
+    store_tile(dk + p_x, H * K, t_k, length, K, EVEN)
     t_q.store(b_dq.to(BF16))
-    store_tile(dq + p_x, H_ALL * K, t_q, length, K, EVEN)
-    if BESIDE and i_c == 0:
+    store_tile(dq + p_x, H * K, t_q, length, K, EVEN)
+    if flags is not None and i_c == 0:
         gdc_wait()
 
 
 # --------------------------------------------------------------------------------------------------------- launchers
 
 
-def grads(q, k, do, a, u, dv, s, ds, rq, rk, flags, dq, dk, dbeta, scale, t: Tables, plan: Plan):
-    """Writes dq, dk and dbeta, whose heads may be a slice of more. `flags` as `hopper_reverse.reverse` was given them."""
+def grads(x: Inputs, do, scratch: Scratch, t: Tables, plan: Plan, scale: float, dv, ds, flags, dq, dk, dbeta) -> None:
+    """Writes dq, dk and dbeta. `flags` as `hopper_reverse.reverse` was given them."""
+    q, k = x.q, x.k
     H, K = k.shape[2:]
     HV, V = do.shape[2:]
+    a, _, rq, rk, u, s = scratch
     launch(
         grads_kernel, (H, t.n_chunks),
-        (
-            q, k, do, a, u, dv, s, ds, u if rq is None else rq, u if rk is None else rk, u if flags is None else flags,
-            dq, dk, dbeta, t.cu_seqlens, t.chunks,
-        ),
-        (
-            scale, q.shape[1], t.nt, H, dk.stride(1) // K, dv.stride(1) // V,
-            *q.stride()[:3], *k.stride()[:3], *do.stride()[:3],
-        ),
-        {
-            "K": K, "V": V, "C": CHUNK, "G": HV // H, "L2NORM": rk is not None, "PACKED": t.cu_seqlens is not None,
-            "EVEN": t.even, "BESIDE": flags is not None,
-        },
-        {"num_warps": 4, "maxnreg": plan.grads.maxnreg, "launch_pdl": flags is not None},
+        (q, k, do, a, u, dv, s, ds, rq, rk, flags, dq, dk, dbeta, t.cu_seqlens, t.chunks),
+        (scale, q.shape[1], t.nt, H, *q.stride()[:3], *k.stride()[:3], *do.stride()[:3]),
+        {"K": K, "V": V, "G": HV // H, "EVEN": t.even},
+        {"num_warps": plan.grads.num_warps, "maxnreg": plan.grads.maxnreg, "launch_pdl": flags is not None},
     )  # fmt: skip

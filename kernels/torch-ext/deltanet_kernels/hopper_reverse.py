@@ -1,4 +1,4 @@
-"""The reverse scan of `chunk_backward.py` for Hopper, in Gluon; see `hopper_scan.py`."""
+"""The reverse scan of `reverse.py` for Hopper, in Gluon; see `hopper_scan.py`."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -10,13 +10,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ._launch import launch
-from .configs import CHUNK
 from .hopper_beside import let_dependents_start, say_all_written, say_written
-from .hopper_tiles import STAGES, load_stage, locate_sequence, store_fragments, store_scores, store_tile
-
-
-# value columns of a program: faster than 128, with many programs too (0.230 ms, not 0.248, at 8 x 4096 x 16 x 128)
-BLOCK_V = 64
+from .hopper_tiles import STAGES, C, load_stage, store_fragments, store_scores, store_tile
+from .layout import Inputs, Scratch, Tables
+from .plan import Launch
+from .tiles import locate_sequence
 
 
 # ---------------------------------------------------------------------------------------------------------- kernels
@@ -25,40 +23,41 @@ BLOCK_V = 64
 # with the one chunk as a constant Triton 3.6 fails an assertion
 @gluon.jit(do_not_specialize=["NT"])
 def reverse_kernel(
-    # inputs; a, rq and rk as forward left them
+    # inputs; a, rq and rk as forward left them, the latter None without the L2 norm
     q, k, do, a, rq, rk, dht,
-    # outputs; ds, in tiles like s: gradient of the state leaving a chunk; flags only with BESIDE
+    # outputs or None; ds, in tiles like s: gradient of the state leaving a chunk; flags: the gradients run meanwhile
     dv, ds, dh0, flags,
     # packed sequences
     cu_seqlens, chunk_offsets,
     # sizes and strides
-    scale, T, NT, HV_ALL, q_sb, q_sh, k_sb, k_sh, d_sb, d_sh,
+    scale, T, NT, q_sb, q_sh, k_sb, k_sh, d_sb, d_sh,
     # constants; heads and a token's strides among them, see `hopper_scan.py`
     H: gl.constexpr, HV: gl.constexpr, q_st: gl.constexpr, k_st: gl.constexpr, d_st: gl.constexpr,
-    K: gl.constexpr, V: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, L2NORM: gl.constexpr, PACKED: gl.constexpr,
-    EVEN: gl.constexpr, HAS_DHT: gl.constexpr, HAS_DH0: gl.constexpr, SAVE: gl.constexpr, BESIDE: gl.constexpr,
-    STAGES: gl.constexpr,
+    K: gl.constexpr, V: gl.constexpr, BV: gl.constexpr, EVEN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Runs one sequence, value head and block of BV = 64 value columns from the last chunk to the first.
 
-    Without SAVE only dh0 is written (first pass of a segmented scan). With BESIDE the gradients run meanwhile.
+    Without dv only dh0 is written (first pass of a segmented scan). With flags the gradients run meanwhile.
     """
     i_v = gl.program_id(0) * BV
     i_hv = gl.program_id(1)
     i_n = gl.program_id(2)
     i_h = i_hv // (HV // H)
-    i_b, bos, row, T, NT, chunk_0 = locate_sequence(cu_seqlens, chunk_offsets, i_n, T, NT, C, PACKED)
+    i_b, bos, row, T, NT, chunk_0 = locate_sequence(i_n, chunk_offsets, cu_seqlens, T, NT)
     q += i_b * q_sb + bos * q_st + i_h * q_sh
     k += i_b * k_sb + bos * k_st + i_h * k_sh
     do += i_b * d_sb + bos * d_st + i_hv * d_sh + i_v
-    dv += (row * HV_ALL + i_hv) * V + i_v
-    ds += ((chunk_0 * HV + i_hv) * V + i_v) * K
-    FLAGS: gl.constexpr = HV * (V // BV)  # of a chunk
-    flags += chunk_0 * FLAGS + i_hv * (V // BV) + gl.program_id(0)
     a += (chunk_0 * HV + i_hv) * C * C
-    rk += (chunk_0 * H + i_h) * C
-    rq += (chunk_0 * H + i_h) * C
-    p_h = (i_n.to(gl.int64) * HV_ALL + i_hv) * K * V + i_v
+    if dv is not None:
+        dv += (row * HV + i_hv) * V + i_v
+        ds += ((chunk_0 * HV + i_hv) * V + i_v) * K
+    FLAGS: gl.constexpr = HV * (V // BV)  # of a chunk
+    if flags is not None:
+        flags += chunk_0 * FLAGS + i_hv * (V // BV) + gl.program_id(0)
+    if rk is not None:
+        rk += (chunk_0 * H + i_h) * C
+        rq += (chunk_0 * H + i_h) * C
+    p_h = (i_n.to(gl.int64) * HV + i_hv) * K * V + i_v
 
     BF16: gl.constexpr = gl.bfloat16
     square_tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], BF16)
@@ -86,22 +85,22 @@ def reverse_kernel(
         + gl.arange(0, K, gl.SliceLayout(0, wide))[None, :] * V
         + gl.arange(0, BV, gl.SliceLayout(1, wide))[:, None]
     )
-    if HAS_DHT:
+    if dht is not None:
         b_s = gl.load(dht + p_s)
     for i in gl.static_range(STAGES - 1):
         if i < NT:
             load_stage(
                 t_q, t_k, t_do, t_a, t_rk, t_rq, q, k, do, a, rk, rq, NT - 1 - i, i, T, H, HV, q_st, k_st, d_st,
-                K, BV, C, L2NORM, EVEN, True,
+                K, BV, EVEN, True,
             )  # fmt: skip
         async_copy.commit_group()
-    if BESIDE:
+    if flags is not None:
         let_dependents_start(flags, FLAGS, NT)
     async_copy.wait_group(STAGES - 2)
     fence_async_shared()
     b_p = warpgroup_mma(t_q.index(0), t_k.index(0).permute([1, 0]), zero, use_acc=False, is_async=True)
     b_p = warpgroup_mma_wait(0, deps=[b_p])
-    store_scores(t_p.index(0), b_p, C, narrow)
+    store_scores(t_p.index(0), b_p, narrow)
 
     for i in range(NT):
         i_c = NT - 1 - i
@@ -109,29 +108,33 @@ def reverse_kernel(
         after = (i + 1) % STAGES
         async_copy.wait_group(STAGES - 3)
         fence_async_shared()
-        if BESIDE:
+        if flags is not None:
             say_written(flags, FLAGS, NT, i)
         b_c = b_s.to(BF16)
         # dU^T = dS^T K^T + dO'^T lower(Q K^T) with dO' = scale rq dO
         b_u = warpgroup_mma(
             gl.convert_layout(b_c, left), t_k.index(slot).permute([1, 0]), zero, use_acc=False, is_async=True
         )
-        if SAVE:
+        if dv is not None:
             store_fragments(ds + i_c.to(gl.int64) * HV * V * K, b_c, BV, K)
         b_do = t_do.index(slot).permute([1, 0]).load(left).to(gl.float32)
-        b_do = b_do * (t_rq.index(slot).load(gl.SliceLayout(0, left)) * scale)[None, :] if L2NORM else b_do * scale
+        b_do = (
+            b_do * (t_rq.index(slot).load(gl.SliceLayout(0, left)) * scale)[None, :]
+            if rk is not None
+            else b_do * scale
+        )
         b_do = b_do.to(BF16)
         b_u = warpgroup_mma(b_do, t_p.index(i % 2), b_u, is_async=True)
         # dS^T <- dS^T + dO'^T Q - (rk dV)^T K
         b_s = warpgroup_mma(gl.convert_layout(b_do, left_w), t_q.index(slot), b_s, is_async=True)
-        if SAVE:
+        if dv is not None:
             # dV of the chunk before; in the first turn whatever lies there, which the second replaces
             last = gl.minimum(i_c + 1, NT - 1)
-            store_tile(dv + last.to(gl.int64) * C * HV_ALL * V, HV_ALL * V, t_dv, T - last * C, BV, EVEN)
+            store_tile(dv + last.to(gl.int64) * C * HV * V, HV * V, t_dv, T - last * C, BV, EVEN)
         if i + STAGES - 1 < NT:
             load_stage(
                 t_q, t_k, t_do, t_a, t_rk, t_rq, q, k, do, a, rk, rq, i_c - STAGES + 1, (i + STAGES - 1) % STAGES,
-                T, H, HV, q_st, k_st, d_st, K, BV, C, L2NORM, EVEN, True,
+                T, H, HV, q_st, k_st, d_st, K, BV, EVEN, True,
             )  # fmt: skip
         async_copy.commit_group()
         b_u = warpgroup_mma_wait(1, deps=[b_u])
@@ -139,47 +142,37 @@ def reverse_kernel(
         b_v = warpgroup_mma(gl.convert_layout(b_u.to(BF16), left), t_a.index(slot), zero, use_acc=False, is_async=True)
         b_p = warpgroup_mma(t_q.index(after), t_k.index(after).permute([1, 0]), zero, use_acc=False, is_async=True)
         b_s, b_v = warpgroup_mma_wait(1, deps=[b_s, b_v])
-        b_w = b_v * -t_rk.index(slot).load(gl.SliceLayout(0, narrow))[None, :] if L2NORM else -b_v
+        b_w = b_v * -t_rk.index(slot).load(gl.SliceLayout(0, narrow))[None, :] if rk is not None else -b_v
         b_s = warpgroup_mma(gl.convert_layout(b_w.to(BF16), left_w), t_k.index(slot), b_s, is_async=True)
-        if SAVE:
+        if dv is not None:
             t_dv.permute([1, 0]).store(b_v.to(BF16))
         b_p = warpgroup_mma_wait(1, deps=[b_p])
-        store_scores(t_p.index((i + 1) % 2), b_p, C, narrow)
+        store_scores(t_p.index((i + 1) % 2), b_p, narrow)
         b_s = warpgroup_mma_wait(0, deps=[b_s])
 
-    if SAVE and NT > 0:
-        store_tile(dv, HV_ALL * V, t_dv, T, BV, EVEN)
-        if BESIDE:
+    if dv is not None and NT > 0:
+        store_tile(dv, HV * V, t_dv, T, BV, EVEN)
+        if flags is not None:
             say_all_written(flags, FLAGS, NT)
-    if HAS_DH0:
+    if dh0 is not None:
         gl.store(dh0 + p_s, b_s)
 
 
 # --------------------------------------------------------------------------------------------------------- launchers
 
 
-def reverse(q, k, do, a, rq, rk, dht, dv, ds, dh0, flags, scale, t, heads: int, save: bool) -> None:
-    """Writes dh0 where it is given and, with `save`, dv and ds. With flags, `hopper_grads.grads` must be next in the stream.
-
-    `heads` is how many dv, dht and dh0 have, of which a call may hold a slice.
-    """
+def reverse(x: Inputs, do, scratch: Scratch, t: Tables, scale: float, choice: Launch, dht, dv, ds, dh0, flags) -> None:
+    """Writes dv and ds, or neither, and dh0 where it is given. With flags, `hopper_grads.grads` must be next in the stream."""
+    q, k = x.q, x.k
     H, K = k.shape[2:]
     HV, V = do.shape[2:]
     launch(
-        reverse_kernel, (V // BLOCK_V, HV, t.n),
-        (
-            q, k, do, a, a if rq is None else rq, a if rk is None else rk, a if dht is None else dht, dv, ds,
-            a if dh0 is None else dh0, a if flags is None else flags, t.cu_seqlens, t.chunk_offsets,
-        ),
-        (
-            scale, k.shape[1], t.nt, heads,
-            q.stride(0), q.stride(2), k.stride(0), k.stride(2), do.stride(0), do.stride(2),
-        ),
+        reverse_kernel, (V // choice.columns, HV, t.n),
+        (q, k, do, scratch.a, scratch.rq, scratch.rk, dht, dv, ds, dh0, flags, t.cu_seqlens, t.chunk_offsets),
+        (scale, k.shape[1], t.nt, q.stride(0), q.stride(2), k.stride(0), k.stride(2), do.stride(0), do.stride(2)),
         {
             "H": H, "HV": HV, "q_st": q.stride(1), "k_st": k.stride(1), "d_st": do.stride(1),
-            "K": K, "V": V, "BV": BLOCK_V, "C": CHUNK, "L2NORM": rk is not None, "PACKED": t.cu_seqlens is not None,
-            "EVEN": t.even, "HAS_DHT": dht is not None, "HAS_DH0": dh0 is not None, "SAVE": save,
-            "BESIDE": flags is not None, "STAGES": STAGES[BLOCK_V],
+            "K": K, "V": V, "BV": choice.columns, "EVEN": t.even, "STAGES": STAGES[choice.columns],
         },
-        {"num_warps": 4},
+        {"num_warps": choice.num_warps},
     )  # fmt: skip

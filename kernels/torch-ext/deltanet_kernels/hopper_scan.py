@@ -1,4 +1,4 @@
-"""The forward scan of `chunk_forward.py` for Hopper, in Gluon, Triton's language with explicit layouts.
+"""The scan of `scan.py` for Hopper, in Gluon, Triton's language with explicit layouts.
 
 Same formulas, same scratch. Triton waits for each product before it issues the next; here only those wait that need a
 result, so that the products off the chain S -> K S -> U -> S (P, Q S, A V) run in its gaps. P and the norms of q are computed
@@ -19,15 +19,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ._launch import launch
-from .configs import CHUNK, EPS
-from .hopper_tiles import STAGES, load_stage, locate_sequence, store_fragments, store_scores, store_tile
+from .hopper_tiles import STAGES, C, load_stage, store_fragments, store_scores, store_tile
+from .layout import Inputs, Scratch, Tables
+from .limits import NORM_EPS
+from .plan import Launch
+from .tiles import locate_sequence
+
+
+EPS = gl.constexpr(NORM_EPS)
 
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
 
 @gluon.jit
-def store_query_norms(t_q, t_rq, rq, exists, K: gl.constexpr, C: gl.constexpr, SAVE: gl.constexpr, EPS: gl.constexpr):
+def store_query_norms(t_q, t_rq, rq, exists, K: gl.constexpr, SAVE: gl.constexpr):
     """Reciprocal norms of a chunk's queries, to shared memory and with SAVE to rq, if the chunk exists."""
     # two or four threads a row: one or two shuffles a sum. Rows first, so that no bank of shared memory is asked twice
     N: gl.constexpr = gl.num_warps() // 2
@@ -42,9 +48,9 @@ def store_query_norms(t_q, t_rq, rq, exists, K: gl.constexpr, C: gl.constexpr, S
 # with the one chunk as a constant Triton 3.6 fails an assertion
 @gluon.jit(do_not_specialize=["NT"])
 def scan_kernel(
-    # inputs; a and rk as the prepare kernel wrote them
+    # inputs; a and rk as the prepare kernel wrote them; rk and rq None without the L2 norm
     q, k, v, a, rk, h0,
-    # outputs; u and s, in tiles (`store_fragments`), only with SAVE; rq too
+    # outputs; u, s (in tiles, `store_fragments`) and ht may be None; rq is written with u
     o, u, s, rq, ht,
     # packed sequences
     cu_seqlens, chunk_offsets,
@@ -52,25 +58,25 @@ def scan_kernel(
     scale, T, NT, q_sb, q_sh, k_sb, k_sh, v_sb, v_sh,
     # constants; heads and a token's strides among them, so that of a tile's addresses a thread keeps one
     H: gl.constexpr, HV: gl.constexpr, q_st: gl.constexpr, k_st: gl.constexpr, v_st: gl.constexpr,
-    K: gl.constexpr, V: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, L2NORM: gl.constexpr, PACKED: gl.constexpr,
-    EVEN: gl.constexpr, HAS_H0: gl.constexpr, HAS_HT: gl.constexpr, SAVE: gl.constexpr, EPS: gl.constexpr,
-    STAGES: gl.constexpr,
+    K: gl.constexpr, V: gl.constexpr, BV: gl.constexpr, EVEN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Runs one sequence, value head and block of BV value columns, 64 a warp group, from the first chunk to the last."""
     i_v = gl.program_id(0) * BV
     i_hv = gl.program_id(1)
     i_n = gl.program_id(2)
     i_h = i_hv // (HV // H)
-    i_b, bos, row, T, NT, chunk_0 = locate_sequence(cu_seqlens, chunk_offsets, i_n, T, NT, C, PACKED)
+    i_b, bos, row, T, NT, chunk_0 = locate_sequence(i_n, chunk_offsets, cu_seqlens, T, NT)
     q += i_b * q_sb + bos * q_st + i_h * q_sh
     k += i_b * k_sb + bos * k_st + i_h * k_sh
     v += i_b * v_sb + bos * v_st + i_hv * v_sh + i_v
     o += (row * HV + i_hv) * V + i_v
-    u += ((chunk_0 * HV + i_hv) * V + i_v) * C
-    s += ((chunk_0 * HV + i_hv) * V + i_v) * K
     a += (chunk_0 * HV + i_hv) * C * C
-    rk += (chunk_0 * H + i_h) * C
-    rq += (chunk_0 * H + i_h) * C
+    if u is not None:
+        u += ((chunk_0 * HV + i_hv) * V + i_v) * C
+        s += ((chunk_0 * HV + i_hv) * V + i_v) * K
+    if rk is not None:
+        rk += (chunk_0 * H + i_h) * C
+        rq += (chunk_0 * H + i_h) * C
     p_h = (i_n.to(gl.int64) * HV + i_hv) * K * V + i_v
 
     BF16: gl.constexpr = gl.bfloat16
@@ -103,22 +109,22 @@ def scan_kernel(
         + gl.arange(0, K, gl.SliceLayout(0, wide))[None, :] * V
         + gl.arange(0, BV, gl.SliceLayout(1, wide))[:, None]
     )
-    if HAS_H0:
+    if h0 is not None:
         b_s = gl.load(h0 + p_s)
     for i_c in gl.static_range(STAGES - 1):
         if i_c < NT:
             load_stage(
                 t_q, t_k, t_v, t_a, t_rk, t_rq, q, k, v, a, rk, rq, i_c, i_c, T, H, HV, q_st, k_st, v_st,
-                K, BV, C, L2NORM, EVEN, False,
+                K, BV, EVEN, False,
             )  # fmt: skip
         async_copy.commit_group()
     async_copy.wait_group(STAGES - 2)
     fence_async_shared()
     b_p = warpgroup_mma(t_q.index(0), t_k.index(0).permute([1, 0]), zero_p, use_acc=False, is_async=True)
-    if L2NORM:
-        store_query_norms(t_q.index(0), t_rq.index(0), rq, NT > 0, K, C, SAVE, EPS)
+    if rk is not None:
+        store_query_norms(t_q.index(0), t_rq.index(0), rq, NT > 0, K, u is not None)
     b_p = warpgroup_mma_wait(0, deps=[b_p])
-    store_scores(t_p.index(0), b_p, C, square)
+    store_scores(t_p.index(0), b_p, square)
 
     for i_c in range(NT):
         slot = i_c % STAGES
@@ -131,7 +137,7 @@ def scan_kernel(
         # (-rk K S)^T, and U^T = V^T A^T + (-rk K S)^T A^T
         b_x = warpgroup_mma(b_f, t_k.index(slot).permute([1, 0]), zero, use_acc=False, is_async=True)
         b_u = warpgroup_mma(t_v.index(slot).permute([1, 0]), t_at, zero, use_acc=False, is_async=True)
-        if SAVE:
+        if u is not None:
             store_fragments(s, b_c, BV, K)
         # the output of the chunk before; in the first turn whatever lies there, which the second replaces
         last = gl.maximum(i_c - 1, 0)
@@ -139,11 +145,11 @@ def scan_kernel(
         if i_c + STAGES - 1 < NT:
             load_stage(
                 t_q, t_k, t_v, t_a, t_rk, t_rq, q, k, v, a, rk, rq, i_c + STAGES - 1, (i_c + STAGES - 1) % STAGES,
-                T, H, HV, q_st, k_st, v_st, K, BV, C, L2NORM, EVEN, False,
+                T, H, HV, q_st, k_st, v_st, K, BV, EVEN, False,
             )  # fmt: skip
         async_copy.commit_group()
         b_x = warpgroup_mma_wait(1, deps=[b_x])
-        b_x = b_x * -t_rk.index(slot).load(columns)[None, :] if L2NORM else -b_x
+        b_x = b_x * -t_rk.index(slot).load(columns)[None, :] if rk is not None else -b_x
         b_u = warpgroup_mma(gl.convert_layout(b_x.to(BF16), left), t_at, b_u, is_async=True)
         b_p = warpgroup_mma(t_q.index(after), t_k.index(after).permute([1, 0]), zero_p, use_acc=False, is_async=True)
         b_u = warpgroup_mma_wait(1, deps=[b_u])
@@ -153,43 +159,42 @@ def scan_kernel(
         # O^T = scale rq (S^T Q^T + U^T lower(Q K^T)^T)
         b_o = warpgroup_mma(b_f, t_q.index(slot).permute([1, 0]), zero, use_acc=False, is_async=True)
         b_o = warpgroup_mma(gl.convert_layout(b_u, left), t_p.index(i_c % 2).permute([1, 0]), b_o, is_async=True)
-        if SAVE:
+        if u is not None:
             store_fragments(u, b_u, BV, C)
-        if L2NORM:
-            store_query_norms(t_q.index(after), t_rq.index((i_c + 1) % 2), rq + C * H, i_c + 1 < NT, K, C, SAVE, EPS)
+        if rk is not None:
+            store_query_norms(t_q.index(after), t_rq.index((i_c + 1) % 2), rq + C * H, i_c + 1 < NT, K, u is not None)
         b_p = warpgroup_mma_wait(3, deps=[b_p])
-        store_scores(t_p.index((i_c + 1) % 2), b_p, C, square)
+        store_scores(t_p.index((i_c + 1) % 2), b_p, square)
         b_s, b_o = warpgroup_mma_wait(0, deps=[b_s, b_o])
-        b_o *= (t_rq.index(i_c % 2).load(columns) * scale)[None, :] if L2NORM else scale
+        b_o *= (t_rq.index(i_c % 2).load(columns) * scale)[None, :] if rk is not None else scale
         t_o.permute([1, 0]).store(b_o.to(BF16))
-        u += HV * V * C
-        s += HV * V * K
-        rq += C * H
+        if u is not None:
+            u += HV * V * C
+            s += HV * V * K
+        if rk is not None:
+            rq += C * H
 
     if NT > 0:
         store_tile(o + (gl.to_tensor(NT) - 1).to(gl.int64) * C * HV * V, HV * V, t_o, T - (NT - 1) * C, BV, EVEN)
-    if HAS_HT:
+    if ht is not None:
         gl.store(ht + p_s, b_s)
 
 
 # --------------------------------------------------------------------------------------------------------- launchers
 
 
-def scan(q, k, v, a, rk, h0, o, u, s, rq, ht, scale, t, block_v: int) -> None:
-    """Writes o, and u, s, rq and ht where they are given; `t` are the call's Tables. K, V and block_v are 64 or 128."""
+def scan(x: Inputs, scratch: Scratch, t: Tables, scale: float, choice: Launch, o, ht) -> None:
+    """Writes o, ht where it is given, and u, s and rq where the scratch has them. K, V and the columns are 64 or 128."""
+    q, k, v, h0 = x.q, x.k, x.v, x.h0
     H, K = k.shape[2:]
     HV, V = v.shape[2:]
     launch(
-        scan_kernel, (V // block_v, HV, t.n),
-        (
-            q, k, v, a, a if rk is None else rk, a if h0 is None else h0, o, a if u is None else u, a if s is None else s,
-            a if rq is None else rq, a if ht is None else ht, t.cu_seqlens, t.chunk_offsets,
-        ),
+        scan_kernel, (V // choice.columns, HV, t.n),
+        (q, k, v, scratch.a, scratch.rk, h0, o, scratch.u, scratch.s, scratch.rq, ht, t.cu_seqlens, t.chunk_offsets),
         (scale, k.shape[1], t.nt, q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2)),
         {
             "H": H, "HV": HV, "q_st": q.stride(1), "k_st": k.stride(1), "v_st": v.stride(1),
-            "K": K, "V": V, "BV": block_v, "C": CHUNK, "L2NORM": rk is not None, "PACKED": t.cu_seqlens is not None,
-            "EVEN": t.even, "HAS_H0": h0 is not None, "HAS_HT": ht is not None, "SAVE": u is not None, "EPS": EPS, "STAGES": STAGES[block_v],
+            "K": K, "V": V, "BV": choice.columns, "EVEN": t.even, "STAGES": STAGES[choice.columns],
         },
-        {"num_warps": block_v // 16},
+        {"num_warps": choice.num_warps},
     )  # fmt: skip

@@ -4,20 +4,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
+from .limits import CHUNK
 
+
+C = gl.constexpr(CHUNK)
 async_load = (
     getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 )  # Triton 3.8's name and 3.6's
-STAGES = {64: 4, 128: 3}  # value columns of a scan's program -> chunks that shared memory holds
-
-
-def accepts(*tensors) -> bool:
-    """Whether rows of these inputs `[B, T, H, D]` can be copied 16 bytes at a time; Triton must see it from the strides."""
-    for x in tensors:
-        batch, time, head, _ = x.stride()
-        if x.data_ptr() % 16 or (batch | time | head) % 16:
-            return False
-    return True
+STAGES = {64: 4, 128: 3}  # value columns per program of a scan -> chunks that shared memory holds
 
 
 @gluon.jit
@@ -53,7 +47,7 @@ def store_tile(p, stride, tile, length, N: gl.constexpr, EVEN: gl.constexpr):
 
 @gluon.constexpr_function
 def fragment_layout(R, N):
-    """Who holds what of R // 64 tiles in the order of `_store_fragments`, [R * N // 256, 256]: 8 neighbours a thread, as an
+    """Who holds what of R // 64 tiles in the order of `store_fragments`, [R * N // 256, 256]: 8 neighbours a thread, as an
     accumulator [R, N] has them. Four warps a tile."""
     blocks_of_16 = [[4, 0], [8, 0]] if N == 64 else [[4, 0], [8, 0], [16, 0]]
     lanes = [[0, 8], [0, 16], [0, 32], [0, 64], [0, 128]]
@@ -63,7 +57,7 @@ def fragment_layout(R, N):
 
 @gluon.jit
 def load_fragments(p, R: gl.constexpr, N: gl.constexpr):
-    """Neighbouring tiles [64, N], R rows in all, that `_store_fragments` wrote, in the registers that they came from."""
+    """Neighbouring tiles [64, N], R rows in all, that `store_fragments` wrote, in the registers that they came from."""
     layout: gl.constexpr = fragment_layout(R, N)
     o_r = gl.arange(0, R * N // 256, gl.SliceLayout(1, layout))
     o_c = gl.arange(0, 256, gl.SliceLayout(0, layout))
@@ -74,7 +68,7 @@ def load_fragments(p, R: gl.constexpr, N: gl.constexpr):
 
 @gluon.jit
 def store_fragments(p, b, R: gl.constexpr, N: gl.constexpr):
-    """The same as `_store_fragments`: an accumulator's registers [R, N] as they are, 16 bytes a thread."""
+    """The same as `store_fragments`: an accumulator's registers [R, N] as they are, 16 bytes a thread."""
     layout: gl.constexpr = fragment_layout(R, N)
     o_r = gl.arange(0, R * N // 256, gl.SliceLayout(1, layout))
     o_c = gl.arange(0, 256, gl.SliceLayout(0, layout))
@@ -84,26 +78,9 @@ def store_fragments(p, b, R: gl.constexpr, N: gl.constexpr):
 
 
 @gluon.jit
-def locate_sequence(cu_seqlens, chunk_offsets, i_n, T, NT, C: gl.constexpr, PACKED: gl.constexpr):
-    """Batch entry, first token there and in a tensor [B * T], length, chunks and first chunk of sequence i_n."""
-    i_b = i_n.to(gl.int64)
-    bos = i_b * 0
-    row = i_b * T
-    chunk_0 = i_b * NT
-    if PACKED:
-        i_b = i_b * 0
-        bos = gl.load(cu_seqlens + i_n).to(gl.int64)
-        row = bos
-        T = (gl.load(cu_seqlens + i_n + 1) - bos).to(gl.int32)
-        NT = (T + C - 1) // C
-        chunk_0 = gl.load(chunk_offsets + i_n).to(gl.int64)
-    return i_b, bos, row, T, NT, chunk_0
-
-
-@gluon.jit
 def load_stage(
     t_q, t_k, t_v, t_a, t_rk, t_rq, q, k, v, a, rk, rq, i_c, slot, T, H, HV, q_st, k_st, v_st,
-    K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, L2NORM: gl.constexpr, EVEN: gl.constexpr, RQ: gl.constexpr,
+    K: gl.constexpr, V: gl.constexpr, EVEN: gl.constexpr, RQ: gl.constexpr,
 ):  # fmt: skip
     """Starts copying what a scan needs of chunk i_c; v is do in the reverse one."""
     length = T - i_c * C
@@ -113,14 +90,14 @@ def load_stage(
     copy_tile(t_q.index(slot), q + i_c * C * q_st, q_st, length, K, EVEN)
     copy_tile(t_v.index(slot), v + i_c * C * v_st, v_st, length, V, EVEN)
     copy_tile(t_a.index(slot), a + i_c * HV * C * C, C, C, C, True)
-    if L2NORM:
+    if rk is not None:
         async_load(t_rk.index(slot), rk + i_c * H * C + o_c)
         if RQ:
             async_load(t_rq.index(slot), rq + i_c * H * C + o_c)
 
 
 @gluon.jit
-def store_scores(t_p, b_p, C: gl.constexpr, layout: gl.constexpr):
+def store_scores(t_p, b_p, layout: gl.constexpr):
     """lower(Q K^T) to shared memory. Before the tensor cores read it there must be a fence."""
     o_i = gl.arange(0, C, gl.SliceLayout(1, layout))
     o_j = gl.arange(0, C, gl.SliceLayout(0, layout))

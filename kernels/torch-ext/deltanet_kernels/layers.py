@@ -7,8 +7,8 @@ of the same purpose in `modeling_deltanet/`.
 import torch.nn as nn
 
 from .chunk import chunk_delta_rule
-from .recurrent import delta_rule_step
-from .short_conv import short_conv, short_conv_step
+from .convolution import short_conv, short_conv_step
+from .step import delta_rule_step
 
 
 class DeltaRule(nn.Module):

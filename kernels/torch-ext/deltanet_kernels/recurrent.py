@@ -1,4 +1,4 @@
-"""The delta rule token by token: the 2021 algorithm on a GPU, and the decode step.
+"""The delta rule token by token: the 2021 algorithm on a GPU.
 
     e_t = v_t - S_{t-1}^T k_t        u_t = beta_t e_t        S_t = S_{t-1} + k_t u_t^T        o_t = scale S_t^T q_t
 
@@ -22,29 +22,22 @@ and the last state; rq and rk the reciprocal norms of q and k; bos the first tok
 Everything is accumulated in fp32; offsets into tensors are int64.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
 from . import _switch
-from ._checks import as_state, check_arguments, check_device, check_layout, check_values
+from ._checks import as_state, check_arguments, check_device, check_layout, check_values, refuse_transforms
 from ._launch import launch
-from ._transforms import refuse_transforms
 from .limits import NORM_EPS
 
 
-__all__ = ["delta_rule_step", "fused_recurrent_delta_rule"]
+__all__ = ["fused_recurrent_delta_rule"]
 
 # Launch choices. One warp everywhere in the token loops: with more, each token would wait at a barrier for the sums
 # that cross warps. 8 columns (or rows) of a 128-wide state are 32 registers a thread, of a 256-wide one 64; wider
 # blocks would leave too few programs at batch 1 (16 heads x 128 / 8 = 256 for 132 multiprocessors).
 LOOP_BLOCK, LOOP_WARPS = 8, 1
-# The step is bound by memory: a 32-column block reads whole 128-byte lines, and 1024 elements a warp are eight
-# 16-byte loads in flight in each thread (as many again in the other resident programs). When that leaves
-# multiprocessors idle (batch 1), 16 columns double the programs for the price of half lines.
-STEP_BLOCK, STEP_BLOCK_FEW, STEP_ELEMENTS_PER_WARP = 32, 16, 1024
 
 
 # --------------------------------------------------------------------------------------------- kernels: token loops
@@ -414,48 +407,6 @@ def _bwd_rows_kernel(
     tl.store(dk + o_row, b_dk.to(dk.dtype.element_ty), mask=m)
 
 
-# ------------------------------------------------------------------------------------------------ kernel: one step
-
-
-@triton.jit
-def _step_kernel(
-    # inputs; h [B, HV, K, V] is also an output, updated in place
-    q, k, v, beta, h,
-    # output
-    o,
-    # sizes and strides
-    scale, s_qb, s_qh, s_kb, s_kh, s_vb, s_vh, s_bb, s_bh, s_hb, s_hh, s_hk,
-    # constants
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
-):  # fmt: skip
-    NV: tl.constexpr = (V + BV - 1) // BV
-    pid = tl.program_id(0)
-    i_v, i_hv = pid % NV, (pid // NV) % HV
-    i_h = i_hv // (HV // H)
-    i_b = (pid // NV // HV).to(tl.int64)
-    o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    m_k, m_v = o_k < K, o_v < V
-    m_h = m_k[:, None] & m_v[None, :]
-
-    # The state first: its loads are the ones worth waiting for, the others arrive in their shadow.
-    p_h = h + i_b * s_hb + i_hv * s_hh + o_k[:, None] * s_hk + o_v[None, :]
-    b_h = tl.load(p_h, mask=m_h, other=0.0)
-    b_k = tl.load(k + i_b * s_kb + i_h * s_kh + o_k, mask=m_k, other=0.0).to(tl.float32)
-    b_q = tl.load(q + i_b * s_qb + i_h * s_qh + o_k, mask=m_k, other=0.0).to(tl.float32)
-    b_v = tl.load(v + i_b * s_vb + i_hv * s_vh + o_v, mask=m_v, other=0.0).to(tl.float32)
-    b_beta = tl.load(beta + i_b * s_bb + i_hv * s_bh).to(tl.float32)
-    if NORM:
-        b_k *= tl.rsqrt(tl.sum(b_k * b_k, 0) + EPS)
-        b_q *= tl.rsqrt(tl.sum(b_q * b_q, 0) + EPS)
-    b_hk = tl.sum(b_h * b_k[:, None], 0)
-    b_hq = tl.sum(b_h * b_q[:, None], 0)
-    b_u = b_beta * (b_v - b_hk)
-    tl.store(p_h, b_h + b_k[:, None] * b_u[None, :], mask=m_h)
-    b_o = scale * (b_hq + tl.sum(b_k * b_q, 0) * b_u)
-    tl.store(o + (i_b * HV + i_hv) * V + o_v, b_o.to(o.dtype.element_ty), mask=m_v)
-
-
 # ------------------------------------------------------------------------------------------------------- launchers
 
 
@@ -536,39 +487,6 @@ def _launch_backward(q, k, v, beta, e, rq, rk, do, dht, scale, h0, cu_seqlens, n
     return dq, dk, dv.to(v.dtype), dbeta.sum(0).to(beta.dtype), dh0
 
 
-def _launch_step(q, k, v, beta, state, scale, norm):
-    """o [B, 1, HV, V]; state is overwritten."""
-    B, _, H, K = q.shape
-    HV, V = v.shape[2:]
-    o = torch.empty(B, 1, HV, V, device=v.device, dtype=v.dtype)
-    BK, BV, columns, warps = _step_blocks(K, V, B * HV, q.device)
-    launch(
-        _step_kernel, (columns * B * HV,),
-        (q, k, v, beta, state, o),
-        (scale, *[s for x in (q, k, v, beta) for s in x.stride()[0:3:2]], *state.stride()[:3]),
-        {"H": H, "HV": HV, "K": K, "V": V, "BK": BK, "BV": BV, "NORM": norm, "EPS": NORM_EPS},
-        {"num_warps": warps},
-    )  # fmt: skip
-    return o
-
-
-@functools.cache
-def _step_blocks(K: int, V: int, rows: int, device: torch.device) -> tuple[int, int, int, int]:
-    """Key rows and value columns of a program, programs along V, warps: `rows` states on this device."""
-    BK = triton.next_power_of_2(K)
-    BV = STEP_BLOCK if rows * triton.cdiv(V, STEP_BLOCK) >= _multiprocessors(device) else STEP_BLOCK_FEW
-    return BK, BV, triton.cdiv(V, BV), _step_warps(BK, BV)
-
-
-def _step_warps(BK: int, BV: int) -> int:
-    return max(1, min(8, BK * BV // STEP_ELEMENTS_PER_WARP))
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 # ------------------------------------------------------------------------------------- operators for torch.compile
 # Operators cannot return None, so what is not wanted comes back as an empty tensor. In eager mode the autograd
 # function below calls the launchers without passing through the dispatcher.
@@ -639,19 +557,6 @@ def _backward_of_op(ctx, do, dht, *_):
 
 
 _forward_op.register_autograd(_backward_of_op, setup_context=_setup_context)
-
-
-@torch.library.custom_op("deltanet_kernels::delta_rule_step", mutates_args={"state"})
-def _step_op(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor, state: torch.Tensor,
-    scale: float, norm: bool,
-) -> torch.Tensor:  # fmt: skip
-    return _launch_step(q, k, v, beta, state, scale, norm)
-
-
-@_step_op.register_fake
-def _(q, k, v, beta, state, scale, norm):
-    return v.new_empty(v.shape)
 
 
 # -------------------------------------------------------------------------------------------------------- autograd
@@ -747,45 +652,3 @@ def fused_recurrent_delta_rule(
     return _launch_forward(
         q, k, v, beta, scale, initial_state, cu_seqlens, output_final_state, use_qk_l2norm_in_kernel, save=False
     )[:2]
-
-
-def delta_rule_step(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    beta: torch.Tensor,
-    state: torch.Tensor,
-    scale: float | None = None,
-    use_qk_l2norm_in_kernel: bool = False,
-) -> torch.Tensor:
-    """One token of decoding: one launch that reads the state once, writes it once, in place. Not differentiable.
-
-    Args:
-        q, k: [B, 1, H, K], float32, bfloat16 or float16; K at most 256.
-        v: [B, 1, HV, V], HV a multiple of H, V at most 256.
-        beta: [B, 1, HV].
-        state: [B, HV, K, V] float32, last dimension contiguous; overwritten with the state after the token.
-        scale: factor on q; K ** -0.5 by default.
-        use_qk_l2norm_in_kernel: divide q and k by their lengths, x * rsqrt(sum x^2 + 1e-6).
-
-    Returns:
-        o [B, 1, HV, V] in v's dtype.
-
-    Raises:
-        ValueError: for shapes, dtypes or devices that do not fit, for T != 1, for a state that cannot be updated
-            in place, and when a gradient is asked of it.
-    """
-    refuse_transforms("delta_rule_step")
-    check_device(q, "delta_rule.delta_rule_step")
-    scale = check_arguments(q, k, v, beta, scale, state, None)
-    if _switch.CHECKS:
-        check_values({"q": q, "k": k, "v": v, "beta": beta, "state": state}, None, 1)
-    if q.shape[1] != 1:
-        raise ValueError(f"delta_rule_step takes one token, T = 1, got T = {q.shape[1]}")
-    if state.stride(3) != 1 and state.shape[3] != 1:
-        raise ValueError(f"state must be contiguous in its last dimension, got strides {state.stride()}")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, beta, state)):
-        raise ValueError("delta_rule_step has no backward: call it under torch.no_grad(), got requires_grad inputs")
-    if torch.compiler.is_compiling():
-        return _step_op(q, k, v, beta, state, scale, use_qk_l2norm_in_kernel)
-    return _launch_step(q, k, v, beta, state, scale, use_qk_l2norm_in_kernel)

@@ -28,9 +28,8 @@ import triton
 import triton.language as tl
 
 from . import _switch
-from ._checks import check_device, check_values
+from ._checks import check_device, check_values, refuse_transforms
 from ._launch import launch
-from ._transforms import refuse_transforms
 from .limits import MAX_TAPS, MIN_TAPS
 
 

@@ -1,0 +1,219 @@
+"""The forward scan: the state from chunk to chunk, and the output.
+
+    U = A V - A (rk K S)    O = scale rq (Q S) + P U    S' = S + K^T U
+
+The scan keeps the state transposed, S^T [V, K], as an accumulator: each product of the chain S -> K S -> U -> S then
+takes its left operand from registers and its right one from shared memory, and nothing on the critical path makes a
+round trip through shared memory (`kernels/README.md`, "Transposed scan").
+"""
+
+import triton
+import triton.language as tl
+
+from ._launch import launch
+from .layout import Inputs, Scratch, Tables, precision, static
+from .limits import NORM_EPS
+from .plan import GLUON, Launch, Plan
+from .tiles import C, below, load_tile, load_tile_t, locate_sequence, store_fragments
+
+
+if GLUON:
+    from . import hopper_scan
+
+EPS = tl.constexpr(NORM_EPS)
+
+
+@triton.jit
+def _squares(b):
+    b = b.to(tl.float32)
+    return tl.sum(b * b, 1)
+
+
+@triton.jit
+def scan_kernel(
+    # inputs; a and rk as the prepare kernel wrote them; p, and then rq, as the scores kernel did, or None
+    q, k, v, a, p, rk, h0,
+    # outputs or None; u and s in tiles (`store_fragments`); phi for segments; rq, where p is None
+    o, u, s, rq, ht, phi,
+    # packed sequences
+    cu_seqlens, chunk_offsets,
+    # sizes and strides
+    scale, T, NT, H, HV,
+    q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, K, V,
+    # constants
+    BK: tl.constexpr, NK: tl.constexpr, BV: tl.constexpr, EVEN: tl.constexpr, FULL_K: tl.constexpr,
+    FULL_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Runs one sequence, value head and block of BV value columns from the first chunk to the last.
+
+    With phi, blocks of columns beyond V start from the identity with v = 0; phi is their final state.
+    Keys wider than BK = 128 are held as two halves, 1 and 2, so that only one bf16 copy of the state lives at a time.
+    """
+    i_v = tl.program_id(0)
+    i_hv = tl.program_id(1)
+    i_n = tl.program_id(2)
+    i_h = i_hv // (HV // H)
+    i_b, bos, row, T, NT, chunk_0 = locate_sequence(i_n, chunk_offsets, cu_seqlens, T, NT)
+    CT: tl.constexpr = a.dtype.element_ty
+    o_c = tl.arange(0, C)
+    o_k1 = tl.arange(0, BK)
+    o_k2 = BK + tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_k1 = below(o_k1, K, FULL_K or NK > 1)
+    m_k2 = below(o_k2, K, FULL_K)
+    m_v = below(o_v, V, FULL_V and phi is None)
+
+    q += i_b * q_sb + bos * q_st + i_h * q_sh
+    k += i_b * k_sb + bos * k_st + i_h * k_sh
+    v += i_b * v_sb + bos * v_st + i_hv * v_sh
+    if o is not None:
+        o += (row * HV + i_hv) * V
+    # scratch: u in tiles [BV, C], s in tiles [BV, BK], the halves of the keys side by side
+    NV = (V + BV - 1) // BV
+    V_LOAD = V
+    V_HT = V
+    if phi is not None and i_v >= NV:
+        o_v -= NV * BV
+        m_v = o_v < K
+        V_LOAD = 0
+        V_HT = K
+        ht = phi
+    m_load = below(o_v, V_LOAD, FULL_V and phi is None)
+    a += (chunk_0 * HV + i_hv) * C * C
+    if u is not None:
+        u += ((chunk_0 * HV + i_hv) * NV + i_v) * BV * C
+        s += ((chunk_0 * HV + i_hv) * NV + i_v) * NK * BV * BK
+    if p is not None:
+        p += (chunk_0 * H + i_h) * C * C
+    if rk is not None:
+        rk += (chunk_0 * H + i_h) * C
+        rq += (chunk_0 * H + i_h) * C
+    p_h = (i_n.to(tl.int64) * HV + i_hv) * K * V
+
+    b_s1 = tl.zeros([BV, BK], tl.float32)
+    if NK > 1:
+        b_s2 = tl.zeros([BV, BK], tl.float32)
+    if phi is not None:
+        b_s1 += ((o_v[:, None] == o_k1[None, :]) & (i_v >= NV)).to(tl.float32)
+        if NK > 1:
+            b_s2 += ((o_v[:, None] == o_k2[None, :]) & (i_v >= NV)).to(tl.float32)
+    if h0 is not None:
+        b_s1 += load_tile_t(h0 + p_h, o_k1, V, o_v, m_k1, m_v)
+        if NK > 1:
+            b_s2 += load_tile_t(h0 + p_h, o_k2, V, o_v, m_k2, m_v)
+
+    for i_c in range(NT):
+        m_t = below(o_c + i_c * C, T, EVEN)
+        b_k1 = load_tile(k, o_c, k_st, o_k1, m_t, m_k1).to(CT)
+        if NK > 1:
+            b_k2 = load_tile(k, o_c, k_st, o_k2, m_t, m_k2).to(CT)
+        b_v = load_tile_t(v, o_c, v_st, o_v, m_t, m_load).to(CT)
+        b_a = tl.load(a + o_c[:, None] * C + o_c[None, :])
+        if o is not None:
+            b_q1 = load_tile(q, o_c, q_st, o_k1, m_t, m_k1).to(CT)
+            if NK > 1:
+                b_q2 = load_tile(q, o_c, q_st, o_k2, m_t, m_k2).to(CT)
+            if p is not None:
+                if rk is not None:
+                    b_rq = tl.load(rq + o_c)
+            else:
+                # P^T = upper(K Q^T), and the norms of q
+                b_p = tl.dot(b_k1, tl.trans(b_q1), input_precision=PRECISION)
+                if NK > 1:
+                    b_p = tl.dot(b_k2, tl.trans(b_q2), b_p, input_precision=PRECISION)
+                b_rq = tl.full([C], 1.0, tl.float32)
+                if rk is not None:
+                    b_rq = _squares(b_q1)
+                    if NK > 1:
+                        b_rq += _squares(b_q2)
+                    b_rq = tl.rsqrt(b_rq + EPS)
+                    if u is not None:
+                        tl.store(rq + o_c, b_rq)
+                b_p = tl.where(o_c[:, None] <= o_c[None, :], b_p, 0.0).to(CT)
+        b_c1 = b_s1.to(CT)
+        if u is not None:
+            store_fragments(s, b_c1, BV, BK)
+            if NK > 1:
+                store_fragments(s + BV * BK, b_s2.to(CT), BV, BK)
+
+        # (-rk K S)^T
+        b_x = tl.dot(b_c1, tl.trans(b_k1), input_precision=PRECISION)
+        if o is not None:
+            b_o = tl.dot(b_c1, tl.trans(b_q1), input_precision=PRECISION)
+        if NK > 1:
+            b_c2 = b_s2.to(CT)
+            b_x = tl.dot(b_c2, tl.trans(b_k2), b_x, input_precision=PRECISION)
+            if o is not None:
+                b_o = tl.dot(b_c2, tl.trans(b_q2), b_o, input_precision=PRECISION)
+        b_x = b_x * -tl.load(rk + o_c)[None, :] if rk is not None else -b_x
+        # U^T = V^T A^T + (-rk K S)^T A^T
+        b_u = tl.dot(b_v, tl.trans(b_a), input_precision=PRECISION)
+        b_u = tl.dot(b_x.to(CT), tl.trans(b_a), b_u, input_precision=PRECISION).to(CT)
+        # S^T <- S^T + U^T K
+        b_s1 = tl.dot(b_u, b_k1, b_s1, input_precision=PRECISION)
+        if NK > 1:
+            b_s2 = tl.dot(b_u, b_k2, b_s2, input_precision=PRECISION)
+        if u is not None:
+            store_fragments(u, b_u, BV, C)
+
+        # O^T = scale rq (S^T Q^T) + U^T P^T; a P of this kernel lacks the factor
+        if o is not None:
+            if p is not None:
+                b_o *= (b_rq * scale)[None, :] if rk is not None else scale
+                b_p = tl.load(p + o_c[:, None] * C + o_c[None, :])
+                b_o = tl.dot(b_u, tl.trans(b_p), b_o, input_precision=PRECISION)
+            else:
+                b_o = tl.dot(b_u, b_p, b_o, input_precision=PRECISION) * (b_rq * scale)[None, :]
+            p_o = o + o_c[None, :] * (HV * V) + o_v[:, None]
+            tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_t[None, :] & m_v[:, None])
+
+        q += C * q_st
+        k += C * k_st
+        v += C * v_st
+        if o is not None:
+            o += C * HV * V
+        a += C * C * HV
+        if u is not None:
+            u += HV * NV * BV * C
+            s += HV * NV * NK * BV * BK
+        if p is not None:
+            p += C * C * H
+        if rk is not None:
+            rk += C * H
+            rq += C * H
+
+    if ht is not None:
+        p_h = (i_n.to(tl.int64) * HV + i_hv) * K * V_HT
+        tl.store(ht + p_h + o_k1[None, :] * V_HT + o_v[:, None], b_s1, mask=m_v[:, None] & m_k1[None, :])
+        if NK > 1:
+            tl.store(ht + p_h + o_k2[None, :] * V_HT + o_v[:, None], b_s2, mask=m_v[:, None] & m_k2[None, :])
+
+
+def scan(
+    x: Inputs, scratch: Scratch, t: Tables, plan: Plan, scale: float, choice: Launch, *, o=None, ht=None, phi=None
+) -> None:
+    """Writes o and the final state ht where they are given, u and s where the scratch has them, and, for segments,
+    phi [N, HV, K, K]. `choice` is the plan's scan or entry.
+    """
+    call = plan.call
+    if t.n == 0:
+        return
+    if choice.gluon:
+        hopper_scan.scan(x, scratch, t, scale, choice, o, ht)
+        return
+    a, p, rq, rk, u, s = scratch
+    columns = plan.value_tiles if phi is None else plan.value_tiles - (-call.K // plan.value_tile)
+    launch(
+        scan_kernel, (columns, call.HV, t.n),
+        (x.q, x.k, x.v, a, p, rk, x.h0, o, u, s, rq, ht, phi, t.cu_seqlens, t.chunk_offsets),
+        (
+            scale, x.k.shape[1], t.nt, call.H, call.HV, *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3],
+            static(call.K, call.wide), static(call.V, call.wide),
+        ),
+        {
+            "BK": plan.key_tile, "NK": plan.key_tiles, "BV": plan.value_tile, "EVEN": t.even,
+            "FULL_K": call.K % plan.key_tile == 0, "FULL_V": call.V % plan.value_tile == 0,
+            "PRECISION": precision(call.dtype),
+        },
+        {"num_warps": choice.num_warps, "num_stages": choice.num_stages},
+    )  # fmt: skip
