@@ -100,17 +100,17 @@ def main(capability, d, dtype="bf16"):
     channels = {"(x|w|y|dy|dx)\\d": x, "h|out": x, "dw": f, "cu_seqlens": "*i64"}
     conv = {"W": 4, "SILU": True}
     table = {
-        "recurrent forward": (recurrent._fwd_kernel, given, {**sizes, **eps, "BK": pad, "BV": loop}, 1),
-        "recurrent dv": (recurrent._bwd_dv_kernel, given, {**sizes, "BK": pad, "BV": loop}, 1),
-        "recurrent dqk": (recurrent._bwd_dqk_kernel, given, {**sizes, "BR": loop, "BV": pad}, 1),
+        "recurrent forward": (recurrent.forward_kernel, given, {**sizes, **eps, "BK": pad, "BV": loop}, 1),
+        "recurrent dv": (recurrent.dv_kernel, given, {**sizes, "BK": pad, "BV": loop}, 1),
+        "recurrent dqk": (recurrent.dqk_kernel, given, {**sizes, "BR": loop, "BV": pad}, 1),
         "recurrent rows": (
-            recurrent._bwd_rows_kernel,
+            recurrent.rows_kernel,
             rows,
             {"H": 16, "G": 1, "K": d, "BT": 16, "BK": pad, "NORM": True},
             4,
         ),
         "conv forward": (
-            convolution._fwd_kernel,
+            convolution.forward_kernel,
             channels,
             {
                 **conv,
@@ -121,7 +121,7 @@ def main(capability, d, dtype="bf16"):
             convolution.FORWARD_WARPS,
         ),
         "conv backward": (
-            convolution._bwd_kernel,
+            convolution.backward_kernel,
             {**channels, "h": None},
             {
                 **conv,
@@ -132,7 +132,7 @@ def main(capability, d, dtype="bf16"):
             convolution.BACKWARD_WARPS,
         ),
         "conv step": (
-            convolution._step_kernel,
+            convolution.step_kernel,
             channels,
             {**conv, "BD": convolution.STEP_BLOCK_D},
             convolution.STEP_WARPS,
