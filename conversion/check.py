@@ -193,9 +193,9 @@ def _borders(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
 
 
-@functools.lru_cache(maxsize=16)  # a table of sizes would draw for minutes
-def _drawn(seed: int, index: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed * 1000 + index))
+@functools.lru_cache(maxsize=24)  # a table of sizes would draw, and send to the device, for minutes
+def _drawn(device: torch.device, seed: int, index: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed * 1000 + index)).to(device)
 
 
 @functools.lru_cache(maxsize=2)  # of all calls of a case, in two threads
@@ -207,19 +207,19 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
     T, N = (sum(shape.lengths), len(shape.lengths)) if packed else (shape.lengths, B)
 
     def randn(index, *leading, columns):
-        return _drawn(seed, index, *leading, max(columns, LARGEST))[..., :columns]
+        return _drawn(device, seed, index, *leading, max(columns, LARGEST))[..., :columns]
 
     def states(index):
-        return randn(index, N, HV, max(case.K, LARGEST), columns=case.V)[:, :, : case.K].to(device).contiguous()
+        return randn(index, N, HV, max(case.K, LARGEST), columns=case.V)[:, :, : case.K].contiguous()
 
     q, k = (randn(i, B, T, H, columns=case.K) for i in (0, 1))
     v, beta = randn(2, B, T, HV, columns=case.V), randn(3, B, T, columns=HV)
     beta = torch.special.ndtr(beta)  # uniform in [0, 1]
     if not shape.l2norm:
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-    q, k, v, beta = (x.to(device, dtype).contiguous() for x in INPUTS[case.inputs](q, k, v, beta))
+    q, k, v, beta = (x.to(dtype).contiguous() for x in INPUTS[case.inputs](q, k, v, beta))
     tensors = {"q": q, "k": k, "v": v, "beta": beta}
-    gradients = [randn(4, B, T, HV, columns=case.V).to(device, dtype).contiguous()]
+    gradients = [randn(4, B, T, HV, columns=case.V).to(dtype).contiguous()]
     if shape.states:
         tensors["initial_state"] = states(5)
         gradients.append(states(6))

@@ -137,6 +137,8 @@ def _run_routes(case: Case, device: torch.device, peer: str | None, seed: int, c
             except Exception as error:  # a report of what fails is what this command is for
                 row["failure"] = f"{type(error).__name__}: {error}"
         rows.append(row | {"kernels": sorted(set(kernels))})
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # other processes of `jobs` need it
     return rows
 
 

@@ -23,9 +23,9 @@ from deltanet_kernels import plan  # noqa: E402
 # Not listed: fp32 and fp16, not tuned at all.
 ACCEPTED = {
     (86, 256): {"chain": 96, "chain back": 88},
-    (90, 64): {"grads": 80, "prepare": 80},
+    (90, 64): {"grads": 96, "prepare": 80},
     (90, 128): {"scan": 80},
-    (90, 256): {"scan": 224, "grads": 96, "prepare": 64},
+    (90, 256): {"scan": 224, "reverse": 80, "grads": 96, "prepare": 64},
     (120, 64): {"prepare": 64},
 }
 SMALL = 48
