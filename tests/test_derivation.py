@@ -1,7 +1,7 @@
 """The formulas of `kernels/README.md`, step by step in fp64, against the recurrence and autograd through it.
 
-A reader who ports the kernels, or changes one, works from these formulas: a wrong one would send them astray. The names
-are those of the document.
+A reader who ports the kernels, or changes one, works from these formulas: a wrong one would send them astray. The
+names are those of the document.
 """
 
 import torch
@@ -40,7 +40,7 @@ def reciprocal_norm(x):
 
 def inverse(M):
     """(I + M)^-1 of a strictly lower M."""
-    identity = torch.eye(C, dtype=M.dtype)
+    identity = torch.eye(len(M), dtype=M.dtype)
     return torch.linalg.solve_triangular(identity + M, identity, upper=False, unitriangular=True)
 
 
@@ -104,7 +104,7 @@ def test_backward_is_the_adjoint_of_the_scan():
 
 
 def test_a_segment_acts_as_an_affine_map():
-    """Segments that are chained through Phi and N would not give the states of the whole sequence, or their gradients."""
+    """Segments chained through Phi and N would not give the states of the whole sequence, or their gradients."""
     q, k, v, beta, h0, do, dht = inputs()
     state = h0.clone().requires_grad_()
     o, last = recurrence(q, k, v, beta, state)
@@ -142,3 +142,17 @@ def test_the_inverse_by_doubling():
         lower_left = (i[:, None] // b == i // b) & (i[:, None] % b >= b // 2) & (i % b < b // 2)
         T = T - T @ (M * lower_left) @ T
     torch.testing.assert_close(T, inverse(M))
+
+
+def test_entries_of_the_inverse_are_bounded():
+    """fp16 could overflow in the inverse: the document says that no entry exceeds 2 for normalised keys."""
+    _, k, _, beta, *_ = inputs()
+    k, beta = normalised(k[:C]), beta[:C]
+    T = inverse((beta[:, None] * (k @ k.T)).tril(-1))
+    for s in range(C):
+        x = k[s]
+        for t in range(s + 1, C):
+            torch.testing.assert_close(T[t, s], -beta[t] * k[t] @ x)
+            x = x - k[t] * (beta[t] * (k[t] @ x))
+    k = k[:1].expand(64, -1)
+    assert inverse((2 * (k @ k.T)).tril(-1)).abs().max() <= 2
