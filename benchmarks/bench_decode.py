@@ -1,10 +1,10 @@
 """Times the decode step, the short convolution and the token-by-token rule on one GPU.
 
-Every time stands beside the bytes that must move and the copy bandwidth measured in the same run. flash-linear-attention
-(fla) is timed on the same inputs where it is installed.
+Every time stands beside the bytes that must move and the copy bandwidth measured in the same run.
+flash-linear-attention (fla) is timed on the same inputs where it is installed.
 
     python benchmarks/bench_decode.py
-    python benchmarks/bench_decode.py --only step --batch 1 512 --output /tmp/step.json
+    python benchmarks/bench_decode.py --only step --batch 1 512 --output step.json
     python benchmarks/bench_decode.py --only step --sweep        # other block sizes and warps of the step kernel
 """
 

@@ -1,7 +1,7 @@
 """Each kernel of the chunked rule alone, beside the time that its bytes take at the copy bandwidth of this GPU.
 
-python benchmarks/bench_kernels.py                                    # the shapes of kernels/README.md
-python benchmarks/bench_kernels.py --shapes 8,4096,16,128 --triton    # the Triton kernels where Gluon ones would run
+python benchmarks/bench_kernels.py                                    # the shapes of benchmarks/README.md
+python benchmarks/bench_kernels.py --shapes 8,4096,16,128 --triton    # Triton's where Gluon's would run
 python benchmarks/bench_kernels.py --out benchmarks/results/h200_kernels.json
 """
 
@@ -17,7 +17,7 @@ from results_file import write
 
 
 def copy_bandwidth(timer) -> float:
-    """Bytes a second, read and written, of a copy that no cache holds."""
+    """Bytes per second, read and written, of a copy that no cache holds."""
     x = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     y = torch.empty_like(x)
     return 2e3 * x.numel() / timer(lambda: y.copy_(x))

@@ -2,25 +2,25 @@
 
     python benchmarks/bench_model.py                                     # all of it, the 1.3B size
     python benchmarks/bench_model.py --only train --models ours-liger fla --out benchmarks/results/h200_train.json
-    python benchmarks/bench_model.py --only train --models ours-liger --checkpoint-every 3   # recompute every 3rd layer
+    python benchmarks/bench_model.py --only train --models ours-liger --checkpoint-every 3  # recompute every 3rd layer
     python benchmarks/bench_model.py --only train --models ours-liger ours-liger-keep        # what recomputation costs
     python benchmarks/bench_model.py --only decode --models ours-static llama-static --limit 120
 
-What may follow a model's name:
+Suffixes of a model's name:
 
-    -liger        training: Liger's kernels, as `use_liger_kernel=True` puts them in
-    -keep         training, ours: nothing is computed again; -keepmixer, -keepmlp: not these parts of a layer
+    -liger        training: Liger's kernels, as with `use_liger_kernel=True`
+    -keep         training, ours: nothing is recomputed; -keepmixer, -keepmlp: not this part of a layer
     -compiled     training: torch.compile with fullgraph; decoding: a static cache and Transformers' CompileConfig()
-    -static       decoding: a static cache, and what `generate` then does by itself: ours replays a CUDA graph of the eager
+    -static       decoding: a static cache and what `generate` does with it: ours replays a CUDA graph of the eager
                   step, others' steps are compiled
-    -cudagraphs   decoding: a static cache, and torch's backend of that name: Dynamo's graph, captured without Inductor
+    -cudagraphs   decoding: a static cache and torch's backend of that name: Dynamo's graph, captured without Inductor
 
-Each line is measured in a process of its own, so that what fails, or takes longer than --limit, loses that line only. It is
-printed, and written to --out, as soon as it is there.
+Each row is measured in a process of its own, so that a model that fails, or takes longer than --limit, loses its own
+row only. Rows are printed, and written to --out, as they come.
 
 All models have bf16 weights drawn at random and see the same random tokens. Training is forward, loss, backward and a
-fused AdamW step, without recomputation unless asked for. The peer `fla` is left out, with a line that says so, where it
-is not installed.
+fused AdamW step, without recomputation unless asked for. The peer `fla` is left out, with a message, where it is not
+installed.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def make_model(name: str, size: str):
 
 
 def bench_train(name, args):
-    """Tokens a second and peak memory of a training step: --steps in a row after 3, the first step's time apart.
+    """Tokens per second and peak memory of a training step: --steps in a row after 3, the first step timed apart.
 
     The host waits for the GPU before and after them and not in between, as in training.
     """
@@ -147,7 +147,7 @@ def bench_train(name, args):
 
 @torch.no_grad()
 def bench_decode(name, args):
-    """Milliseconds a generated token, as the difference of a long and a short greedy generation."""
+    """Milliseconds per generated token, from the difference of a long and a short greedy generation."""
     model = make_model(name, args.size).eval()
     ids = torch.randint(5, model.config.vocab_size, (args.decode_batch, args.prompt), device="cuda")
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -180,7 +180,7 @@ BENCHES = {"train": bench_train, "decode": bench_decode}
 
 
 def measure(task, name, args) -> dict:
-    """A line, from a process of its own."""
+    """A row, from a process of its own."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=send_line, args=(sender, task, name, args))

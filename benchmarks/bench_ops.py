@@ -5,7 +5,8 @@
     python benchmarks/bench_ops.py --lengths --plot lengths.svg    # by sequence length, with a plot
 
 Same inputs, same process, bf16, q/k norm in kernel; medians of triton.testing.do_bench. "forward" runs without
-gradients, "forward + backward" returns those of q, k, v and beta. Without flash-linear-attention its columns are empty.
+gradients, "forward + backward" returns those of q, k, v and beta. Where flash-linear-attention is not installed its
+columns are empty.
 """
 
 import argparse
@@ -99,7 +100,7 @@ def measure(f, shape: tuple[int, ...], rep: int) -> dict:
 
 
 def errors(functions: dict, shape: tuple[int, ...]) -> dict:
-    """name -> ||x - ref|| / ||ref|| of the output and each gradient, on one input; ref is torch's chunked form in fp64."""
+    """name -> ||x - ref|| / ||ref|| of the output and each gradient on one input; ref: torch's chunked form in fp64."""
     from modeling_deltanet.delta_rule import torch_chunk_delta_rule
 
     def both(f, inputs):

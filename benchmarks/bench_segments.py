@@ -1,10 +1,10 @@
-"""Times the chunked rule cut into each possible number of segments, on one GPU: what `plan.count_segments` chooses rests on it.
+"""Times the chunked rule cut into each possible number of segments, on one GPU: the evidence for `count_segments`.
 
-    python benchmarks/bench_segments.py                                    # the heads and lengths of kernels/README.md
-    python benchmarks/bench_segments.py --sizes 128,16 --lengths 5000 --out /tmp/segments.json
+    python benchmarks/bench_segments.py                                # the heads and lengths of benchmarks/README.md
+    python benchmarks/bench_segments.py --sizes 128,16 --lengths 5000 --out segments.json
 
-One sequence, bf16, q/k norm in kernel, each call in a CUDA graph, so that no host is in the figures. The last lines say
-where the rule's choice is slower than the best one.
+One sequence, bf16, q/k norm in kernel, each call in a CUDA graph, so that the host does not count. The last lines of
+the output say where the rule's choice is slower than the best one.
 """
 
 import argparse

@@ -55,7 +55,7 @@ def make_checkpoint(folder: Path, size: str, shard_size: float) -> None:
 
 
 def memory(field: str) -> float:
-    """MB of this process: `VmRSS`, what it holds now, or `VmHWM`, the most that it held (getrusage's figure would be its
+    """MB of this process: `VmRSS`, what it holds, or `VmHWM`, the most that it held (getrusage's figure would be its
     parent's, where that was larger)."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024 / MB

@@ -3,13 +3,13 @@
     python benchmarks/fla_parity.py
     python benchmarks/fla_parity.py --only pure-128 gate --out benchmarks/results/fla_parity.json
 
-Each of fla's models is saved, converted by `convert_from_fla`, and loaded as ours. In fp32, on prompts of up to 64 tokens
-(where fla computes token by token, its only path in fp32): the largest logit difference, and whether greedy continuations
-of 64 tokens are equal. In bf16, on 2048 tokens: how far fla and we are from our own fp32 run on the same weights, which
-are rounded to bf16 beforehand.
+Each of fla's models is saved, converted by `convert_from_fla`, and loaded as ours. In fp32, on prompts of up to 64
+tokens (where fla computes token by token, its only path in fp32): the largest logit difference, and whether greedy
+continuations of 64 tokens are equal. In bf16, on 2048 tokens: how far fla and we are from our own fp32 run on the same
+weights, which are rounded to bf16 first.
 
-Needs fla 0.6.0 and a GPU. fla's softmax layers need flash-attn; where it is not installed, torch's attention stands in for
-it, which computes the same (and in fp32, which flash-attn does not).
+Needs fla 0.6.0 and a GPU. fla's softmax layers need flash-attn; where it is not installed, torch's attention stands in
+for it, which computes the same (and in fp32, which flash-attn does not).
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What a benchmark found, as JSON that a person can read: one row a line."""
+"""What a benchmark found, as JSON that a person can read: one row per line."""
 
 import json
 import os
@@ -13,7 +13,7 @@ def write(path: Path, record: dict) -> None:
 
 
 def _expanded(record: dict, indent: str) -> str:
-    """An entry a line; of a list of dicts, a row a line."""
+    """One entry per line; of a list of dicts, one row per line."""
     lines = [f"{indent} {json.dumps(key)}: {_text(value, indent + ' ')}" for key, value in record.items()]
     return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
 
