@@ -59,7 +59,9 @@ def measure(shape, timer, triton_only: bool) -> dict:
     run_scan(save=True)
     run_reverse()
     return {
-        "prepare" if p is None else "prepare and scores": (timer(run_prepare), size(k, beta, a, rk, rq, p) + size(q) * (p is not None)),
+        "prepare" if p is None else "prepare and scores": (
+            timer(run_prepare), size(k, beta, a, rk, rq, p) + size(q) * (p is not None)
+        ),
         "scan, inference": (timer(lambda: run_scan(save=False)), size(q, k, v, a, p, rk, o)),
         "scan, training": (timer(lambda: run_scan(save=True)), size(q, k, v, a, p, rk, rq, o, u, s)),
         "reverse": (timer(run_reverse), size(q, k, do, a, p, rq, rk, dv, ds)),

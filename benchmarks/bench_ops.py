@@ -100,7 +100,9 @@ def measure(f, shape: tuple[int, ...], rep: int) -> dict:
 
 
 def errors(functions: dict, shape: tuple[int, ...]) -> dict:
-    """name -> ||x - ref|| / ||ref|| of the output and each gradient on one input; ref: torch's chunked form in fp64."""
+    """name -> ||x - ref|| / ||ref|| of the output and each gradient on one input; ref: torch's chunked form in
+    fp64.
+    """
     from modeling_deltanet.delta_rule import torch_chunk_delta_rule
 
     def both(f, inputs):

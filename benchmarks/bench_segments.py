@@ -90,7 +90,8 @@ def main() -> None:
             loss = row["ms"][row["rule"][i]][i] / row["ms"][best][i]
             if loss > 1.05:
                 print(
-                    f"{row['heads']} heads of {row['d']}, {row['tokens']} tokens, {what}: {loss:.2f} of {best} segments' time"
+                    f"{row['heads']} heads of {row['d']}, {row['tokens']} tokens, {what}: "
+                    f"{loss:.2f} of {best} segments' time"
                 )
 
 

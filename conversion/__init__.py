@@ -1,5 +1,6 @@
-"""From somebody's checkpoint to a DeltaNet: conversion from and to flash-linear-attention, from Llama-like transformers,
-the two training stages after it, and a look at what came out. The command line `deltanet` calls these functions.
+"""From somebody's checkpoint to a DeltaNet: conversion from and to flash-linear-attention, from Llama-like
+transformers, the two training stages after it, and a look at what came out. The command line `deltanet` calls these
+functions.
 """
 
 import importlib

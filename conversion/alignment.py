@@ -1,7 +1,8 @@
 """The first stage after a conversion: each new mixer learns to give what the teacher's attention gives, alone.
 
-The mixer of layer i sees the teacher's own input of attention i and learns its output by mean squared error. No gradient
-leaves a mixer, so that all layers learn in parallel, and errors of one layer do not spoil the inputs of the next.
+The mixer of layer i sees the teacher's own input of attention i and learns its output by mean squared error. No
+gradient leaves a mixer, so that all layers learn in parallel, and errors of one layer do not spoil the inputs of the
+next.
 """
 
 import torch

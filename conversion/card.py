@@ -97,12 +97,12 @@ def make_card(
         training: text about the training, put before what `trainer_state.json` says.
         evaluations: evaluation files; every `evaluation*.json` in the folder by default.
         trainer_state: a Trainer's `trainer_state.json`; the folder's own by default.
-        conversion: `conversion.json`, an object with `teacher` and whatever else is to be told; the folder's own by default.
-        template: another Jinja template.
+        conversion: `conversion.json`, an object with `teacher` and whatever else is to be told; the folder's own by
+        default. template: another Jinja template.
 
     Raises:
-        ValueError: a folder that is neither a DeltaNet nor an adapter, an adapter without a base that the Hub could know,
-            a damaged file, or a figure without a number or a source. The file and the place in it are named.
+        ValueError: a folder that is neither a DeltaNet nor an adapter, an adapter without a base that the Hub could
+            know, a damaged file, or a figure without a number or a source. The file and the place in it are named.
     """
     validate_repo_id(repo_id)
     folder = Path(checkpoint)
@@ -275,7 +275,8 @@ def _architecture(folder: Path) -> tuple[list[tuple[str, str]], str, str]:
     if "linear_attention" in config.layer_types:
         rows.append(("linear layers", linear))
     if set(config.layer_types) != {"linear_attention"}:
-        softmax = f"{config.num_attention_heads} heads of {config.head_dim}, {config.num_key_value_heads} for keys and values; "
+        softmax = f"{config.num_attention_heads} heads of {config.head_dim}, "
+        softmax += f"{config.num_key_value_heads} for keys and values; "
         softmax += (
             f"rotary embedding, theta {config.rope_parameters['rope_theta']:g}"
             if config.uses_rope
@@ -296,8 +297,8 @@ def _adapter(folder: Path, base_model: str | None) -> tuple[dict, list[tuple[str
     base = base_model or config.get("base_model_name_or_path")
     if not is_hub_id(base):
         raise ValueError(
-            f"{folder / 'adapter_config.json'}: base_model_name_or_path is {base!r}, which is no repository of the Hub "
-            "(owner/name); name the base with base_model (--base-model)"
+            f"{folder / 'adapter_config.json'}: base_model_name_or_path is {base!r}, which is no repository of the "
+            "Hub (owner/name); name the base with base_model (--base-model)"
         )
     count, dtypes = _parameters(folder)
     file = folder / "adapter_config.json"

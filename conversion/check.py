@@ -1,7 +1,8 @@
-"""Every route of the delta rule that this machine has, against fp64: what `deltanet check` runs and a bug report attaches.
+"""Every route of the delta rule that this machine has, against fp64: what `deltanet check` runs and a bug report
+attaches.
 
-A *case* is what is computed (head sizes, dtype, layout, what the inputs hold), a *route* a function that computes it. Both
-the command and the GPU tests go through `cases` and `run_case`:
+A *case* is what is computed (head sizes, dtype, layout, what the inputs hold), a *route* a function that computes it.
+Both the command and the GPU tests go through `cases` and `run_case`:
 
     for case in cases(sizes=[(128, 128)], dtypes=["bfloat16"]):
         errors = run_case(case, torch.device("cuda"), chunk_delta_rule)  # {"output": 0.004, "dq": 0.005, ...}
@@ -64,10 +65,10 @@ class Layout:
 
 PACKED = (0, 1, 63, 64, 65, 130, 17, 99)  # 439 tokens; borders inside of chunks, an empty sequence
 
-# Compiling is what a GPU's user waits for, so a layout combines factors, and two layouts share kernels where they can: a
-# kernel is compiled anew for each dtype, K, V, launch choice (few or many programs), packed or not, whole chunks or not,
-# value heads per key head (gradients alone), with gradients or without (scan alone), and for sizes that are 1 or a multiple
-# of 16. `few` and `segmented` agree in all that: the scans are compiled once for both.
+# Compiling is what a GPU's user waits for, so a layout combines factors, and two layouts share kernels where they can:
+# a kernel is compiled anew for each dtype, K, V, launch choice (few or many programs), packed or not, whole chunks or
+# not, value heads per key head (gradients alone), with gradients or without (scan alone), and for sizes that are 1 or
+# a multiple of 16. `few` and `segmented` agree in all that: the scans are compiled once for both.
 LAYOUTS = {
     # few heads · one sequence a row · whole chunks · one value head per key head
     "few": Layout(2, 2, 2, 192),
@@ -89,8 +90,8 @@ LAYOUTS = {
 }
 BASIC = ("few", "many", "segmented")  # the table of sizes
 LENGTHS = tuple(name for name in LAYOUTS if name.startswith("length"))
-# Elsewhere nothing is cut and nothing depends on the number of programs: shorter, so that a CPU needs a minute. Triton's
-# interpreter takes a second a chunk.
+# Elsewhere nothing is cut and nothing depends on the number of programs: shorter, so that a CPU needs a minute.
+# Triton's interpreter takes a second a chunk.
 SMALLER = {
     "cpu": {"many": replace(LAYOUTS["many"], lengths=PACKED), "segmented": replace(LAYOUTS["segmented"], lengths=450)},
     "interpreter": {
@@ -128,7 +129,9 @@ def cases(
 
 
 def quick(sizes=SIZES, dtypes=DTYPES) -> Iterator[Case]:
-    """A minute: the basic layouts of each size in bf16, of the first size in every dtype, and what a single size can show."""
+    """A minute: the basic layouts of each size in bf16, of the first size in every dtype, and what a single size can
+    show.
+    """
     sizes, dtypes = list(sizes), list(dtypes)
     yield from cases(sizes, dtypes[:1])
     yield from cases(sizes[:1], dtypes[1:])
@@ -200,7 +203,9 @@ def _drawn(device: torch.device, seed: int, index: int, *shape: int) -> torch.Te
 
 @functools.lru_cache(maxsize=2)  # of all calls of a case, in two threads
 def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
-    """Drawn on the CPU, so that every device gets the same numbers; smaller heads are a part of larger ones. Not to be changed."""
+    """Drawn on the CPU, so that every device gets the same numbers; smaller heads are a part of larger ones. Not to be
+    changed.
+    """
     shape, dtype = layout_on(case, device), getattr(torch, case.dtype)
     packed = isinstance(shape.lengths, tuple)
     B, H, HV = shape.B, shape.H, shape.HV
@@ -234,10 +239,11 @@ def run_case(case: Case, device: torch.device, function: Callable, seed: int = 0
 
     `function` has the signature of `chunk_delta_rule`, of `delta_rule_step` for the layout "step", of `short_conv` for
     "convolution". A quantity is "output", "final state", "dq", "dk", "dv", "dbeta", "dh0" (those that the layout has),
-    "output without gradients", and "dbeta of small beta" for the inputs "beta", which a norm over all tokens would hide.
+    "output without gradients", and "dbeta of small beta" for the inputs "beta", which a norm over all tokens would
+    hide.
 
-    With `again` there is "between calls", too: the largest difference of any quantity from the first call in as many more,
-    zero where all bits are equal. A kernel that does not wait for its memory may be right nine times in ten.
+    With `again` there is "between calls", too: the largest difference of any quantity from the first call in as many
+    more, zero where all bits are equal. A kernel that does not wait for its memory may be right nine times in ten.
     """
     if case.layout == "step":
         return _run_step(case, device, function, seed)
@@ -252,7 +258,9 @@ def run_case(case: Case, device: torch.device, function: Callable, seed: int = 0
 
 
 def error(x: torch.Tensor, reference: torch.Tensor) -> float:
-    """||x - reference|| / ||reference||; where that is zero, the root mean square of x. Infinite where x is not finite."""
+    """||x - reference|| / ||reference||; where that is zero, the root mean square of x. Infinite where x is not
+    finite.
+    """
     if x.shape != reference.shape:
         return math.inf
     x, reference = x.double(), reference.double()
@@ -358,8 +366,8 @@ def check_reference(device: torch.device, seed: int = 0) -> dict[str, float]:
 
 # ---------------------------------------------------------------------------------------------------- the tolerances
 
-# Largest error of any quantity, by kind of route. torch computes in fp32 and rounds once; the kernels multiply bf16 in bf16,
-# fp16 in tf32 (0.0051 at most over all sizes on an H100, dbeta of 8192 tokens) and fp32 in three tf32 products.
+# Largest error of any quantity, by kind of route. torch computes in fp32 and rounds once; the kernels multiply bf16 in
+# bf16, fp16 in tf32 (0.0051 at most over all sizes on an H100, dbeta of 8192 tokens) and fp32 in three tf32 products.
 TOLERANCES = {
     "torch": {"bfloat16": 4e-3, "float16": 5e-4, "float32": 1e-5},
     "kernels": {"bfloat16": 1.5e-2, "float16": 6e-3, "float32": 2e-5},

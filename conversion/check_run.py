@@ -102,10 +102,11 @@ def run(
 ) -> Iterator[list[dict]]:
     """For each case, in order, a row for each route that takes it. `jobs` processes share the compiling.
 
-    Of more than FEW_SIZES head sizes, slow routes compute those of published models (`check.SIZES`), a peer one of them.
+    Of more than FEW_SIZES head sizes, slow routes compute those of published models (`check.SIZES`), a peer one of
+    them.
 
-    A row holds the case, the route, its errors by quantity, those that are too large, the kernels that ran and `failure`,
-    an exception's text; a failed row has no errors.
+    A row holds the case, the route, its errors by quantity, those that are too large, the kernels that ran and
+    `failure`, an exception's text; a failed row has no errors.
     """
     cases = list(cases)
     sizes = {(case.K, case.V) for case in cases}

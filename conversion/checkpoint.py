@@ -1,7 +1,7 @@
 """Checkpoints on disk: read tensor by tensor, written shard by shard, and a folder that appears only when complete.
 
-A conversion is a list of `Output`s. Each says from which source tensors one target tensor is made, so that no more than
-one target shard is in memory at a time.
+A conversion is a list of `Output`s. Each says from which source tensors one target tensor is made, so that no more
+than one target shard is in memory at a time.
 """
 
 import json
@@ -53,8 +53,8 @@ class Output:
 
 
 class Checkpoint:
-    """A local folder with `config.json` and safetensors weights, in one file or in shards. Reads headers at once, tensors
-    when asked for.
+    """A local folder with `config.json` and safetensors weights, in one file or in shards. Reads headers at once,
+    tensors when asked for.
 
     Raises:
         ValueError: something is missing, truncated, or in another format; the message names the file.

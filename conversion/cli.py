@@ -1,7 +1,7 @@
 """The command line `deltanet`: each command calls a public function of this package and prints what it returns.
 
-Exit codes: 0 done, 1 refused or failed (one line on stderr says why), 2 wrong usage, 130 interrupted; `push` has two more
-(`cli_publish.py`).
+Exit codes: 0 done, 1 refused or failed (one line on stderr says why), 2 wrong usage, 130 interrupted; `push` has two
+more (`cli_publish.py`).
 """
 
 import json

@@ -64,8 +64,9 @@ def card(
 
     \b
     deltanet card runs/mine --repo-id me/mine --license apache-2.0 --summary "A small DeltaNet."
-    deltanet card runs/mine --repo-id me/mine --evaluation results.json --trainer-state runs/checkpoint-900/trainer_state.json
-    deltanet card runs/lora --repo-id me/mine-lora --base-model me/mine --license apache-2.0 --force
+    deltanet card runs/mine --repo-id me/mine --evaluation results.json --trainer-state
+    runs/checkpoint-900/trainer_state.json deltanet card runs/lora --repo-id me/mine-lora --base-model me/mine
+    --license apache-2.0 --force
     """
     from .card import MISSING, make_card, write_card
 
@@ -119,8 +120,8 @@ def push(
 ) -> None:
     """Publish a checkpoint or an adapter on the Hub, in one commit.
 
-    First the folder is validated: it loads by its own code and generates a token, the card is complete, no file holds a
-    secret or a path of this machine. What is wrong is listed by file and line. Then what has changed is sent in one
+    First the folder is validated: it loads by its own code and generates a token, the card is complete, no file holds
+    a secret or a path of this machine. What is wrong is listed by file and line. Then what has changed is sent in one
     commit, pulled back, and compared by hash. A push that fails leaves the branch as it was; give the command again.
     Content that was uploaded already is not sent twice.
 
@@ -173,7 +174,8 @@ def kernels_build(
 
     \b
     deltanet kernels build
-    python -c "from kernels import get_local_kernel; from pathlib import Path; print(get_local_kernel(Path('kernels')))"
+    python -c "from kernels import get_local_kernel; from pathlib import Path;
+    print(get_local_kernel(Path('kernels')))"
     """
     from .hub_kernel import build
 

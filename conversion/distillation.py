@@ -17,8 +17,8 @@ class Distillation(Stage):
     Args:
         learning_rate: for what the teacher brought; the published recipe's by default, or LoRA's with `lora_rank`.
         mixer_learning_rate: for the linear layers' mixers, which have more to learn.
-        lora_rank: train LoRA adapters of this rank on every projection, with `mixer_learning_rate`, and merge them at the
-            end; by default all parameters are trained.
+        lora_rank: train LoRA adapters of this rank on every projection, with `mixer_learning_rate`, and merge them at
+            the end; by default all parameters are trained.
     """
 
     learning_rate: float = 1e-5

@@ -1,6 +1,7 @@
 """Files of a folder that came from elsewhere: read what is in it, and nothing that it only points to.
 
-A link, or a name inside a file, can lead to any file of this machine, whose content would then be converted or published.
+A link, or a name inside a file, can lead to any file of this machine, whose content would then be converted or
+published.
 """
 
 import json

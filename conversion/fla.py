@@ -1,8 +1,9 @@
-"""flash-linear-attention's DeltaNet checkpoints (`model_type: delta_net`) and ours: one table, read in both directions.
+"""flash-linear-attention's DeltaNet checkpoints (`model_type: delta_net`) and ours: one table, read in both
+directions.
 
 What a tensor holds is the same on both sides, so that only names differ, and a round trip is exact to the bit. Two old
-forms are read as well: norms inside the mixer and the MLP (`norm_first`), and an MLP whose gate and up projection are one
-tensor (before February 2025). The form that fla 0.6.0 reads is the one that is written.
+forms are read as well: norms inside the mixer and the MLP (`norm_first`), and an MLP whose gate and up projection are
+one tensor (before February 2025). The form that fla 0.6.0 reads is the one that is written.
 """
 
 import logging
@@ -78,8 +79,8 @@ def convert_from_fla(
     Returns the new configuration.
 
     Raises:
-        ValueError: the source is damaged, incomplete, or computes something that our model does not; nothing is written.
-        OSError: the disk is full; nothing is left.
+        ValueError: the source is damaged, incomplete, or computes something that our model does not; nothing is
+        written. OSError: the disk is full; nothing is left.
     """
     checkpoint = Checkpoint(source)
     config = config_from_fla(checkpoint.config, checkpoint.tensors)

@@ -1,4 +1,5 @@
-"""The kernels as a kernel of the Hub: the folder that kernel-builder makes of a noarch project, without kernel-builder.
+"""The kernels as a kernel of the Hub: the folder that kernel-builder makes of a noarch project, without
+kernel-builder.
 
 A pure Triton kernel has nothing to compile: a variant is the Python files and a `metadata.json`, in
 `build/torch-<backend>/`. kernel-builder itself is a Nix project and no package that pip could install; what is written

@@ -13,15 +13,18 @@ from .fla import config_from_fla
 from .llama import TEACHERS, config_from_llama
 
 
-BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # fmt: skip
+BYTES = {
+    "F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
+    "U8": 1, "BOOL": 1,
+}  # fmt: skip
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def inspect_checkpoint(source: str | Path, revision: str | None = None) -> dict:
     """Architecture, layer pattern, sizes, parameters and memory of a local folder or a repository on the Hub.
 
-    For fla's DeltaNet and for Llama-like models, the fields are those of the DeltaNet that it would convert to, with every
-    softmax layer kept.
+    For fla's DeltaNet and for Llama-like models, the fields are those of the DeltaNet that it would convert to, with
+    every softmax layer kept.
 
     Returns a dict that JSON can hold. Memory is for one sequence while generating: `state_bytes` whatever its length,
     `kv_bytes_per_token` for each token that full attention has seen (sliding layers stop at their window, and their

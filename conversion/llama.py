@@ -1,15 +1,16 @@
 """From a Llama-like transformer to a hybrid DeltaNet: which layers keep softmax attention, and how the others start.
 
-Embeddings, norms, MLPs, head and the kept layers are copied to the bit. A converted layer starts from the teacher's q, k,
-v and o projections as the linear attention nearest to it that needs no data:
+Embeddings, norms, MLPs, head and the kept layers are copied to the bit. A converted layer starts from the teacher's q,
+k, v and o projections as the linear attention nearest to it that needs no data:
 
-- Grouped key and value heads are cloned, one for each query head: the delta rule addresses a memory by one query and one
-  key head, and clones may part in training.
+- Grouped key and value heads are cloned, one for each query head: the delta rule addresses a memory by one query and
+  one key head, and clones may part in training.
 - Convolutions begin as the identity, the step size beta as 1/2 (its projection as zero).
-- q and k keep the teacher's rotary embedding and biases. The teacher's q/k norms (Qwen3) become part of the projections:
-  our L2 norm divides by a head's length as they do, and only their weights are left.
-- v goes through SiLU, which is linear near zero: v's convolution begins as a small multiple of the identity. The output
-  norm, which makes a head's output as large as 1 again, undoes this; o is scaled by how large the teacher's values are.
+- q and k keep the teacher's rotary embedding and biases. The teacher's q/k norms (Qwen3) become part of the
+  projections: our L2 norm divides by a head's length as they do, and only their weights are left.
+- v goes through SiLU, which is linear near zero: v's convolution begins as a small multiple of the identity. The
+  output norm, which makes a head's output as large as 1 again, undoes this; o is scaled by how large the teacher's
+  values are.
 """
 
 import logging
@@ -32,11 +33,11 @@ VALUE_TAP = 0.1
 
 
 def choose_layers(keep: str, num_hidden_layers: int) -> list[int]:
-    """The layers that keep softmax attention, by `keep`: `"all"`, `"none"`, a ratio such as `"0.25"` or `"25%"`, or a list
-    such as `"3,7"`, counted from 0.
+    """The layers that keep softmax attention, by `keep`: `"all"`, `"none"`, a ratio such as `"0.25"` or `"25%"`, or a
+    list such as `"3,7"`, counted from 0.
 
-    A ratio is spread evenly, each kept layer the last of its group: a quarter of 8 is 3 and 7. Which layers keep softmax
-    matters more than anything else in a conversion, so that a list chosen by measurement is better.
+    A ratio is spread evenly, each kept layer the last of its group: a quarter of 8 is 3 and 7. Which layers keep
+    softmax matters more than anything else in a conversion, so that a list chosen by measurement is better.
     """
     words = keep.strip().lower()
     if words in ("all", "none"):
@@ -104,7 +105,9 @@ def convert_from_llama(
 
 
 def config_from_llama(theirs: dict, keep: str = "0.25", linear_use_rope: bool = True) -> DeltaNetConfig:
-    """The configuration of the hybrid for a teacher's `config.json`; arguments and errors as in `convert_from_llama`."""
+    """The configuration of the hybrid for a teacher's `config.json`; arguments and errors as in
+    `convert_from_llama`.
+    """
     model_type = theirs.get("model_type")
     if model_type not in TEACHERS:
         raise ValueError(f"model_type must be one of {', '.join(TEACHERS)}, got {model_type!r}")
@@ -122,7 +125,8 @@ def config_from_llama(theirs: dict, keep: str = "0.25", linear_use_rope: bool = 
         teacher_types = ["sliding_attention" if slides else "full_attention"] * teacher.num_hidden_layers
     if len(teacher_types) != teacher.num_hidden_layers:
         raise ValueError(
-            f"config.json has layer_types of {len(teacher_types)} layers, but num_hidden_layers {teacher.num_hidden_layers}"
+            f"config.json has layer_types of {len(teacher_types)} layers, but num_hidden_layers "
+            f"{teacher.num_hidden_layers}"
         )
     kept = choose_layers(keep, teacher.num_hidden_layers)
     layer_types = [t if i in kept else "linear_attention" for i, t in enumerate(teacher_types)]

@@ -1,12 +1,13 @@
 """Publishing a checkpoint or an adapter: validate, show what would be sent, one commit, pull it back and compare.
 
-`prepare` reads the folder and refuses what is not fit to be published: it touches no network but for an adapter's base.
-`publish` sends everything in one commit, on top of the head that it has seen, so that a revision is never half updated:
-whatever fails before the commit leaves the branch where it was. What an interrupted push can leave behind is an empty
-repository or a branch equal to main, and uploaded content that no commit names.
+`prepare` reads the folder and refuses what is not fit to be published: it touches no network but for an adapter's
+base. `publish` sends everything in one commit, on top of the head that it has seen, so that a revision is never half
+updated: whatever fails before the commit leaves the branch where it was. What an interrupted push can leave behind is
+an empty repository or a branch equal to main, and uploaded content that no commit names.
 
-Retried are lost connections and failures of the server (429, 5xx) while content is uploaded, by huggingface_hub itself.
-A commit that fails is not sent again: the branch is read, and if the commit has arrived after all, the push goes on.
+Retried are lost connections and failures of the server (429, 5xx) while content is uploaded, by huggingface_hub
+itself. A commit that fails is not sent again: the branch is read, and if the commit has arrived after all, the push
+goes on.
 """
 
 import hashlib
@@ -101,7 +102,9 @@ class Changes:
 
 @dataclass(frozen=True)
 class Published:
-    """What `publish` did. `commit` is the revision that holds the files; `sent` is False where it held them already."""
+    """What `publish` did. `commit` is the revision that holds the files; `sent` is False where it held them
+    already.
+    """
 
     repo_id: str
     commit: str
@@ -124,7 +127,8 @@ def prepare(folder: str | os.PathLike, repo_id: str, *, base_model: str | None =
     """Read a folder and check that it can be published as `repo_id`; nothing is sent.
 
     The model must load in a fresh process that runs the code in the folder, not this package's, and generate a token.
-    Code that is missing is added as `modeling_deltanet.register_remote_code` does it; an adapter is loaded with its base.
+    Code that is missing is added as `modeling_deltanet.register_remote_code` does it; an adapter is loaded with its
+    base.
 
     Args:
         folder: a DeltaNet checkpoint (config.json) or an adapter (adapter_config.json).
@@ -191,7 +195,8 @@ def _collect(folder: Path) -> tuple[dict[str, Path | bytes], dict[str, str], lis
                 "hidden" if name.startswith(".")
                 else "compiled code" if name == "__pycache__"
                 else "a link to another folder" if inside.is_symlink()
-                else "a checkpoint of its own" if any((inside / c).exists() for c in ("config.json", "adapter_config.json"))
+                else "a checkpoint of its own"
+                if any((inside / c).exists() for c in ("config.json", "adapter_config.json"))
                 else None
             )  # fmt: skip
             if reason is not None:
@@ -269,7 +274,9 @@ def _references(file: Path, config: dict) -> list[str]:
 
 
 def _module(reference: str, folder: Path) -> Path | None:
-    """The code file in the folder that a reference (`file.Class`) leads to. None for other repositories' and for paths."""
+    """The code file in the folder that a reference (`file.Class`) leads to. None for other repositories' and for
+    paths.
+    """
     match = re.fullmatch(r"(\w+)\.\w+", reference)
     return folder / f"{match[1]}.py" if match and (folder / f"{match[1]}.py").is_file() else None
 
@@ -408,8 +415,8 @@ def publish(
         plan: from `prepare`.
         private: make the repository private if it does not exist; one that exists and is public is refused.
         revision: branch to commit to, made from main if it does not exist; main by default.
-        create_pr: open a pull request instead of committing; not together with `revision`, and the repository must exist.
-        message: the commit's.
+        create_pr: open a pull request instead of committing; not together with `revision`, and the repository must
+        exist. message: the commit's.
         token, endpoint: huggingface_hub's own by default (`hf auth login`, `HF_TOKEN`, `HF_ENDPOINT`).
 
     Raises:

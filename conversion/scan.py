@@ -31,13 +31,19 @@ SECRETS = {
     "an API key": rb"\bsk-[A-Za-z0-9_-]{20,}",
     "a private key": rb"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----",
     "a password in a URL": rb"\bhttps?://[^\s/:@\"']+:[^\s/:@\"']+@",
-    "a secret": rb"(?i)\b[a-z_]*(?:api_?key|secret|password|passwd|access_?token|auth_?token)[\"']?\s*[:=]\s*[\"'][^\s\"'{}<>$]{8,}[\"']",
+    "a secret": (
+        rb"(?i)\b[a-z_]*(?:api_?key|secret|password|passwd|access_?token|auth_?token)[\"']?"
+        rb"\s*[:=]\s*[\"'][^\s\"'{}<>$]{8,}[\"']"
+    ),
 }  # fmt: skip
 
-# Folders that belong to one machine or one user, each followed by a name. Not preceded by what makes it a part of a URL
-# or of a relative path.
+# Folders that belong to one machine or one user, each followed by a name. Not preceded by what makes it a part of a
+# URL or of a relative path.
 LOCAL_PATHS = {
-    "a path of a local machine": rb"(?<![\w.~/:-])/(?:home|Users|root|tmp|private|var|mnt|media|scratch|workspace|data|gpfs|lustre|nfs|content|kaggle)/[\w.+-][^\s\"'`)\]}<>,;]*",
+    "a path of a local machine": (
+        rb"(?<![\w.~/:-])/(?:home|Users|root|tmp|private|var|mnt|media|scratch|workspace|data|gpfs|lustre|nfs|content"
+        rb"|kaggle)/[\w.+-][^\s\"'`)\]}<>,;]*"
+    ),
     "a path of a Windows machine": rb"(?<![A-Za-z])[A-Za-z]:[\\/]{1,2}Users[\\/]{1,2}[\w.+-][^\s\"'`)\]}<>,;]*",
     "a link to a local file": rb"\bfile://[^\s\"'`)\]}<>,;]+",
 }  # fmt: skip

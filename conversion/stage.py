@@ -69,9 +69,9 @@ class Stage:
     def run(self, name: str, make_trainer: Callable, finish: Callable | None = None) -> dict:
         """Train what `make_trainer(teacher, student, trainer_arguments)` returns and save the student.
 
-        `finish(trainer)` returns the student to save where that is not the model that came. Returns a summary: settings,
-        steps, tokens, seconds, loss on held-out text before and after. It joins the facts in `conversion.json`, and
-        Trainer's log lies beside it.
+        `finish(trainer)` returns the student to save where that is not the model that came. Returns a summary:
+        settings, steps, tokens, seconds, loss on held-out text before and after. It joins the facts in
+        `conversion.json`, and Trainer's log lies beside it.
 
         Raises:
             ValueError: the output is there already, a folder of another run is in the way, or teacher and student do
@@ -147,7 +147,8 @@ class Stage:
         file = work / SETTINGS
         if file.exists() and file.read_text() != settings:
             raise ValueError(
-                f"{work} holds a run with other settings; remove it, or name another output. Its settings: {file.read_text()}"
+                f"{work} holds a run with other settings; remove it, or name another output. Its settings: "
+                f"{file.read_text()}"
             )
         work.mkdir(parents=True, exist_ok=True)
         file.write_text(settings)

@@ -15,9 +15,9 @@ BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "c
 def load_text(sources: list[str], text_column: str = "text", split: str = "train") -> Dataset:
     """All documents of `sources`, one a row, in a column `text`.
 
-    A source is a file, a folder (read with all that lies below), a pattern, or the name of a dataset on the Hub, if need be
-    with its configuration (`"wikitext:wikitext-2-raw-v1"`). A text file is one document; JSON lines, parquet and CSV have
-    one in each row of `text_column`.
+    A source is a file, a folder (read with all that lies below), a pattern, or the name of a dataset on the Hub, if
+    need be with its configuration (`"wikitext:wikitext-2-raw-v1"`). A text file is one document; JSON lines, parquet
+    and CSV have one in each row of `text_column`.
 
     Raises:
         ValueError: a source holds no text, or has no such column.
@@ -62,7 +62,8 @@ def _files(source: str) -> list[tuple[str, list[str], dict]]:
 
 
 def blocks(documents: Dataset, tokenizer, length: int, seed: int = 0) -> Dataset:
-    """Documents in random order, joined with the end-of-sequence token between them and cut into blocks of `length` tokens.
+    """Documents in random order, joined with the end-of-sequence token between them and cut into blocks of `length`
+    tokens.
 
     Returns rows of `input_ids` and `labels`, which are the same.
 

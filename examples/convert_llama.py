@@ -1,12 +1,12 @@
 """A conversion from end to end: a small Llama-style teacher, trained here, becomes a hybrid DeltaNet.
 
 Trains a tokenizer and a teacher on the Python sources of the standard library, mixed with a recall task; keeps softmax
-attention in a quarter of the layers; aligns the new mixers; distils; and measures perplexity and recall of the teacher and
-of the student at each stage. Minutes on one GPU:
+attention in a quarter of the layers; aligns the new mixers; distils; and measures perplexity and recall of the teacher
+and of the student at each stage. Minutes on one GPU:
 
     python examples/convert_llama.py
     python examples/convert_llama.py --output-dir runs/none-kept --keep none        # what the kept layers are worth
-    python examples/convert_llama.py --output-dir runs/toy --toy                    # the whole way on a CPU, in a minute
+    python examples/convert_llama.py --output-dir runs/toy --toy              # the whole way on a CPU, in a minute
 
 Steps that are done are not done again: after Ctrl-C the same command goes on. The conversion itself is three commands,
 which this script calls as functions and prints:
@@ -15,12 +15,12 @@ which this script calls as functions and prints:
     deltanet align TEACHER HYBRID ALIGNED --data text.jsonl
     deltanet distill TEACHER ALIGNED DISTILLED --data text.jsonl
 
-The teacher is a Qwen2, a Llama with biases, whose first layer sees two tokens only and whose embeddings are not tied, and
-it begins with recall alone, until it has learned that. At the sizes of --toy it had after 400 steps; with tied embeddings
-not after 480, beside text not after 700, and two layers of a Llama without that window not after 1300.
+The teacher is a Qwen2, a Llama with biases, whose first layer sees two tokens only and whose embeddings are not tied,
+and it begins with recall alone, until it has learned that. At the sizes of --toy it had after 400 steps; with tied
+embeddings not after 480, beside text not after 700, and two layers of a Llama without that window not after 1300.
 
-Recall is overwriting recall: 8 keys are written 4 times each with fresh values, then each key is asked for, and the last
-value counts. Chance is 1 in the number of values.
+Recall is overwriting recall: 8 keys are written 4 times each with fresh values, then each key is asked for, and the
+last value counts. Chance is 1 in the number of values.
 """
 
 import argparse
@@ -146,7 +146,9 @@ def write_text(out: Path, args) -> None:
 
 
 def make_teacher(out: Path, args) -> None:
-    """The teacher: first on recall alone, which a small model else hardly begins to learn beside text, then on both."""
+    """The teacher: first on recall alone, which a small model else hardly begins to learn beside text, then on
+    both.
+    """
     tokenizer = AutoTokenizer.from_pretrained(out / "text" / "tokenizer")
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -292,8 +294,10 @@ def main():
     add("--seed", type=int, default=0, help="default 0")
     args = parser.parse_args()
     sizes = {
-        "recall_steps": (3000, 1500), "steps": (700, 300), "batch_size": (64, 32), "length": (512, 128), "hidden_size": (384, 64),
-        "head_dim": (64, 32), "layers": (8, 4), "vocab_size": (4096, 512), "megabytes": (16.0, 0.5), "symbols": (32, 16),
+        "recall_steps": (3000, 1500), "steps": (700, 300), "batch_size": (64, 32), "length": (512, 128),
+        "hidden_size": (384, 64),
+        "head_dim": (64, 32), "layers": (8, 4), "vocab_size": (4096, 512), "megabytes": (16.0, 0.5),
+        "symbols": (32, 16),
         "align_tokens": (8_000_000, 300_000), "distill_tokens": (16_000_000, 600_000), "eval_blocks": (256, 64),
     }  # fmt: skip
     for name, (default, toy) in sizes.items():
@@ -363,7 +367,8 @@ def main():
         "command": command,
         "hardware": f"{device}, Python {platform.python_version()}, torch {torch.__version__}",
         "results": [
-            {"dataset": data[metric], "metric": metric, "value": round(found[metric], 4)} | ({"of": name} if name else {})
+            {"dataset": data[metric], "metric": metric, "value": round(found[metric], 4)}
+            | ({"of": name} if name else {})
             for metric in data
             for name, found in figures.items()
         ],

@@ -2,7 +2,8 @@
 
     # data: JSON lines with "text", with "prompt" and "completion", or with "messages" (needs a chat template)
     python examples/finetune_lora.py --model runs/pretrain/model --data notes.jsonl --max_steps 200
-    python examples/finetune_lora.py --model runs/pretrain/model --data notes.jsonl --r 64 --max_length 4096 --merge True
+    python examples/finetune_lora.py --model runs/pretrain/model --data notes.jsonl --r 64 --max_length 4096 --merge
+    True
     accelerate launch --num_processes 8 examples/finetune_lora.py  ...the same...
 
 The adapter is written to OUTPUT_DIR/adapter, with --merge True also the merged model to OUTPUT_DIR/merged. The same

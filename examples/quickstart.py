@@ -76,7 +76,9 @@ def blocks(tokenizer, text: str, length: int) -> list[dict[str, torch.Tensor]]:
 def train(
     model, folder: Path, train_set, eval_set, steps: int, learning_rate: float, args
 ) -> tuple[float, float, list]:
-    """Train from the last checkpoint in `folder` or from the beginning: held-out perplexity before, after, and the log."""
+    """Train from the last checkpoint in `folder` or from the beginning: held-out perplexity before, after, and the
+    log.
+    """
     interrupt = SaveOnInterrupt()
     trainer = Trainer(
         model=model,
@@ -245,13 +247,13 @@ def main():
         model_dir,
         repo_id=model_dir.name,
         title="DeltaNet quickstart",
-        summary="A very small hybrid DeltaNet that `examples/quickstart.py` trained from nothing. It shows the way; it "
-        "knows little more than the style of CPython's documentation.",
+        summary="A very small hybrid DeltaNet that `examples/quickstart.py` trained from nothing. It shows the way; "
+        "it knows little more than the style of CPython's documentation.",
         license="apache-2.0",
         language="en",
         training=f"{args.steps} steps of {args.batch_size} x {args.length} tokens of CPython's documentation topics, "
-        f"AdamW, then {args.lora_steps} steps of LoRA on Python source (the adapter is in `lora/`, the merged model in "
-        f"`merged/`). Seed {args.seed}; {seconds:.0f} s in all.",
+        f"AdamW, then {args.lora_steps} steps of LoRA on Python source (the adapter is in `lora/`, the merged model "
+        f"in `merged/`). Seed {args.seed}; {seconds:.0f} s in all.",
         trainer_state=out / "training" / "trainer_state.json",
         limits="Far too small and trained on far too little for any use but learning how the parts fit.",
     )

@@ -1,4 +1,6 @@
-"""What the examples share: a tokenizer made from the text at hand, a Ctrl-C that costs nothing, a --help with examples."""
+"""What the examples share: a tokenizer made from the text at hand, a Ctrl-C that costs nothing, a --help with
+examples.
+"""
 
 import argparse
 from collections.abc import Iterable

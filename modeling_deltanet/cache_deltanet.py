@@ -1,12 +1,12 @@
 """What Transformers' cache lacks for DeltaNet's linear layers.
 
-A linear layer's memory is one state of fixed size and the last inputs of its short convolution. Transformers keeps both
-in a `LinearAttentionLayer`, which (in 5.23) can neither be repeated nor selected along the batch, and does not count
-tokens: a cache whose layers are all linear raises in `get_seq_length()`, hence in `generate`. `prepare_cache` puts the
-layers below in their place, in whatever cache comes: one that `generate` or the user made, dynamic or static.
+A linear layer's memory is one state of fixed size and the last inputs of its short convolution. Transformers keeps
+both in a `LinearAttentionLayer`, which (in 5.23) can neither be repeated nor selected along the batch, and does not
+count tokens: a cache whose layers are all linear raises in `get_seq_length()`, hence in `generate`. `prepare_cache`
+puts the layers below in their place, in whatever cache comes: one that `generate` or the user made, dynamic or static.
 
-`snapshot_cache` and `restore_cache` go back to an earlier point of a text; `save_cache` and `load_cache` keep in a file
-what a model has read.
+`snapshot_cache` and `restore_cache` go back to an earlier point of a text; `save_cache` and `load_cache` keep in a
+file what a model has read.
 """
 
 import json
@@ -24,7 +24,8 @@ from transformers.utils import is_torchdynamo_compiling
 
 CACHE_FORMAT = "deltanet-cache-1"
 
-# What `generate`, masks and outputs of this Transformers call a cache: `past_key_values` in 5.23, `cache` from 5.24 on.
+# What `generate`, masks and outputs of this Transformers call a cache: `past_key_values` in 5.23, `cache` from 5.24
+# on.
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
@@ -64,8 +65,8 @@ class DeltaNetCacheLayer(LinearAttentionLayer):
         self.has_previous_state[state_idx] = True
         if self.device is None:
             self.dtype, self.device = recurrent_states.dtype, recurrent_states.device
-        # A decode step has moved the state on in place. Copied onto itself it would not change, but a compiled step would
-        # then work on a copy, and write that back: four times the traffic of the largest tensor in decoding.
+        # A decode step has moved the state on in place. Copied onto itself it would not change, but a compiled step
+        # would then work on a copy, and write that back: four times the traffic of the largest tensor in decoding.
         old = self.recurrent_states[state_idx]
         if old is not None and not can_overwrite(old, recurrent_states):
             self.recurrent_states[state_idx] = recurrent_states
@@ -124,8 +125,8 @@ class CountingDeltaNetCacheLayer(DeltaNetCacheLayer, CacheLayerMixin):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether the step may be compiled. A dynamic cache's could be, too, but then `generate` hands a dict of masks to
-        whoever stands before the model, and PEFT's prompt tuning puts its own tokens in front of one mask."""
+        """Whether the step may be compiled. A dynamic cache's could be, too, but then `generate` hands a dict of masks
+        to whoever stands before the model, and PEFT's prompt tuning puts its own tokens in front of one mask."""
         return isinstance(self.cumulative_length, torch.Tensor)
 
     def lazy_initialization(self, recurrent_states: torch.Tensor | None = None, **kwargs) -> None:
@@ -164,7 +165,9 @@ def can_overwrite(state: torch.Tensor, by: torch.Tensor | None = None) -> bool:
 
 
 def _leave_inference_mode(layer) -> None:
-    """Replace what was made under `torch.inference_mode` by copies, once that is over: torch lets nobody write it then."""
+    """Replace what was made under `torch.inference_mode` by copies, once that is over: torch lets nobody write it
+    then.
+    """
     if is_torchdynamo_compiling() or torch.is_inference_mode_enabled():
         return
     for attributes in (vars(layer), *(x for x in vars(layer).values() if isinstance(x, dict))):
@@ -243,8 +246,8 @@ def save_cache(cache: Cache, file: str | os.PathLike, config) -> None:
     written under another name first: one that stands there already is replaced whole or not at all.
 
     Raises:
-        ValueError: a static cache, one that has read nothing yet, one process's part of a tensor-parallel model's, or one
-            of another architecture.
+        ValueError: a static cache, one that has read nothing yet, one process's part of a tensor-parallel model's, or
+            one of another architecture.
     """
     cache = prepare_cache(cache, config)
     if isinstance(cache, StaticCache):
@@ -260,8 +263,8 @@ def save_cache(cache: Cache, file: str | os.PathLike, config) -> None:
         )
         if tensors[name].shape[1] != heads:
             raise ValueError(
-                f"layer {i} holds {tensors[name].shape[1]} of {heads} heads: a tensor-parallel model's cache, of which "
-                "each process has a part, cannot be saved"
+                f"layer {i} holds {tensors[name].shape[1]} of {heads} heads: a tensor-parallel model's cache, of "
+                "which each process has a part, cannot be saved"
             )
     # Sliding layers keep a window of what they have read: how much that was is needed for positions and masks.
     metadata = {"format": CACHE_FORMAT, "config": _fingerprint(config), "tokens": str(int(cache.get_seq_length()))}
@@ -278,9 +281,9 @@ def load_cache(file: str | os.PathLike, config, device: str | torch.device = "cp
     """Read a cache that `save_cache` wrote, ready to be passed to the model as `past_key_values` or `cache`.
 
     Raises:
-        ValueError: a file that is truncated, not a cache, of a model with another `config`, or that holds anything other
-            than what such a model has after that many tokens: a tensor of another name, shape or dtype, or a value that
-            is not finite.
+        ValueError: a file that is truncated, not a cache, of a model with another `config`, or that holds anything
+            other than what such a model has after that many tokens: a tensor of another name, shape or dtype, or a
+            value that is not finite.
     """
     if Path(file).exists() and not Path(file).is_file():
         raise ValueError(f"{file} is not a file")
@@ -361,7 +364,8 @@ def _shapes(config, tokens: int) -> dict[str, list[int]]:
 def _fingerprint(config) -> str:
     """What two configs must share for a cache of one to fit the other."""
     fields = (
-        "layer_types", "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
+        "layer_types", "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
+        "linear_value_head_dim",
         "linear_conv_kernel_dim", "num_key_value_heads", "head_dim", "sliding_window", "hidden_size", "vocab_size",
     )  # fmt: skip
     return json.dumps({name: getattr(config, name) for name in fields})

@@ -29,8 +29,8 @@ PRESETS = {
 }
 
 # What Transformers itself writes into a config.json, or takes out of one, besides declared fields and the parameters
-# of generation. Everything else is a spelling mistake or belongs to another model: the constructor refuses it. In a file
-# another tool, or a later Transformers, may have written it: it is kept, with a warning.
+# of generation. Everything else is a spelling mistake or belongs to another model: the constructor refuses it. In a
+# file another tool, or a later Transformers, may have written it: it is kept, with a warning.
 TRANSFORMERS_KEYS = {
     "attn_implementation", "auto_map", "base_model_ep_plan", "base_model_fsdp_plan", "base_model_pp_plan",
     "custom_pipelines", "experts_implementation", "loss_type", "model_type", "name_or_path",
@@ -43,7 +43,8 @@ FOREIGN = "_foreign_fields"  # the constructor's argument for what `from_dict` a
 
 # What Transformers computes with when it reads a configuration, and does not check.
 INHERITED_TYPES = {
-    "architectures": (list,), "auto_map": (dict,), "dtype": (str, torch.dtype), "id2label": (dict,), "label2id": (dict,),
+    "architectures": (list,), "auto_map": (dict,), "dtype": (str, torch.dtype), "id2label": (dict,),
+    "label2id": (dict,),
     "num_labels": (int,), "partial_rotary_factor": (int, float), "per_layer_config": (dict,), "rope_scaling": (dict,),
     "rope_theta": (int, float), "torch_dtype": (str, torch.dtype),
 }  # fmt: skip
@@ -111,7 +112,8 @@ class DeltaNetConfig(PreTrainedConfig):
         sliding_window (`int`, *optional*):
             Tokens that a sliding layer sees, itself included, at least 2. Required with such layers, refused without.
         rope_parameters (`dict`, *optional*):
-            Rotary embedding of the softmax layers (and the linear ones, see `linear_use_rope`); theta 10000 by default, `{"rope_theta": None}` for none.
+            Rotary embedding of the softmax layers (and the linear ones, see `linear_use_rope`); theta 10000 by
+            default, `{"rope_theta": None}` for none.
         use_qk_norm (`bool`, *optional*, defaults to `False`):
             RMSNorm on each query and key head of a softmax layer (as in Qwen3).
         attention_bias (`bool`, *optional*, defaults to `False`):
@@ -134,8 +136,9 @@ class DeltaNetConfig(PreTrainedConfig):
             Whether the head shares the embeddings' weight.
 
     Raises:
-        ValueError: a field that does not exist (what a file has of these is kept, with a warning), or a size that its heads do not divide.
-        huggingface_hub.errors.StrictDataclassError: a field of another type, or fields that contradict each other, named
+        ValueError: a field that does not exist (what a file has of these is kept, with a warning), or a size that its
+        heads do not divide. huggingface_hub.errors.StrictDataclassError: a field of another type, or fields that
+        contradict each other, named
             with their values.
 
     Example:
@@ -254,7 +257,8 @@ class DeltaNetConfig(PreTrainedConfig):
         if self.head_dim is None:
             self.head_dim = self._divide("hidden_size", "num_attention_heads")
         super().__post_init__(**kwargs, **foreign)
-        # TRL reads it of each model that Transformers does not hold. Not of the class, whose dict all instances would share.
+        # TRL reads it of each model that Transformers does not hold. Not of the class, whose dict all instances would
+        # share.
         self.auto_map = getattr(self, "auto_map", None) or {}
 
     def to_dict(self) -> dict[str, Any]:
@@ -369,7 +373,8 @@ class DeltaNetConfig(PreTrainedConfig):
             raise ValueError(f"sliding_window must be at least 2, got {self.sliding_window}")
         if self.linear_conv_kernel_dim is not None and not 2 <= self.linear_conv_kernel_dim < 2**31:
             raise ValueError(
-                f"linear_conv_kernel_dim must be at least 2, or None for no convolution, got {self.linear_conv_kernel_dim}"
+                f"linear_conv_kernel_dim must be at least 2, or None for no convolution, got "
+                f"{self.linear_conv_kernel_dim}"
             )
         if self.linear_qk_norm == "sum" and self.linear_qk_activation not in ("relu", "elu"):
             raise ValueError(
@@ -392,8 +397,8 @@ class DeltaNetConfig(PreTrainedConfig):
         for name, only in (("partial_rotary_factor", 1), *((layer_type, None) for layer_type in LAYER_TYPES)):
             if self.rope_parameters.get(name, only) != only:
                 raise ValueError(
-                    f"rope_parameters has {name}: {self.rope_parameters[name]}, but all softmax layers share one rotary "
-                    "embedding of whole heads"
+                    f"rope_parameters has {name}: {self.rope_parameters[name]}, but all softmax layers share one "
+                    "rotary embedding of whole heads"
                 )
         rope_types = ("default", *ROPE_INIT_FUNCTIONS)
         if self.uses_rope and self.rope_parameters["rope_type"] not in rope_types:

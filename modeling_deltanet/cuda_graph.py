@@ -1,9 +1,9 @@
 """The decode step of `generate` with a static cache, as a CUDA graph of the model as it is.
 
 Eager decoding waits for the host: 16 ms a token for 24 layers (1.3B, batch 8) beside an H200, which needs 2.6 of them.
-Transformers' answer is torch.compile: 21 s for a Llama of that size, before its second token. What is gained is the CUDA
-graph at its end, and a DeltaNet's step can be recorded as it is: it writes its states where they lie. `generate` does so
-(`DeltaNetForCausalLM.get_compiled_call`), and its first call takes 4.5 s.
+Transformers' answer is torch.compile: 21 s for a Llama of that size, before its second token. What is gained is the
+CUDA graph at its end, and a DeltaNet's step can be recorded as it is: it writes its states where they lie. `generate`
+does so (`DeltaNetForCausalLM.get_compiled_call`), and its first call takes 4.5 s.
 """
 
 import torch
@@ -12,7 +12,9 @@ from transformers.cache_utils import Cache
 
 
 def can_be_captured(model) -> bool:
-    """Whether a decode step of `model` is a fixed sequence of kernels on one GPU, between which the host decides nothing."""
+    """Whether a decode step of `model` is a fixed sequence of kernels on one GPU, between which the host decides
+    nothing.
+    """
     config = model.config
     if model.device.type != "cuda" or torch.distributed.is_initialized() or getattr(model, "hf_quantizer", None):
         return False
@@ -29,8 +31,8 @@ class GraphedStep:
     """A model's call that, given the same kinds of inputs as the time before, becomes the replay of a CUDA graph.
 
     The first of such calls runs as it is, and warms up what a graph cannot record: the loading of kernels, cuBLAS's
-    workspace. The second is recorded and replayed, the others are replayed. One object serves one `generate`: between two,
-    weights may move and adapters change, of which a graph would not know.
+    workspace. The second is recorded and replayed, the others are replayed. One object serves one `generate`: between
+    two, weights may move and adapters change, of which a graph would not know.
     """
 
     def __init__(self, call):
@@ -80,7 +82,9 @@ def _kind(x):
 
 
 def _state(layer) -> list:
-    """What a cache layer's attributes are to the host: addresses and numbers. (In one go, as it is asked for each token.)"""
+    """What a cache layer's attributes are to the host: addresses and numbers. (In one go, as it is asked for each
+    token.)
+    """
     return [
         x.data_ptr() if isinstance(x, torch.Tensor) else x
         for attribute in vars(layer).values()

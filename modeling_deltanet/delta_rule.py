@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from .kernel_switch import LIMITS, is_transformed, kernels_for
 
 
-# Tokens per chunk, as in the paper and in the GPU kernels. Forward + backward on two CPU cores, (B, T, H, D) = (1, 2048, 8,
-# 64): 39 ms in chunks of 32, which keep twice as many states; 47 ms in 64; 60 ms in 128.
+# Tokens per chunk, as in the paper and in the GPU kernels. Forward + backward on two CPU cores, (B, T, H, D) = (1,
+# 2048, 8, 64): 39 ms in chunks of 32, which keep twice as many states; 47 ms in 64; 60 ms in 128.
 CHUNK_SIZE = 64
-# Below this many tokens the recurrence is faster on a CPU: 0.07 ms against 0.13 at T = 1, even at T = 3 (8 heads of 64).
+# Below this many tokens the recurrence is faster on a CPU: 0.07 ms against 0.13 at T = 1, even at T = 3 (8 heads of
+# 64).
 SHORT_SEQUENCE = 4
 # More than models have: a time axis, rather. (fla warned of more heads than tokens, which a short prompt has, too.)
 MANY_HEADS = 256
@@ -97,8 +98,8 @@ def torch_chunk_delta_rule(
         v: values, `[B, T, G, V]`; value head g is addressed by key head `g // (G / H)`.
         beta: step sizes in [0, 2], `[B, T, G]`, any floating dtype. Above 1 they give negative eigenvalues.
         scale: factor on the queries, `K ** -0.5` by default.
-        initial_state: memory before the first token, `[N, G, K, V]` in fp32 (fp64 for fp64 inputs) or a narrower dtype, which
-            is converted; zeros by default.
+        initial_state: memory before the first token, `[N, G, K, V]` in fp32 (fp64 for fp64 inputs) or a narrower
+            dtype, which is converted; zeros by default.
         output_final_state: also return the memory after the last token.
         use_qk_l2norm_in_kernel: divide each query and key by its L2 norm first (1e-6 is added to the squared norm).
         cu_seqlens: borders of N packed sequences, int `[N + 1]`, from 0 to T; needs B = 1. Without it, N = B. A border
@@ -140,7 +141,8 @@ class _ChunkDeltaRule(torch.autograd.Function):
     """The rule on tensors cut into chunks: q, k `[n * X, C, K]`, v `[n * X, C, V]`, beta `[n * X, C, 1]`, X = B * G.
 
     Gradients are written out, not recorded, which is twice as fast on a CPU and keeps only S, U, W and two [C, C]
-    matrices a chunk. In the formulas lower() keeps the diagonal and strict() does not; a product is one batched call over all chunks.
+    matrices a chunk. In the formulas lower() keeps the diagonal and strict() does not; a product is one batched call
+    over all chunks.
     """
 
     @staticmethod
@@ -162,8 +164,8 @@ class _ChunkDeltaRule(torch.autograd.Function):
             U[n].baddbmm_(W[n], state, alpha=-1)
             state.baddbmm_(k[n].mT, U[n])
 
-        # 4. All outputs at once: O = Q S + lower(Q K^T) U. (Not in place: compiled by torch 2.11, an output that an in-place
-        # call returned has no gradient.)
+        # 4. All outputs at once: O = Q S + lower(Q K^T) U. (Not in place: compiled by torch 2.11, an output that an
+        # in-place call returned has no gradient.)
         o = torch.baddbmm(q @ S, (q @ k.mT).tril_(), U)
         ctx.save_for_backward(q, k, v, beta, KK, A, W, S, U)
         ctx.chunk_borders = chunk_borders
@@ -201,7 +203,9 @@ class _ChunkDeltaRule(torch.autograd.Function):
 
 
 def _transformable_chunk_delta_rule(q, k, v, beta, initial_state, chunk_borders):
-    """`_ChunkDeltaRule.forward` without its writing in place, for torch to differentiate in any direction and order."""
+    """`_ChunkDeltaRule.forward` without its writing in place, for torch to differentiate in any direction and
+    order.
+    """
     identity = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device)
     KK = (k @ k.mT).tril(-1)
     A = torch.linalg.solve_triangular(beta * KK + identity, identity, upper=False) * beta.mT
@@ -247,7 +251,9 @@ def torch_recurrent_delta_rule(
     *,
     head_first: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The delta rule token by token, for decoding and as the baseline; arguments as in `torch_chunk_delta_rule`, beta 1 by default."""
+    """The delta rule token by token, for decoding and as the baseline; arguments as in `torch_chunk_delta_rule`, beta
+    1 by default.
+    """
     _refuse_head_first(head_first)
     beta = v.new_ones(v.shape[:-1]) if beta is None else beta
     o_dtype = v.dtype
@@ -337,7 +343,8 @@ def checked_borders(cu_seqlens: torch.Tensor, B: int, T: int) -> list[int]:
         raise ValueError(f"cu_seqlens packs sequences along time and needs a batch of 1, got {B}")
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
         raise ValueError(
-            f"cu_seqlens must be a 1-d integer tensor of N + 1 borders, got {list(cu_seqlens.shape)} in {cu_seqlens.dtype}"
+            f"cu_seqlens must be a 1-d integer tensor of N + 1 borders, got {list(cu_seqlens.shape)} in "
+            f"{cu_seqlens.dtype}"
         )
     borders = cu_seqlens.tolist()
     if borders[0] != 0 or borders[-1] != T or any(a > b for a, b in zip(borders, borders[1:])):
@@ -348,8 +355,8 @@ def checked_borders(cu_seqlens: torch.Tensor, B: int, T: int) -> list[int]:
 def _cut(tensors, borders):
     """Cut `[B, T, G, *]` tensors into chunks `[n * B * G, C, *]` so that every sequence starts a chunk of its own.
 
-    What fills up a sequence's last chunk is zero: a zero key with a zero step writes nothing. Also returns the chunk at
-    which each sequence begins (and the end), and each token's place on the padded time axis, or None if that is t.
+    What fills up a sequence's last chunk is zero: a zero key with a zero step writes nothing. Also returns the chunk
+    at which each sequence begins (and the end), and each token's place on the padded time axis, or None if that is t.
     """
     lengths = [last - first for first, last in zip(borders, borders[1:])]
     C = max(1, min(CHUNK_SIZE, max(lengths)))

@@ -1,7 +1,7 @@
 """Which route computes: the Triton kernels where they are installed and take the call, else torch.
 
-The one place that imports the kernels. The environment variable DELTANET_KERNELS leaves out parts of them (its words stand in
-the kernels' `_switch.py`); "off" leaves out all and is understood without them.
+The one place that imports the kernels. The environment variable DELTANET_KERNELS leaves out parts of them (its words
+stand in the kernels' `_switch.py`); "off" leaves out all and is understood without them.
 """
 
 import functools
@@ -53,7 +53,9 @@ def _torch(reason: str, detail: str) -> None:
 
 @torch.compiler.assume_constant_result
 def _refused_device(index: int | None) -> str | None:
-    """What speaks against a GPU, or None. AMD's say that they are CUDA devices, the MI200 of capability (9, 0), a Hopper's."""
+    """What speaks against a GPU, or None. AMD's say that they are CUDA devices, the MI200 of capability (9, 0), a
+    Hopper's.
+    """
     return _judged(index)
 
 
@@ -77,7 +79,9 @@ _log_once = functools.cache(logger.log)
 
 
 def checkpoint_but_for_rule(function, *inputs):
-    """`function(*inputs)`, which backward computes again, but for the kernels of a delta rule in it: their results are kept."""
+    """`function(*inputs)`, which backward computes again, but for the kernels of a delta rule in it: their results are
+    kept.
+    """
     if deltanet_kernels is None or OFF:  # the rule runs in torch, or by a kernel of the Hub
         return checkpoint(function, *inputs, use_reentrant=False)
     compiled = torch.compiler.is_compiling()
@@ -86,7 +90,8 @@ def checkpoint_but_for_rule(function, *inputs):
 
 
 def is_transformed() -> bool:
-    """Whether a transformation of `torch.func` (grad, vmap, jvp, ...) is at work: only torch's own operators know them all.
+    """Whether a transformation of `torch.func` (grad, vmap, jvp, ...) is at work: only torch's own operators know them
+    all.
 
     (torch has no public name for it; its `autograd.Function.apply` asks the same.)
     """

@@ -1,8 +1,9 @@
-"""Liger's Triton kernels in a DeltaNet, if one asks for them: `TrainingArguments(use_liger_kernel=True)`, as for Llama.
+"""Liger's Triton kernels in a DeltaNet, if one asks for them: `TrainingArguments(use_liger_kernel=True)`, as for
+Llama.
 
-They save memory in training: the loss is computed without ever holding the logits of all tokens, and SwiGLU's gradients
-take the place of its inputs. And time: torch's norm of [32768, 2048] in bf16 takes 0.23 ms on an H200, 3.6 times what its
-bytes need.
+They save memory in training: the loss is computed without ever holding the logits of all tokens, and SwiGLU's
+gradients take the place of its inputs. And time: torch's norm of [32768, 2048] in bf16 takes 0.23 ms on an H200, 3.6
+times what its bytes need.
 """
 
 import functools
@@ -50,8 +51,8 @@ def _without_logits(forward):
 
     @functools.wraps(forward)  # the Trainer reads the signature
     def forward_without_logits(model, *args, labels=None, skip_logits=None, **kwargs):
-        # The Trainer asks for `skip_logits` where it evaluates nothing but the loss. The loss reads the head's weight: an
-        # adapter on it would do nothing.
+        # The Trainer asks for `skip_logits` where it evaluates nothing but the loss. The loss reads the head's weight:
+        # an adapter on it would do nothing.
         skip_logits = model.training if skip_logits is None else skip_logits
         if not skip_logits or labels is None or type(model.lm_head) is not nn.Linear:
             return forward(model, *args, labels=labels, **kwargs)

@@ -50,8 +50,9 @@ from .liger_deltanet import apply_liger_kernel_to_deltanet
 from .short_conv import module_short_conv, short_conv, short_conv_step
 
 
-# For `use_kernels=True` with a `kernel_config` that maps these names to a kernel of the Hub (kernels/CARD.md): where this
-# package is not installed, its Triton kernels come that way. Transformers does nothing here without `kernels` >= 0.18.2.
+# For `use_kernels=True` with a `kernel_config` that maps these names to a kernel of the Hub (kernels/CARD.md): where
+# this package is not installed, its Triton kernels come that way. Transformers does nothing here without `kernels` >=
+# 0.18.2.
 delta_rule = use_kernel_forward_from_hub("DeltaRule")(delta_rule)
 delta_rule_step = use_kernel_forward_from_hub("DeltaRuleStep")(delta_rule_step)
 short_conv = use_kernel_forward_from_hub("ShortConv")(short_conv)
@@ -68,8 +69,8 @@ class DeltaNetRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # One kernel on a GPU, which keeps its input and no fp32 copy of it; but both must have one dtype (under autocast
-        # the weight is fp32 and the input may be bf16).
+        # One kernel on a GPU, which keeps its input and no fp32 copy of it; but both must have one dtype (under
+        # autocast the weight is fp32 and the input may be bf16).
         dtype = torch.promote_types(hidden_states.dtype, self.weight.dtype)
         return self.rms_norm(hidden_states.to(dtype), self.weight.to(dtype), self.variance_epsilon)
 
@@ -86,10 +87,10 @@ class DeltaNetRMSNorm(nn.Module):
 class _CompiledRMSNorm(torch.autograd.Function):
     """The norm in a compiled training step, with a backward that Inductor makes one kernel of.
 
-    Inductor writes out, in fp32, a product that two results share and that reads more than four tensors. In the backward that
-    torch derives, the gradient times the weight is one, where the gradient is a sum over four projections of one input. Before a
-    linear mixer 15 activations `[B, T, D]` were read and written; now, no product of the gradient being shared, 7 (counted in
-    Inductor's code, torch 2.13).
+    Inductor writes out, in fp32, a product that two results share and that reads more than four tensors. In the
+    backward that torch derives, the gradient times the weight is one, where the gradient is a sum over four
+    projections of one input. Before a linear mixer 15 activations `[B, T, D]` were read and written; now, no product
+    of the gradient being shared, 7 (counted in Inductor's code, torch 2.13).
     """
 
     @staticmethod
@@ -134,8 +135,9 @@ class DeltaNetRotaryEmbedding(nn.Module):
         return config.rope_parameters["rope_theta"] ** -exponents, 1.0
 
     def _apply(self, fn, recurse=True):
-        # `model.bfloat16()` moves parameters and buffers alike, but frequencies that are rounded to bf16 turn the 2000th token
-        # too far by up to 4 radians: a hybrid of two layers was 1.3 times as far from its fp32 run, one of three 1.4 times.
+        # `model.bfloat16()` moves parameters and buffers alike, but frequencies that are rounded to bf16 turn the
+        # 2000th token too far by up to 4 radians: a hybrid of two layers was 1.3 times as far from its fp32 run, one
+        # of three 1.4 times.
         exact = dict(self.named_buffers())
         super()._apply(fn, recurse)
         for name, buffer in exact.items():
@@ -155,7 +157,8 @@ class DeltaNetRotaryEmbedding(nn.Module):
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads_dim: int = 1) -> torch.Tensor:
     """Rotate `[B, heads, T, head_dim]`, or another place of `heads`, by the angles of cos and sin, `[B, T, head_dim]`.
 
-    cos and sin are fp32, hence the arithmetic too, with one rounding at the end: all in bf16 its error was 1.7 times that.
+    cos and sin are fp32, hence the arithmetic too, with one rounding at the end: all in bf16 its error was 1.7 times
+    that.
     """
     x1, x2 = x.chunk(2, dim=-1)
     return (x * cos.unsqueeze(heads_dim) + torch.cat((-x2, x1), dim=-1) * sin.unsqueeze(heads_dim)).to(x.dtype)
@@ -163,7 +166,9 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads_dim: int
 
 @use_kernelized_func([delta_rule, delta_rule_step, short_conv, short_conv_step])
 class DeltaNetLinearAttention(nn.Module):
-    """The delta-rule mixer: project, convolve, feature map (and rotation) on q and k, delta rule, norm (and gate), project."""
+    """The delta-rule mixer: project, convolve, feature map (and rotation) on q and k, delta rule, norm (and gate),
+    project.
+    """
 
     def __init__(self, config: DeltaNetConfig, layer_idx: int):
         super().__init__()
@@ -202,11 +207,11 @@ class DeltaNetLinearAttention(nn.Module):
     ) -> torch.Tensor:
         """Mix `[B, T, D]` along time.
 
-        `attention_mask` `[B, T]` is 0 where a token is padding: such a token writes nothing, and no convolution sees it.
-        `cu_seqlens` `[N + 1]` holds the borders of packed documents on the flattened time axis of all B rows.
+        `attention_mask` `[B, T]` is 0 where a token is padding: such a token writes nothing, and no convolution sees
+        it. `cu_seqlens` `[N + 1]` holds the borders of packed documents on the flattened time axis of all B rows.
         `position_embeddings` are the rotary cosines and sines, `[B, T, K]`, which only `linear_use_rope` reads.
-        `recompute`, without a cache: backward computes again what lies between the projections, but for the delta rule's
-        kernels (see the layer).
+        `recompute`, without a cache: backward computes again what lies between the projections, but for the delta
+        rule's kernels (see the layer).
         """
         B, T, _ = hidden_states.shape
         if cu_seqlens is not None:
@@ -287,8 +292,9 @@ class DeltaNetLinearAttention(nn.Module):
         if not is_plain:
             ys, tail = module_short_conv(xs, convs, self.conv_size, activation, history, cu_seqlens)
         elif past_key_values is None and torch.is_grad_enabled() and torch.compiler.is_compiling():
-            # Compiled training: the delta rule's backward does not read v, so where backward computes the convolution again, the
-            # compiler drops v's, if that is a call of its own: a third of 0.21 ms a layer (8 x 4096 x 2048, H200).
+            # Compiled training: the delta rule's backward does not read v, so where backward computes the convolution
+            # again, the compiler drops v's, if that is a call of its own: a third of 0.21 ms a layer (8 x 4096 x 2048,
+            # H200).
             (q, k), _ = short_conv(xs[:2], weights[:2], activation, cu_seqlens=cu_seqlens)
             (v,), _ = short_conv(xs[2:], weights[2:], activation, cu_seqlens=cu_seqlens)
             ys = q, k, v
@@ -317,8 +323,8 @@ def _is_plain(conv: nn.Module) -> bool:
 
 
 def _local(weight: torch.Tensor) -> torch.Tensor:
-    """The part of a weight that this process holds: under tensor parallelism it is a DTensor, which only a module's own
-    forward would unwrap."""
+    """The part of a weight that this process holds: under tensor parallelism it is a DTensor, which only a module's
+    own forward would unwrap."""
     return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
@@ -373,7 +379,9 @@ def eager_attention_forward(
 
 
 class DeltaNetAttention(nn.Module):
-    """Softmax attention, full or within a sliding window, with grouped heads, rotary embedding and q/k norm if asked."""
+    """Softmax attention, full or within a sliding window, with grouped heads, rotary embedding and q/k norm if
+    asked.
+    """
 
     def __init__(self, config: DeltaNetConfig, layer_idx: int):
         super().__init__()
@@ -494,12 +502,13 @@ class DeltaNetDecoderLayer(GradientCheckpointingLayer):
     def _recomputes(self, hidden_states: torch.Tensor, past_key_values: Cache | None) -> bool:
         """Whether backward computes again what lies between a linear mixer's projections, and between the MLP's.
 
-        Of the 24 activations `[B, T, D]` that a layer of the 1.3B size would keep, 17 are left: 12.5 of norms and projections,
-        and 4.5 of the delta rule's kernels (o 1, A 0.5, U 1, states 2), which backward does not run again. What it computes
-        again, convolution, SiLU, output norm and SwiGLU, has no matrix product. A step of 8 x 4096 tokens on an H200: with
-        Liger 64 GB and 504 ms, compiled 66 GB and 476 ms; before the 4.5 were kept, 53 GB and 536 ms with Liger, and 82 GB and
-        509 ms with all 24. On a CPU memory is not what is short. A cache would be written twice. A layer that is computed
-        again as a whole (by Transformers' gradient checkpointing) need not do so with its parts.
+        Of the 24 activations `[B, T, D]` that a layer of the 1.3B size would keep, 17 are left: 12.5 of norms and
+        projections, and 4.5 of the delta rule's kernels (o 1, A 0.5, U 1, states 2), which backward does not run
+        again. What it computes again, convolution, SiLU, output norm and SwiGLU, has no matrix product. A step of 8 x
+        4096 tokens on an H200: with Liger 64 GB and 504 ms, compiled 66 GB and 476 ms; before the 4.5 were kept, 53 GB
+        and 536 ms with Liger, and 82 GB and 509 ms with all 24. On a CPU memory is not what is short. A cache would be
+        written twice. A layer that is computed again as a whole (by Transformers' gradient checkpointing) need not do
+        so with its parts.
         """
         if not hidden_states.is_cuda or not torch.is_grad_enabled() or past_key_values is not None:
             return False
@@ -605,8 +614,8 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
             # Softmax layers find the documents by positions that start again, and only where there is no 2d mask.
             position_ids = document_positions
             attention_mask = attention_mask | {"linear_attention": None} if isinstance(attention_mask, dict) else None
-            # Flash attention looks at the positions of a single row only: it is told the borders. Its longest document is an
-            # upper bound, which the host knows without waiting for the GPU.
+            # Flash attention looks at the positions of a single row only: it is told the borders. Its longest document
+            # is an upper bound, which the host knows without waiting for the GPU.
             if (longest := kwargs.get("max_length_q")) is None:
                 longest = position_ids.numel()
             kwargs["cu_seq_lens_q"] = kwargs["cu_seq_lens_k"] = cu_seqlens.to(torch.int32)
@@ -672,8 +681,8 @@ def _find_packed_documents(
 def _packed_by_positions(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
     """The document of each token, or None: a break in a compiled graph, without which documents would run together.
 
-    Beside a mask, positions may jump forward within a document. Padding between documents is a document of its own: what
-    it writes is read by no other.
+    Beside a mask, positions may jump forward within a document. Padding between documents is a document of its own:
+    what it writes is read by no other.
     """
     if attention_mask is None:
         return find_packed_sequence_indices(position_ids)
@@ -739,7 +748,8 @@ def create_linear_attention_mask(
 def _check_linear_attention_mask(attention_mask: torch.Tensor | None) -> None:
     if attention_mask is not None and len(attention_mask.shape) != 2:
         raise ValueError(
-            "a linear-attention layer reads each token once and cannot hide some from others: its attention_mask must be "
+            "a linear-attention layer reads each token once and cannot hide some from others: its attention_mask "
+            "must be "
             f"[B, T], got {list(attention_mask.shape)}; give packed documents as position_ids or cu_seq_lens_q, or a "
             "dict of masks by layer type"
         )
@@ -771,8 +781,8 @@ class DeltaNetForCausalLM(DeltaNetPreTrainedModel, GenerationMixin):
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` reads the signature
     def prepare_inputs_for_generation(self, *args, **kwargs):
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
-        # PEFT, which stands in for this method, asks for `past_key_values` (in 0.21): without one, it would put a learned
-        # prompt before each new token.
+        # PEFT, which stands in for this method, asks for `past_key_values` (in 0.21): without one, it would put a
+        # learned prompt before each new token.
         if CACHE_NAME in inputs and "prepare_inputs_for_generation" in vars(self):
             inputs["past_key_values"] = inputs[CACHE_NAME]
         return inputs
@@ -781,12 +791,14 @@ class DeltaNetForCausalLM(DeltaNetPreTrainedModel, GenerationMixin):
     def create_masks_for_generate(
         config, inputs_embeds, attention_mask, past_key_values=None, position_ids=None, cache=None, **kwargs
     ):
-        # `generate` makes the masks itself where the cache could be compiled: by default with Transformers' linear mask.
+        # `generate` makes the masks itself where the cache could be compiled: by default with Transformers' linear
+        # mask.
         past_key_values = one_cache(past_key_values, cache, kwargs)
         return create_masks(config, inputs_embeds, attention_mask, past_key_values, position_ids)
 
     def get_compiled_call(self, compile_config):
-        # What `generate` calls for each token with a static cache. Whoever passes a `compile_config` gets torch.compile.
+        # What `generate` calls for each token with a static cache. Whoever passes a `compile_config` gets
+        # torch.compile.
         if compile_config is None and can_be_captured(self):
             return GraphedStep(self.__call__)
         return super().get_compiled_call(compile_config)

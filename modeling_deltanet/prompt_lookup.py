@@ -2,10 +2,10 @@
 
     model.generate(**inputs, custom_generate=prompt_lookup, max_new_tokens=200)
 
-Where the text repeats something, what followed there is a draft of what follows here; one forward pass checks all of it.
-A wrong draft has changed the states, which cannot be cropped: they go back to a snapshot, and the next pass reads the
-confirmed tokens again, together with the next draft. The text is that of greedy decoding. (`generate` hands no streamer
-to a `custom_generate`: it comes whole.)
+Where the text repeats something, what followed there is a draft of what follows here; one forward pass checks all of
+it. A wrong draft has changed the states, which cannot be cropped: they go back to a snapshot, and the next pass reads
+the confirmed tokens again, together with the next draft. The text is that of greedy decoding. (`generate` hands no
+streamer to a `custom_generate`: it comes whole.)
 """
 
 import torch
@@ -27,8 +27,8 @@ def prompt_lookup(
     ngram_size: int = 2,
     **model_kwargs,
 ):
-    """`generate` calls this; its own arguments are two more of `generate`'s: `draft_tokens`, the length of a draft, and
-    `ngram_size`, how many of the last tokens must occur before for a draft to be made.
+    """`generate` calls this; its own arguments are two more of `generate`'s: `draft_tokens`, the length of a draft,
+    and `ngram_size`, how many of the last tokens must occur before for a draft to be made.
 
     Raises:
         ValueError: more than one sequence, sampling, beams, or no (dynamic) cache.
@@ -37,7 +37,8 @@ def prompt_lookup(
     if input_ids.shape[0] != 1 or generation_config.do_sample or generation_config.num_beams != 1:
         raise ValueError(
             "prompt_lookup decodes one sequence greedily, got "
-            f"{input_ids.shape[0]} sequences, do_sample={generation_config.do_sample}, num_beams={generation_config.num_beams}"
+            f"{input_ids.shape[0]} sequences, do_sample={generation_config.do_sample}, "
+            f"num_beams={generation_config.num_beams}"
         )
     if cache is None or model_kwargs.get("attention_mask") is not None:
         raise ValueError("prompt_lookup needs a cache and a prompt without padding")

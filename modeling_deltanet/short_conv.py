@@ -30,7 +30,9 @@ def short_conv_step(
     state: torch.Tensor,
     activation: str | None = "silu",
 ) -> tuple[torch.Tensor, ...]:
-    """One token of decoding, T = 1, without gradients: returns ys and moves `state` `[B, sum D_i, W - 1]` on in place."""
+    """One token of decoding, T = 1, without gradients: returns ys and moves `state` `[B, sum D_i, W - 1]` on in
+    place.
+    """
     kernels = kernels_for(xs[0], _too_wide(weights))
     if kernels is not None:
         return kernels.short_conv_step(xs, weights, state, activation)
@@ -63,8 +65,8 @@ def torch_short_conv(
         activation: `"silu"` or None.
         initial_state: the `W - 1` inputs before the first, oldest first, `[N, sum D_i, W - 1]`; zeros by default.
         output_final_state: also return the last `W - 1` inputs, in the same form and the inputs' dtype.
-        cu_seqlens: borders of N packed sequences, int `[N + 1]`, from 0 to T; needs B = 1. No token sees another sequence's.
-            A border may repeat. Without it, N = B.
+        cu_seqlens: borders of N packed sequences, int `[N + 1]`, from 0 to T; needs B = 1. No token sees another
+            sequence's. A border may repeat. Without it, N = B.
 
     Returns:
         `(ys, final_state)`: ys like xs, in their dtypes; final_state, differentiable too, or None unless asked for.
@@ -88,7 +90,8 @@ def torch_short_conv(
         for j in range(W):
             shifted = padded[:, j : j + T]
             if cu_seqlens is not None:
-                # The input `back` tokens back belongs to the sequence from its `back`-th token on, before that to its history.
+                # The input `back` tokens back belongs to the sequence from its `back`-th token on, before that to its
+                # history.
                 back = W - 1 - j
                 own = (age >= back)[None, :, None]
                 other = 0 if history is None else history[sequence, (age + j).clamp(0, W - 2)].unsqueeze(0)
@@ -110,7 +113,8 @@ def module_short_conv(
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     """The convolution by modules that are more than a weight of W taps: an adapter, a hook, another class.
 
-    A module is called with `[B, D_i, time]`, where the `W - 1` inputs before it, or zeros, stand in front of each sequence.
+    A module is called with `[B, D_i, time]`, where the `W - 1` inputs before it, or zeros, stand in front of each
+    sequence.
     """
     T = xs[0].shape[1]
     sizes = [x.shape[-1] for x in xs]
@@ -141,7 +145,9 @@ def _place_in_sequence(cu_seqlens: torch.Tensor, T: int) -> tuple[torch.Tensor, 
 
 
 def _tails(padded: torch.Tensor, history: torch.Tensor | None, cu_seqlens: torch.Tensor, W: int) -> torch.Tensor:
-    """The last W - 1 inputs of each sequence, `[N, W - 1, D]`; of a shorter one its history's first. `padded` `[W - 1 + T, D]`."""
+    """The last W - 1 inputs of each sequence, `[N, W - 1, D]`; of a shorter one its history's first. `padded` `[W - 1
+    + T, D]`.
+    """
     column = torch.arange(W - 1, device=cu_seqlens.device)
     lengths = cu_seqlens.diff()[:, None]
     own = padded[cu_seqlens[1:, None] + column]

@@ -1,7 +1,7 @@
 """The releases of Transformers that DeltaNet was tried with.
 
-Every file that is an entry (the package, or either file that `trust_remote_code=True` reads first) imports this one before
-anything that another release may lack. pyproject.toml states the same range.
+Every file that is an entry (the package, or either file that `trust_remote_code=True` reads first) imports this one
+before anything that another release may lack. pyproject.toml states the same range.
 """
 
 import warnings
@@ -13,7 +13,8 @@ OLDEST, NEWEST = "5.23.0", "5.24.0"
 
 
 def check_transformers(installed: str) -> None:
-    """Refuse a release that is too old, warn of one that is too new; a patch of a release that was tried counts as tried.
+    """Refuse a release that is too old, warn of one that is too new; a patch of a release that was tried counts as
+    tried.
 
     Raises:
         ImportError: a release before the oldest.

@@ -21,7 +21,8 @@ if not torch.cuda.is_available():
 
 @pytest.fixture
 def short_segments(monkeypatch):
-    """In the interpreter, the short convolution's programs walk through 16 and 8 rows, not 32 and 128, whatever the length.
+    """In the interpreter, the short convolution's programs walk through 16 and 8 rows, not 32 and 128, whatever the
+    length.
 
     That is twice what they load at once, and has more borders in as many rows.
     """

@@ -39,8 +39,9 @@ def test_leaves_a_folder_that_could_be_pushed(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "deltanet-quickstart"
     names = {path.name for path in folder.iterdir()}
     assert names >= {
-        "README.md", "loss.png", "evaluation.json", "config.json", "model.safetensors", "tokenizer.json", "lora", "merged",
-        "modeling_deltanet.py", "configuration_deltanet.py", "delta_rule.py", "kernel_switch.py", "cache_deltanet.py", "short_conv.py",
+        "README.md", "loss.png", "evaluation.json", "config.json", "model.safetensors", "tokenizer.json", "lora",
+        "merged", "modeling_deltanet.py", "configuration_deltanet.py", "delta_rule.py", "kernel_switch.py",
+        "cache_deltanet.py", "short_conv.py",
     }  # fmt: skip
     card = (folder / "README.md").read_text()
     assert "| documentation, held out | perplexity |" in card

@@ -76,7 +76,8 @@ def names(folder, file, key, *values):
 
 
 @pytest.mark.parametrize(
-    "name", ["../outside/model.safetensors", "ABSOLUTE", "./model.safetensors", "a/../x.safetensors", "link.safetensors",
+    "name", ["../outside/model.safetensors", "ABSOLUTE", "./model.safetensors", "a/../x.safetensors",
+    "link.safetensors",
              "linked/model.safetensors", "..", "", 3, None, ["model.safetensors"], "config.json"]
 )  # fmt: skip
 def test_an_index_that_leads_out_of_the_folder(sharded, outside, name):

@@ -12,8 +12,8 @@ import pytest
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "convert_llama.py"
 SMALL = (
-    "--recall-steps 1 --steps 2 --batch-size 4 --length 96 --hidden-size 64 --head-dim 32 --layers 4 --vocab-size 400 --megabytes 0.1 "
-    "--symbols 9 --align-tokens 1024 --distill-tokens 1024 --eval-blocks 4"
+    "--recall-steps 1 --steps 2 --batch-size 4 --length 96 --hidden-size 64 --head-dim 32 --layers 4 --vocab-size "
+    "400 --megabytes 0.1 --symbols 9 --align-tokens 1024 --distill-tokens 1024 --eval-blocks 4"
 ).split()
 
 

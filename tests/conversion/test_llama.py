@@ -85,8 +85,8 @@ def test_what_is_kept_is_kept_to_the_bit(tmp_path, kind):
 def linear_attention_of(teacher, layer: int, x: torch.Tensor) -> torch.Tensor:
     """The linear attention nearest to a teacher's softmax attention, with a step size of 1/2: `[T, D]` from `[T, D]`.
 
-    As softmax attention does, it scores a query against all earlier keys, here by the cosine of the angle between them,
-    and corrects what a key already holds. Each head's output has the size of its values.
+    As softmax attention does, it scores a query against all earlier keys, here by the cosine of the angle between
+    them, and corrects what a key already holds. Each head's output has the size of its values.
     """
     attention, config = teacher.model.layers[layer].self_attn, teacher.config
     T, heads, d = len(x), config.num_attention_heads, attention.head_dim

@@ -9,10 +9,13 @@ from hypothesis import strategies as st
 SECRET = "../sentinel/secret"  # beside the folder that is read: nothing may follow it
 TEXTS = (
     "", "x", "0", "-1", "1e400", "float16", "load", "linear_attention", "deltanet", "llama", "delta_net", "F4",
-    f"{SECRET}.json", f"{SECRET}.safetensors", "/etc/passwd", "~/x", ".", "..", "a/../b", "a/b--c.D", "../../x--mod.Class",
+    f"{SECRET}.json", f"{SECRET}.safetensors", "/etc/passwd", "~/x", ".", "..", "a/../b", "a/b--c.D",
+    "../../x--mod.Class",
     "me/base", "config.json", "model.safetensors", "nul\0", "\ud800", "\u2028", "x" * 5000,
-    "a\nlicense: mit", "a\n---\nlicense: mit\n---\n", "---", "\n## Limits\n\nnone", "a: b", "- a", "!!python/name:os.system",
-    "&a *a", "'\"", "{{ 7 * 7 }}", "{% for x in y %}", "<script>alert(1)</script>", "<!--", "-->", "| a | b |", "`x` ```",
+    "a\nlicense: mit", "a\n---\nlicense: mit\n---\n", "---", "\n## Limits\n\nnone", "a: b", "- a",
+    "!!python/name:os.system",
+    "&a *a", "'\"", "{{ 7 * 7 }}", "{% for x in y %}", "<script>alert(1)</script>", "<!--", "-->", "| a | b |",
+    "`x` ```",
     "[a](javascript:x)", "![x](y)", "\\", "\r", "\t", "# x", "%s", "{0.__class__}",
 )  # fmt: skip
 NUMBERS = (0, 1, -1, 2, 3, 7, 255, 2**31, 2**63, 2**64, 10**30, 10**400, 0.5, -0.5, 1e-30, 1e308, -1e308, float("nan"),

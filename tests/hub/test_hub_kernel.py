@@ -13,8 +13,8 @@ from deltanet_conversion.hub_kernel import build
 
 PROJECT = Path(__file__).parent.parent.parent / "kernels"
 
-# A process of its own, for a kernel stays in sys.modules. `kernels` chooses a variant by the machine's backend; without
-# a GPU that is "cpu", so the machine that the kernel is for is pretended.
+# A process of its own, for a kernel stays in sys.modules. `kernels` chooses a variant by the machine's backend;
+# without a GPU that is "cpu", so the machine that the kernel is for is pretended.
 LOAD = """
 import os, sys
 os.environ["TRITON_INTERPRET"] = "1"
@@ -49,8 +49,8 @@ for name in ("chunk_forward", "recurrent_forward", "short_conv_forward"):
     assert hasattr(torch.ops.deltanet_kernels, name)
 """
 
-# Transformers 5.23 takes `kernels` from 0.18.2 on, which PyPI does not have (November 2026): its check is set to 0.17 here.
-# Its KernelConfig knows no CPU, so the mapping is given to `kernels` itself.
+# Transformers 5.23 takes `kernels` from 0.18.2 on, which PyPI does not have (November 2026): its check is set to 0.17
+# here. Its KernelConfig knows no CPU, so the mapping is given to `kernels` itself.
 USE_KERNELS = """
 import os, sys
 os.environ["TRITON_INTERPRET"] = "1"
@@ -77,7 +77,11 @@ with use_kernel_mapping(
     {name: {"cpu": LocalLayerRepository(repo_path=variant, layer_name=name)} for name in layers}, inherit_mapping=False
 ):
     model.set_use_kernels(True)
-    functions = next(m for name, m in sys.modules.items() if name.startswith("_deltanet_kernels") and name.endswith(".layers"))
+    functions = next(
+        module
+        for name, module in sys.modules.items()
+        if name.startswith("_deltanet_kernels") and name.endswith(".layers")
+    )
     called = set()
 
     def counted(name, function):
@@ -105,7 +109,9 @@ def test_the_build_loads_as_a_kernel_of_the_hub(tmp_path):
 
 
 def test_use_kernels_brings_them_into_the_model(tmp_path):
-    """Where only the model's code was downloaded, `use_kernels=True` would leave it on torch, or compute something else."""
+    """Where only the model's code was downloaded, `use_kernels=True` would leave it on torch, or compute something
+    else.
+    """
     [variant] = build(PROJECT, tmp_path)
     models = str(Path(__file__).parent.parent / "models")
     done = subprocess.run([sys.executable, "-c", USE_KERNELS, str(variant), models], capture_output=True, text=True)

@@ -1,6 +1,7 @@
 """Any file may lie: whatever stands in it, a command gives a valid result or one error that names what is wrong.
 
-Hypothesis draws the lies from `MUTATIONS_SEED` (0 by default); `MUTATIONS` times as many as CI tries are drawn on demand:
+Hypothesis draws the lies from `MUTATIONS_SEED` (0 by default); `MUTATIONS` times as many as CI tries are drawn on
+demand:
 
     MUTATIONS=10 MUTATIONS_SEED=1 python -m pytest tests/hub/test_mutations.py -rP
 """
@@ -39,7 +40,8 @@ SEED, TIMES = int(os.environ.get("MUTATIONS_SEED", 0)), float(os.environ.get("MU
 SHARDS = "model.safetensors.index.json"
 REPOSITORY = Path(__file__).resolve().parents[2]
 # What Python and its packages read of themselves.
-OWN_PLACES = [Path(p).resolve() for p in (sys.prefix, sys.base_prefix, Path(torch.__file__).parents[1], "/proc", "/sys", "/dev",
+OWN_PLACES = [Path(p).resolve() for p in (sys.prefix, sys.base_prefix, Path(torch.__file__).parents[1], "/proc",
+    "/sys", "/dev",
               REPOSITORY)]  # fmt: skip
 METADATA = {
     "license",
@@ -145,7 +147,7 @@ def watched(monkeypatch):
     monkeypatch.setattr(scan, "get_token", lambda: None)
 
 
-# -------------------------------------------------------------------------------------------- the folders that are changed
+# ---------------------------------------------------------------------------------------- the folders that are changed
 
 
 EVALUATION = {
@@ -215,7 +217,8 @@ def make_cache(folder: Path) -> None:
 
 
 MAKERS = {
-    "ours": make_ours, "shards": make_shards, "fla": make_fla, "llama": make_llama, "adapter": make_adapter, "cache": make_cache
+    "ours": make_ours, "shards": make_shards, "fla": make_fla, "llama": make_llama, "adapter": make_adapter,
+    "cache": make_cache,
 }  # fmt: skip
 
 
@@ -381,7 +384,9 @@ FINDINGS = {
     "dtype that is a function of torch": (ours, load_config, {"dtype": "load"}, "dtype must name a dtype of torch"),
     "dtype that torch does not have": (ours, inspect, {"dtype": "NaNfloat32"}, "dtype"),
     "dtype in a list": (ours, load_config, {"dtype": ["float32"]}, "dtype must be str"),
-    "labels with words for numbers": (ours, load_config, {"id2label": {"a": "b"}}, "id2label must have numbers as keys"),
+    "labels with words for numbers": (
+        ours, load_config, {"id2label": {"a": "b"}}, "id2label must have numbers as keys"
+    ),
     "labels in a list": (ours, load_config, {"id2label": [1]}, "id2label must be dict"),
     "labels that fill the memory": (ours, load_config, {"num_labels": 10**12}, "num_labels must be from 0"),
     "labels that are counted in letters": (ours, load_config, {"num_labels": "a"}, "num_labels must be int"),
@@ -392,17 +397,27 @@ FINDINGS = {
         ours, inspect, {"num_hidden_layers": 900_000, "layer_types": None}, "900000 layers; the files hold"
     ),
     "layers of their own in a list": (ours, load_config, {"per_layer_config": [1]}, "per_layer_config must be dict"),
-    "quantization that is a number": (ours, load_config, {"quantization_config": 3}, "quantization_config must be dict"),
+    "quantization that is a number": (
+        ours, load_config, {"quantization_config": 3}, "quantization_config must be dict"
+    ),
     "a class instead of a field": (ours, load_config, {"__class__": 3}, "'__class__' cannot be a field"),
     "a theta that is no number": (ours, load_config, {"rope_parameters": {"rope_theta": "x"}}, "rope_theta = 'x'"),
-    "a theta of nothing": (ours, load_config, {"rope_parameters": {"rope_theta": 0}}, "rope_theta must be greater than 0"),
+    "a theta of nothing": (
+        ours, load_config, {"rope_parameters": {"rope_theta": 0}}, "rope_theta must be greater than 0"
+    ),
     "a stretched rotation without its factor": (
         ours, load_config, {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "'factor'"
     ),
-    "an epsilon that is NaN": (ours, load_config, {"rms_norm_eps": float("nan")}, "rms_norm_eps must be from 0 to 1, got nan"),
+    "an epsilon that is NaN": (
+        ours, load_config, {"rms_norm_eps": float("nan")}, "rms_norm_eps must be from 0 to 1, got nan"
+    ),
     "a negative deviation": (ours, load_config, {"initializer_range": -1.0}, "initializer_range must be from 0"),
-    "dropout of more than all": (ours, load_config, {"attention_dropout": 5.0}, "attention_dropout must be from 0 to 1"),
-    "no position at all": (ours, load_config, {"max_position_embeddings": -5}, "max_position_embeddings must be from 1"),
+    "dropout of more than all": (
+        ours, load_config, {"attention_dropout": 5.0}, "attention_dropout must be from 0 to 1"
+    ),
+    "no position at all": (
+        ours, load_config, {"max_position_embeddings": -5}, "max_position_embeddings must be from 1"
+    ),
     "padding beyond the vocabulary": (ours, converted(to="fla"), {"pad_token_id": 10**6}, "pad_token_id must be from"),
     "a size beyond any tensor": (ours, prepare, {"hidden_size": 10**400}, "hidden_size must be at least 1, and below"),
     "a convolution beyond any tensor": (ours, prepare, {"linear_conv_kernel_dim": 10**30}, "linear_conv_kernel_dim"),
@@ -418,7 +433,9 @@ FINDINGS = {
     "fla: a width in letters": (fla, inspect, {"hidden_size": "x"}, "hidden_size: 'x'"),
     "fla: softmax layers that are a number": (fla, inspect, {"attn": [0]}, "attn must describe softmax layers"),
     "fla: softmax layers without layers": (fla, inspect, {"attn": {"num_heads": 4}}, "attn has layers: None"),
-    "fla: a softmax layer without number": (fla, inspect, {"attn": {"layers": [None], "num_heads": 4}}, "layers: [None]"),
+    "fla: a softmax layer without number": (
+        fla, inspect, {"attn": {"layers": [None], "num_heads": 4}}, "layers: [None]"
+    ),
     "fla: softmax layers without heads": (fla, inspect, {"attn": {"layers": [1]}}, "num_heads: None"),
     "fla: a theta in letters": (
         fla, inspect, {"attn": {"layers": [1], "num_heads": 4, "rope_theta": "`x`"}}, "rope_theta: '`x`'"
@@ -429,15 +446,23 @@ FINDINGS = {
     "adapted modules that are objects": (LORA, None, {"target_modules": [1, {}]}, "target_modules [1, {}]"),
     "a method that is a heading": (LORA, None, {"peft_type": "x\n## Limits"}, "peft_type"),
     "a rank in letters": (LORA, None, {"r": "8 |"}, "r: a figure must be a finite number"),
-    "data in a list": (EVAL, None, {"results": [RESULT | {"dataset": [1]}]}, "results[0], dataset: wanted text, got [1]"),
-    "data without name": (EVAL, None, {"results": [RESULT | {"dataset": ""}]}, "results[0], dataset: wanted text, got ''"),
+    "data in a list": (
+        EVAL, None, {"results": [RESULT | {"dataset": [1]}]}, "results[0], dataset: wanted text, got [1]"
+    ),
+    "data without name": (
+        EVAL, None, {"results": [RESULT | {"dataset": ""}]}, "results[0], dataset: wanted text, got ''"
+    ),
     "a model that is an object": (EVAL, None, {"results": [RESULT | {"of": {}}]}, "results[0], of: wanted text"),
     "a split that is an object": (EVAL, None, {"results": [RESULT | {"split": {}}]}, "results[0], split: wanted text"),
     "hardware that is an object": (EVAL, None, {"hardware": {}}, "hardware: wanted text"),
     "results that are a number": (EVAL, None, {"results": 3}, "must be lists"),
-    "a figure of 400 digits": (EVAL, None, {"results": [RESULT | {"value": 10**400}]}, "a figure must be a finite number"),
+    "a figure of 400 digits": (
+        EVAL, None, {"results": [RESULT | {"value": 10**400}]}, "a figure must be a finite number"
+    ),
     "harness: a config that is a number": (LM, None, {"config": 3}, "not a file of lm-evaluation-harness"),
-    "harness: a task without figures": (LM, None, {"results": {"lambada": None}}, "not a file of lm-evaluation-harness"),
+    "harness: a task without figures": (
+        LM, None, {"results": {"lambada": None}}, "not a file of lm-evaluation-harness"
+    ),
     "steps that are nothing": (TRAINER, None, {"global_step": None}, "global_step: a figure"),
     "epochs that are HTML": (TRAINER, None, {"epoch": "<!--"}, "epoch: a figure"),
     "a history that is false": (TRAINER, None, {"log_history": 3}, "log_history must be a list"),

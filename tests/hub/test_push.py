@@ -35,7 +35,8 @@ from modeling_deltanet import DeltaNetForCausalLM, register_remote_code
 
 
 CODE = {
-    "modeling_deltanet.py", "configuration_deltanet.py", "delta_rule.py", "kernel_switch.py", "cache_deltanet.py", "short_conv.py",
+    "modeling_deltanet.py", "configuration_deltanet.py", "delta_rule.py", "kernel_switch.py", "cache_deltanet.py",
+    "short_conv.py",
     "cuda_graph.py", "liger_deltanet.py", "versions_deltanet.py", "after_import.py",
 }  # fmt: skip
 CLI = "from deltanet_conversion.cli import main; main()"
@@ -181,7 +182,9 @@ def published(hub, plan):
 
 
 def test_a_commit_that_fails_changes_nothing(hub, plan, published):
-    """After the Hub's 500 a repository would hold half of the new files, or the user would not know where it stands."""
+    """After the Hub's 500 a repository would hold half of the new files, or the user would not know where it
+    stands.
+    """
     hub.fail("POST", "/commit/", status=500)
     with pytest.raises(HubFailure, match=r"500 to POST .*/commit/main.*still at [0-9a-f]{40}"):
         publish(plan)
@@ -348,7 +351,8 @@ def test_an_incomplete_card_is_refused_by_line(folder):
         "README.md:1: no license in the metadata",
         f"README.md:{lines.index('## Training') + 1}: section 'Training' is empty",
         "README.md: no section 'Limits'",
-        f"README.md:{lines.index('[More Information Needed]') + 1}: [More Information Needed] is still to be filled in",
+        f"README.md:{lines.index('[More Information Needed]') + 1}: [More Information Needed] is still to be filled "
+        f"in",
         f"README.md:{lines.index('![curve](loss.png)') + 1}: the picture loss.png is not among the files",
     ]
     card.write_text("---\nlicense: [\n---\n")

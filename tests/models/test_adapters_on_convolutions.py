@@ -1,4 +1,6 @@
-"""Whatever stands in the place of a short convolution, or hangs on it, is called: the model must not read its weight only."""
+"""Whatever stands in the place of a short convolution, or hangs on it, is called: the model must not read its weight
+only.
+"""
 
 import pytest
 import torch

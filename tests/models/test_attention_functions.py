@@ -1,9 +1,9 @@
 """Flex and flash attention give what sdpa gives, on a CPU.
 
-Flex attention runs uncompiled; compiled, as Transformers runs it, it has no gradients on a CPU, and its C++ does not always
-compile (torch 2.13, Llama too): see `test_gpu.py`. Flash attention's package needs a GPU. Two functions with its signatures
-stand in for it; all that comes before them, in Transformers and in the model, is the real thing. They show that it is asked
-the right question, not that it answers.
+Flex attention runs uncompiled; compiled, as Transformers runs it, it has no gradients on a CPU, and its C++ does not
+always compile (torch 2.13, Llama too): see `test_gpu.py`. Flash attention's package needs a GPU. Two functions with
+its signatures stand in for it; all that comes before them, in Transformers and in the model, is the real thing. They
+show that it is asked the right question, not that it answers.
 """
 
 import pytest

@@ -43,7 +43,9 @@ def read(model, ids, cache=None):
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """case -> logits after a document: of the process that has read it, and of another that has its cache from a file."""
+    """case -> logits after a document: of the process that has read it, and of another that has its cache from a
+    file.
+    """
     root, wanted = tmp_path_factory.mktemp("answers"), {}
     for case, fields in CASES.items():
         model, folder = tiny_model(**fields), root / case
@@ -130,7 +132,9 @@ def with_tensor(name):
 
 # A hybrid of linear, sliding (window 5), linear and full layers that has read 10 tokens of 2 sequences.
 LIES = {
-    "a state of fewer heads": (resized("0.recurrent_state", (slice(None), slice(1))), ["0.recurrent_state", "[2, 1, "]),
+    "a state of fewer heads": (
+        resized("0.recurrent_state", (slice(None), slice(1))), ["0.recurrent_state", "[2, 1, "]
+    ),
     "a state with keys of another size": (
         resized("2.recurrent_state", (slice(None), slice(None), slice(9))), ["2.recurrent_state", "[2, 2, 9, 16]"]
     ),

@@ -104,7 +104,9 @@ def test_the_switch_to_the_kernels_is_no_break(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_norm_shares_no_product_of_its_gradient(dtype):
-    """Inductor would write that product out in fp32 and read it again, in each layer; or the gradient would be another."""
+    """Inductor would write that product out in fp32 and read it again, in each layer; or the gradient would be
+    another.
+    """
     graphs, norm = [], DeltaNetRMSNorm(32, eps=0.1).to(dtype)
     torch.nn.init.normal_(norm.weight)
 

@@ -129,7 +129,8 @@ CONTRADICTIONS = {
     "an odd head with rotary embedding": ({"head_dim": 7}, ["head_dim", "7", "rotary"]),
     "a partly rotated head": ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
     "a rotary embedding for each layer type": (
-        {"rope_parameters": {SLIDING: {"rope_theta": 1e3, "rope_type": "default"}}}, ["rope_parameters", SLIDING, "1000"]
+        {"rope_parameters": {SLIDING: {"rope_theta": 1e3, "rope_type": "default"}}},
+        ["rope_parameters", SLIDING, "1000"]
     ),
     "an unknown rotary embedding": ({"rope_parameters": {"rope_type": "linaer"}}, ["rope_type", "linaer", "linear"]),
     "an unknown activation": ({"hidden_act": "swoosh"}, ["hidden_act", "swoosh", "silu"]),

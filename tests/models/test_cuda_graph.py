@@ -1,4 +1,6 @@
-"""Decoding by replays of one recorded step, on a CPU: `Recorder` stands for the GPU's graphs. (On a GPU: test_gpu.py.)"""
+"""Decoding by replays of one recorded step, on a CPU: `Recorder` stands for the GPU's graphs. (On a GPU:
+test_gpu.py.)
+"""
 
 from types import SimpleNamespace
 
@@ -15,7 +17,9 @@ from modeling_deltanet.cuda_graph import GraphedStep, can_be_captured
 
 
 class Recorder(TorchDispatchMode):
-    """A CUDA graph on a CPU: replays the recorded operations on the addresses that they had, whatever the host would do."""
+    """A CUDA graph on a CPU: replays the recorded operations on the addresses that they had, whatever the host would
+    do.
+    """
 
     def __init__(self):
         super().__init__()
@@ -80,7 +84,9 @@ def test_replayed_tokens_are_those_of_eager_decoding(recorders, variant):
 
 
 def test_weights_that_changed_are_used(recorders):
-    """A second `generate` would answer as the model did before it was trained, or with the adapter that was taken off."""
+    """A second `generate` would answer as the model did before it was trained, or with the adapter that was taken
+    off.
+    """
     model, x = tiny_model(layer_types=[LINEAR] * 2), tokens(2, 7)
     model.generate(x, **GREEDY, **STATIC)
     other = tiny_model(layer_types=[LINEAR] * 2, seed=1)

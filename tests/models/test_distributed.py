@@ -1,8 +1,8 @@
-"""More than one process, on the engines that exist: tensor and pipeline parallelism of Transformers, accelerate's DDP and
-FSDP2. Each is compared with one process on the same global batch.
+"""More than one process, on the engines that exist: tensor and pipeline parallelism of Transformers, accelerate's DDP
+and FSDP2. Each is compared with one process on the same global batch.
 
-`run` starts this file twice, as `torchrun` would (gloo on the loopback device): both processes go through the functions
-that it names, and what they return comes back by rank. (`device_map` and offload hooks: test_modeling.py.)
+`run` starts this file twice, as `torchrun` would (gloo on the loopback device): both processes go through the
+functions that it names, and what they return comes back by rank. (`device_map` and offload hooks: test_modeling.py.)
 
 Two starts in all, because each takes many times as long as what it is for: one for Transformers' engines and one for
 accelerate's, whose state is the process's.

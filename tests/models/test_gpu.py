@@ -139,7 +139,9 @@ def test_generation_equals_the_torch_path(layer_types, on_torch):
 
 @pytest.mark.parametrize("layer_types", [HYBRID, ["linear_attention"] * 2], ids=["hybrid", "linear"])
 def test_a_decode_step_is_replayed(layer_types, monkeypatch):
-    """`generate(cache_implementation="static")`, the fast way to decode, would launch each kernel, or say something else."""
+    """`generate(cache_implementation="static")`, the fast way to decode, would launch each kernel, or say something
+    else.
+    """
     model = make_model([t for t in layer_types if t != "sliding_attention"], torch.bfloat16).eval()
     captured, capture = [], cuda_graph.capture
     monkeypatch.setattr(cuda_graph, "capture", lambda function: captured.append(1) or capture(function))
@@ -149,7 +151,8 @@ def test_a_decode_step_is_replayed(layer_types, monkeypatch):
     options = {"do_sample": False, "min_new_tokens": 20, "max_new_tokens": 20, "pad_token_id": 0}
     for mask in (torch.ones_like(ids), padded):
         got = model.generate(ids, attention_mask=mask, cache_implementation="static", max_cache_len=100, **options)
-        # attention over a longer, masked cache may round differently in bf16: the first tokens are the same all the same
+        # attention over a longer, masked cache may round differently in bf16: the first tokens are the same all the
+        # same
         same = got.shape[1] if "full_attention" not in model.config.layer_types else 44
         assert torch.equal(got[:, :same], model.generate(ids, attention_mask=mask, **options)[:, :same])
     assert len(captured) == 2

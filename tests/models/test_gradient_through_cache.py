@@ -1,4 +1,6 @@
-"""Training a long text in segments, the cache carrying what came before: truncated nowhere, the gradient is that of one go."""
+"""Training a long text in segments, the cache carrying what came before: truncated nowhere, the gradient is that of
+one go.
+"""
 
 import pytest
 import torch
@@ -58,7 +60,9 @@ def test_segments_on_the_kernels(monkeypatch, short_segments):
 
 
 def test_reading_on_without_gradients_leaves_the_gradient():
-    """A text read further by the same cache, to look at a sample say, would break the backward of what was read before."""
+    """A text read further by the same cache, to look at a sample say, would break the backward of what was read
+    before.
+    """
     model, x = tiny_model().double().train(), tokens(1, 16)
     expected = gradients(model, model(x, use_cache=False).logits)
     cache = DynamicCache(config=model.config)

@@ -57,7 +57,8 @@ def reference_mixer(mixer, config, x):
     features = {"silu": F.silu, "relu": F.relu, "elu": lambda y: F.elu(y) + 1, "identity": lambda y: y}
     q, k = (features[config.linear_qk_activation](project(name)).view(T, H, -1) for name in "qk")
     if config.linear_use_rope:
-        # Number i of the first half of a head and number i of the second are one complex number, turned by t / theta^(2i/K).
+        # Number i of the first half of a head and number i of the second are one complex number, turned by t /
+        # theta^(2i/K).
         K = config.head_dim
         angles = torch.arange(T)[:, None] * config.rope_parameters["rope_theta"] ** -(torch.arange(0, K, 2) / K)
         turn = torch.polar(torch.ones_like(angles), angles).to(torch.complex128)[:, None]
@@ -558,8 +559,8 @@ def test_bf16_autocast_stays_close_to_fp32(variant):
         (logits, gradient), (auto_logits, auto_gradient) = results
         assert 0 < (auto_logits - logits)[real].norm() < 0.08 * logits[real].norm()
         errors.append(((auto_gradient - gradient).norm() / gradient.norm()).item())
-    # The gradients of one random model are off by 0.05 to 0.3 whatever the rounding of the norms, in fp32 too: a chain of
-    # random layers amplifies it. The middle of three is 0.05 to 0.12.
+    # The gradients of one random model are off by 0.05 to 0.3 whatever the rounding of the norms, in fp32 too: a chain
+    # of random layers amplifies it. The middle of three is 0.05 to 0.12.
     assert sorted(errors)[1] < 0.15, errors
 
 

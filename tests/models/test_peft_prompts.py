@@ -32,7 +32,9 @@ def test_learned_prompts_generate(config, layers):
 
 @pytest.mark.parametrize("layers", LAYERS)
 def test_prefix_tuning_says_that_it_is_not_for_linear_layers(layers):
-    """Learned keys and values would be given to layers that have none; the message was about `DynamicCache(config=...)`."""
+    """Learned keys and values would be given to layers that have none; the message was about
+    `DynamicCache(config=...)`.
+    """
     model, x = peft(PrefixTuningConfig, {}, layers), tokens(2, 8)
     with pytest.raises(ValueError, match="prefix tuning is not for linear-attention layers.*prompt tuning"):
         model.generate(input_ids=x, max_new_tokens=2)

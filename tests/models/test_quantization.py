@@ -8,7 +8,8 @@ from tiny import LINEAR, SLIDING, tiny_model, tokens
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 
-# On a CPU with AVX512-BF16, bitsandbytes 0.50 reads 4-bit weights with a multiple of 32 outputs only; b_proj has one a head.
+# On a CPU with AVX512-BF16, bitsandbytes 0.50 reads 4-bit weights with a multiple of 32 outputs only; b_proj has one a
+# head.
 SKIPPED = ["b_proj", "lm_head"]
 KINDS = {
     "8-bit": (BitsAndBytesConfig(load_in_8bit=True), bitsandbytes.nn.Linear8bitLt, 0.1),
@@ -37,7 +38,9 @@ def quantized(request, tmp_path):
 
 @torch.no_grad()
 def test_a_quantised_model_reads_generates_and_comes_back(quantized, tmp_path):
-    """A projection would be read past its module, the convolution or the head be quantised, or saving lose the weights."""
+    """A projection would be read past its module, the convolution or the head be quantised, or saving lose the
+    weights.
+    """
     model, loaded, linear, tolerance = quantized
     skipped = tuple(loaded.config.quantization_config.llm_int8_skip_modules or [])
     for name, module in loaded.named_modules():

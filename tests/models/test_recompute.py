@@ -1,5 +1,5 @@
-"""Training on a GPU keeps little of a layer: backward computes again what lies between the projections. Forced here, on a
-CPU, where by itself the model keeps everything."""
+"""Training on a GPU keeps little of a layer: backward computes again what lies between the projections. Forced here,
+on a CPU, where by itself the model keeps everything."""
 
 import gc
 import weakref
@@ -62,7 +62,9 @@ def kept_by(layer, x, **inputs) -> int:
 
 
 def numbers_around_the_projections(model, B, T) -> int:
-    """What a linear layer has to keep: what goes into its norms and out of them, and what comes out of its projections."""
+    """What a linear layer has to keep: what goes into its norms and out of them, and what comes out of its
+    projections.
+    """
     config = model.config
     key_dim = config.linear_num_key_heads * config.linear_key_head_dim
     value_dim = config.linear_num_value_heads * config.linear_value_head_dim
@@ -108,7 +110,9 @@ def test_a_layer_keeps_what_its_norms_and_projections_need(recomputing):
 
 
 def test_a_layer_on_the_kernels_keeps_the_rule_too(recomputing, on_kernels, runs):
-    """Training would need more memory than fla's: q, k and v would be kept as the convolution gives them, or a result twice."""
+    """Training would need more memory than fla's: q, k and v would be kept as the convolution gives them, or a result
+    twice.
+    """
     model = tiny_model(layer_types=[LINEAR]).train()
     recomputing(True)
     kept = kept_by(model.model.layers[0], torch.randn(2, 70, 32, requires_grad=True))
@@ -254,7 +258,9 @@ def test_nothing_is_kept_in_mind_without_a_backward(recomputing, cache):
 
 
 def test_a_compiled_step_keeps_as_little(recomputing, on_kernels):
-    """Compiled, a step would break into pieces, keep the convolution's results, or compute the rule or projections again."""
+    """Compiled, a step would break into pieces, keep the convolution's results, or compute the rule or projections
+    again.
+    """
     torch._dynamo.reset()
     counters.clear()
     model, x, results, graphs = tiny_model(layer_types=[LINEAR, FULL]).train(), tokens(1, 10), [], []

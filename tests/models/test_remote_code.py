@@ -1,8 +1,9 @@
 """Remote code: what a published folder does where this package is not installed.
 
 The package is left out for real: the scripts run in a virtual environment of its own, whose site-packages links to
-everything that is installed here except this package, in an empty folder, without PYTHONPATH. Two processes run them all,
-each several, because starting one takes longer than any script: the second loads copies of code that the first has written.
+everything that is installed here except this package, in an empty folder, without PYTHONPATH. Two processes run them
+all, each several, because starting one takes longer than any script: the second loads copies of code that the first
+has written.
 """
 
 import json
@@ -104,7 +105,8 @@ model = AutoModelForSequenceClassification.from_pretrained("classifier", trust_r
 with torch.no_grad():
     same(model(wanted["x"], attention_mask=wanted["mask"]).logits, wanted["logits"])
 
-made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained("hybrid", trust_remote_code=True), trust_remote_code=True)
+config = AutoConfig.from_pretrained("hybrid", trust_remote_code=True)
+made = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
 assert type(made).__name__ == "DeltaNetForCausalLM"
 """
 
@@ -256,5 +258,7 @@ def test_nothing_is_printed(outcomes):
 
 
 def test_another_transformers_is_named(outcomes):
-    """The user would read that some name cannot be imported, or get a text that nobody has compared, without a word."""
+    """The user would read that some name cannot be imported, or get a text that nobody has compared, without a
+    word.
+    """
     assert outcomes["other_releases"] == "passed", outcomes["other_releases"]

@@ -1,4 +1,6 @@
-"""torch.func: per-sample gradients, ensembles, Jacobians and forward mode, as any model of torch's own operators has them."""
+"""torch.func: per-sample gradients, ensembles, Jacobians and forward mode, as any model of torch's own operators has
+them.
+"""
 
 import pytest
 import torch

@@ -15,7 +15,8 @@ from modeling_deltanet import DeltaNetConfig, DeltaNetForCausalLM
 LINEAR, SLIDING, FULL = "linear_attention", "sliding_attention", "full_attention"
 VOCAB = 96
 
-# What the suite runs through padding, packing and the cache: every kind of layer, and every part that looks back in time.
+# What the suite runs through padding, packing and the cache: every kind of layer, and every part that looks back in
+# time.
 VARIANTS = {
     "hybrid": {},
     "all_linear": {"layer_types": [LINEAR] * 3},
@@ -109,7 +110,9 @@ def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A word a token: `w5.` is token 5, and 0 is padding. (The dot: a special token `w2` would be found within `w21`.)"""
+    """A word a token: `w5.` is token 5, and 0 is padding. (The dot: a special token `w2` would be found within
+    `w21`.)
+    """
     tokenizer = Tokenizer(WordLevel({"<pad>": 0} | {f"w{i}.": i for i in range(1, VOCAB)}, unk_token="w1."))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(

@@ -1,4 +1,6 @@
-"""The delta rule token by token in fp64, with autograd: what every kernel is measured against. Shares no code with one."""
+"""The delta rule token by token in fp64, with autograd: what every kernel is measured against. Shares no code with
+one.
+"""
 
 import torch
 

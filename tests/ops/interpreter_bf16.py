@@ -1,8 +1,10 @@
-"""bf16 in Triton's interpreter, which keeps it as uint16 and computes with those bits (3.6 to 3.9): made to mean numbers here.
+"""bf16 in Triton's interpreter, which keeps it as uint16 and computes with those bits (3.6 to 3.9): made to mean
+numbers here.
 
-Patched are casts, which round to nearest even, arithmetic, functions and products, each computed in fp32 and rounded as the
-GPU does. Sums over an axis need nothing: Triton casts their input to fp32 itself. What only moves values (loads, stores,
-transposes, where, bit casts) moves bits as before. Gluon has no interpreter, so its kernels run on a GPU alone.
+Patched are casts, which round to nearest even, arithmetic, functions and products, each computed in fp32 and rounded
+as the GPU does. Sums over an axis need nothing: Triton casts their input to fp32 itself. What only moves values
+(loads, stores, transposes, where, bit casts) moves bits as before. Gluon has no interpreter, so its kernels run on a
+GPU alone.
 """
 
 import numpy as np

@@ -1,7 +1,7 @@
 """Compiles the token-by-token and convolution kernels for GPUs that are not there: `python offline.py 90:128 80:256`.
 
-A process of its own, because in the tests' process the kernels belong to the interpreter. Prints a JSON object a line, for
-each argument: kernel -> what `resources` says of it.
+A process of its own, because in the tests' process the kernels belong to the interpreter. Prints a JSON object a line,
+for each argument: kernel -> what `resources` says of it.
 """
 
 import json
@@ -60,11 +60,12 @@ def serialized(sass: str) -> bool:
 
 
 def lost_bases(sass: str) -> list[str]:
-    """Sums of 64 bits, both halves of which start from one value, as ptxas 12.8 (Triton 3.6 and 3.7) makes them of the base of
-    a descriptor and an offset: the base is lost, and a product reads elsewhere in shared memory.
+    """Sums of 64 bits, both halves of which start from one value, as ptxas 12.8 (Triton 3.6 and 3.7) makes them of the
+    base of a descriptor and an offset: the base is lost, and a product reads elsewhere in shared memory.
 
-    It did so in `grads_kernel` where a step of 64 value columns met fewer than 64 key columns. Rightly, the lower half starts
-    from the base and the upper one from another register, or from the same one where that was given another value between.
+    It did so in `grads_kernel` where a step of 64 value columns met fewer than 64 key columns. Rightly, the lower half
+    starts from the base and the upper one from another register, or from the same one where that was given another
+    value between.
     """
     lower, found = {}, []  # carry -> the register of a lower half, while it holds the same value, and the instruction
     for text in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?(\S.*?) *;", sass):

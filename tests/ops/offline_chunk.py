@@ -1,8 +1,9 @@
 """Compiles the chunked kernels for a GPU that is not there: `python offline_chunk.py 90:128:128:bf16 80:64:256:fp32`.
 
-A process of its own, because in the tests' process the kernels belong to the interpreter. Prints a JSON object a line, for
-each argument (chip, K, V, dtype): kernel -> [registers per thread, bytes of spilled registers, bytes of shared memory].
-What is compiled are the launches of real calls, recorded without a GPU. Which Triton compiles is PYTHONPATH's business.
+A process of its own, because in the tests' process the kernels belong to the interpreter. Prints a JSON object a line,
+for each argument (chip, K, V, dtype): kernel -> [registers per thread, bytes of spilled registers, bytes of shared
+memory]. What is compiled are the launches of real calls, recorded without a GPU. Which Triton compiles is PYTHONPATH's
+business.
 """
 
 import json

@@ -1,8 +1,9 @@
-"""Whether a kernel overwrites a tile in shared memory that a product of Hopper's still reads: `python pipelines.py x.ttgir`.
+"""Whether a kernel overwrites a tile in shared memory that a product of Hopper's still reads: `python pipelines.py
+x.ttgir`.
 
-Triton loads the tiles of a loop ahead into a ring of buffers, and lets the last product run on while the next tile is under
-way. It counts one buffer less for a tile that registers read, too (3.6 to 3.9 do): the copy of a later turn then lands where
-that product reads. The result is wrong now and then, in some rows, so that no single run shows it.
+Triton loads the tiles of a loop ahead into a ring of buffers, and lets the last product run on while the next tile is
+under way. It counts one buffer less for a tile that registers read, too (3.6 to 3.9 do): the copy of a later turn then
+lands where that product reads. The result is wrong now and then, in some rows, so that no single run shows it.
 """
 
 import re
@@ -15,12 +16,16 @@ NAME = r"%[\w#-]+"
 
 
 class Loop(NamedTuple):
-    """What one turn does to shared memory, in its order: ("read", tiles), ("wait", products left) or ("copy", tile)."""
+    """What one turn does to shared memory, in its order: ("read", tiles), ("wait", products left) or ("copy",
+    tile).
+    """
 
     steps: list[tuple]
 
     def overwrites(self, buffers: dict[str, int], ahead: dict[str, int]) -> set[str]:
-        """Tiles that are copied to while a product reads them. `ahead`: turns for which they were copied before the loop."""
+        """Tiles that are copied to while a product reads them. `ahead`: turns for which they were copied before the
+        loop.
+        """
         found, running = set(), []
         for turn in range(4):  # the second finds what the first left running
             for kind, what in self.steps:

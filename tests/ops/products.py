@@ -1,7 +1,7 @@
 """The tensor core products in a kernel's PTX: `python products.py kernel.ptx`.
 
-An assembler that gets one kind of product wrong gets it wrong in every kernel, so a rule about kinds can be asserted for
-every line of the launch table without a GPU.
+An assembler that gets one kind of product wrong gets it wrong in every kernel, so a rule about kinds can be asserted
+for every line of the launch table without a GPU.
 """
 
 import collections
@@ -54,8 +54,8 @@ def products(ptx: str) -> collections.Counter:
         a_turned, b_turned = (*turned, False, False)[:2]
         found[
             Product(
-                "wgmma", *_sizes(shape), types, "registers" if in_registers else "shared", "shared", a_turned, b_turned,
-                None if in_registers else _swizzle(ptx, a), _swizzle(ptx, b),
+                "wgmma", *_sizes(shape), types, "registers" if in_registers else "shared", "shared", a_turned,
+                b_turned, None if in_registers else _swizzle(ptx, a), _swizzle(ptx, b),
             )
         ] += 1  # fmt: skip
     for shape, types in re.findall(r"mma\.sync\.aligned\.(m\d+n\d+k\d+)\.row\.col\.(\S+)", ptx):

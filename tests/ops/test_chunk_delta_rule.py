@@ -363,7 +363,9 @@ def spy_on_gluon(monkeypatch):
 @pytest.mark.parametrize("K, V", [(64, 64), (64, 128), (128, 64), (128, 128)])
 @pytest.mark.parametrize("T, cu_seqlens", [(448, None), (430, None), (430, [0, 64, 64, 70, 300, 430])])
 def test_gpu_gluon(heads, K, V, T, cu_seqlens, monkeypatch):
-    """Long enough that each stage of shared memory is used again; full chunks, cut ones and packed ones; few programs, many."""
+    """Long enough that each stage of shared memory is used again; full chunks, cut ones and packed ones; few programs,
+    many.
+    """
     ran = spy_on_gluon(monkeypatch)
     x = make(
         1, T, heads, K, V, HV=4 * heads, n=None if cu_seqlens is None else len(cu_seqlens) - 1, dtype=torch.bfloat16
@@ -375,7 +377,9 @@ def test_gpu_gluon(heads, K, V, T, cu_seqlens, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("l2norm", [True, False])
 def test_gpu_gluon_borders(l2norm, monkeypatch):
-    """NaN around the inputs, as views of one projection, reaches nothing; rows off alignment go to the Triton kernels."""
+    """NaN around the inputs, as views of one projection, reaches nothing; rows off alignment go to the Triton
+    kernels.
+    """
     ran = spy_on_gluon(monkeypatch)
     for shift, kernels in ((16, {"grads_kernel", "reverse_kernel", "scan_kernel"}), (4, set())):
         ran.clear()

@@ -18,9 +18,9 @@ from deltanet_kernels import plan  # noqa: E402
 
 
 # Bytes of spilled registers a thread that are known and accepted (kernels/README.md, "Spills"). Hopper's wide keys
-# hold 128 registers of state; gradients and prepare at d = 64 are held to 168; where Gluon's scans run, Triton's of few
-# programs is left rows off alignment. By chip and the larger head size, padded. Everything else: at most a few words.
-# Not listed: fp32 and fp16, not tuned at all.
+# hold 128 registers of state; gradients and prepare at d = 64 are held to 168; where Gluon's scans run, Triton's of
+# few programs is left rows off alignment. By chip and the larger head size, padded. Everything else: at most a few
+# words. Not listed: fp32 and fp16, not tuned at all.
 ACCEPTED = {
     (86, 256): {"chain": 96, "chain back": 88},
     (90, 64): {"grads": 96, "prepare": 80},

@@ -99,7 +99,9 @@ OUTSIDE = [[0, 70, 130], [0, 0, 40], [5, 5, 70, 130], [30, 90, 90]]
 @pytest.mark.parametrize("borders", OUTSIDE, ids=str)
 @pytest.mark.parametrize("rule", KERNELS)
 def test_tokens_outside_of_all_sequences_give_zeros(rule, borders):
-    """A padded buffer's tail would hand what memory held to the next layer and to the optimizer; nothing else may change."""
+    """A padded buffer's tail would hand what memory held to the next layer and to the optimizer; nothing else may
+    change.
+    """
     T = 150
     if rule is KERNELS[1]:  # which the interpreter runs a token at a time
         T, borders = T // 10, [border // 10 for border in borders]

@@ -158,7 +158,9 @@ def test_strided_inputs_from_one_projection():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_strided_state_and_gradient(rule):
-    """A state cut out of a larger tensor, and a gradient that comes back in other strides, are read as what they are."""
+    """A state cut out of a larger tensor, and a gradient that comes back in other strides, are read as what they
+    are.
+    """
     q, k, v, beta, state = make_inputs(2, 100, 3, 8, 3, 8)
     strided = state.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
     state.requires_grad_()
@@ -206,7 +208,9 @@ def test_a_broken_kernel_package_is_heard(without_kernels):
 
 
 def test_what_is_missing_is_logged_where_it_is_missed(without_kernels, caplog):
-    """The log would say that torch computes where a kernel of the Hub does, which replaces what asks for the package."""
+    """The log would say that torch computes where a kernel of the Hub does, which replaces what asks for the
+    package.
+    """
     module, x = without_kernels(ImportError("no such package")), torch.ones(2, requires_grad=True)
     module.checkpoint_but_for_rule(torch.sin, x).sum().backward()
     assert torch.equal(x.grad, torch.ones(2).cos())
@@ -235,8 +239,12 @@ BAD_INPUTS = {
     "beta a value wide": (_bad(beta=torch.rand(1, 6, 4, 3).double()), r"\[1, 6, 4\], got \[1, 6, 4, 3\]"),
     "mixed dtypes": (_bad(k=torch.randn(1, 6, 2, 4)), r"k torch.float32"),
     "integers": (_bad(q=torch.ones(1, 6, 2, 4).long()), r"q torch.int64"),
-    "state of another shape": (_bad(initial_state=torch.zeros(1, 4, 3, 4).double()), r"\[1, 4, 4, 3\].*\[1, 4, 3, 4\]"),
-    "state of integers": (_bad(initial_state=torch.zeros(1, 4, 4, 3).long()), r"torch.float64 or a narrower .* torch.int64"),
+    "state of another shape": (
+        _bad(initial_state=torch.zeros(1, 4, 3, 4).double()), r"\[1, 4, 4, 3\].*\[1, 4, 3, 4\]"
+    ),
+    "state of integers": (
+        _bad(initial_state=torch.zeros(1, 4, 4, 3).long()), r"torch.float64 or a narrower .* torch.int64"
+    ),
     "borders not from 0": (_bad(cu_seqlens=torch.tensor([1, 6])), r"from 0 to T = 6.*\[1, 6\]"),
     "borders not to T": (_bad(cu_seqlens=torch.tensor([0, 5])), r"from 0 to T = 6.*\[0, 5\]"),
     "borders that go back": (_bad(cu_seqlens=torch.tensor([0, 4, 2, 6])), r"never back, got \[0, 4, 2, 6\]"),

@@ -1,7 +1,8 @@
-"""What everybody trains with, bf16, on a CPU: the kernels' own branches for it (bf16 scratch, fp16 inside the inverse).
+"""What everybody trains with, bf16, on a CPU: the kernels' own branches for it (bf16 scratch, fp16 inside the
+inverse).
 
-Triton's interpreter is corrected for that (`interpreter_bf16.py`). fp16 goes through fp32 scratch. The Gluon kernels cannot
-be interpreted: the GPU tests run them.
+Triton's interpreter is corrected for that (`interpreter_bf16.py`). fp16 goes through fp32 scratch. The Gluon kernels
+cannot be interpreted: the GPU tests run them.
 """
 
 import pytest
@@ -26,7 +27,9 @@ BF16 = torch.bfloat16
 @pytest.mark.parametrize("K, V, HV", [(64, 32, 1), (48, 64, 2), (160, 16, 1)])
 @pytest.mark.parametrize("stored, deep", [(False, True), (True, False)])
 def test_chunked(K, V, HV, stored, deep, monkeypatch):
-    """A cast or a factor missing where scratch is bf16 would spoil every user's training, and no fp32 test would see it."""
+    """A cast or a factor missing where scratch is bf16 would spoil every user's training, and no fp32 test would see
+    it.
+    """
     change_plans(monkeypatch, scores=plan.Launch(32, 4, 3) if stored else None, deep=deep)
     compare(*make(1, 100, 1, K, V, HV=HV, dtype=BF16))
 
@@ -39,7 +42,9 @@ def test_other_chips(arch, monkeypatch):
 
 
 def test_packed_and_without_norm():
-    """Borders inside a chunk, an empty sequence; keys normalised by the caller are rounded, too, hence the caller's error."""
+    """Borders inside a chunk, an empty sequence; keys normalised by the caller are rounded, too, hence the caller's
+    error.
+    """
     compare(*make(1, 130, 1, 32, n=4, dtype=BF16), cu_seqlens=[0, 0, 5, 68, 130])
     compare(*make(2, 65, 1, 32, l2norm=False, state=False, dtype=BF16), l2norm=False)
 

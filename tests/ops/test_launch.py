@@ -1,4 +1,6 @@
-"""Launches that go past Triton, and calls past the launchers: on a CPU with a kernel that only notes down what it is told."""
+"""Launches that go past Triton, and calls past the launchers: on a CPU with a kernel that only notes down what it is
+told.
+"""
 
 import inspect
 import os
@@ -128,8 +130,13 @@ def test_the_private_launcher_was_read_for_this_triton():
 
 
 def test_a_version_says_what_is_private():
-    """A nightly build or a release candidate of an untried version must not pass for a tried one, nor fail to import."""
-    code = "import triton, sys; triton.__version__ = sys.argv[1]; from deltanet_kernels import _launch, plan; print(_launch.LAUNCHER, plan.GLUON)"
+    """A nightly build or a release candidate of an untried version must not pass for a tried one, nor fail to
+    import.
+    """
+    code = (
+        "import triton, sys; triton.__version__ = sys.argv[1]; from deltanet_kernels import _launch, plan; "
+        "print(_launch.LAUNCHER, plan.GLUON)"
+    )
     for version, expected in (("3.6.0+git1234", "True True"), ("3.10.0rc1", "False False"), ("4.0.0", "False False")):
         env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
         done = subprocess.run([sys.executable, "-c", code, version], env=env, capture_output=True, text=True)
@@ -145,7 +152,9 @@ def test_fusion_is_asked_for(kernel):
 
 
 class Call:
-    """A function as `replay` takes it: two allocations, a launch on them and on what it is given, and `odd` in between."""
+    """A function as `replay` takes it: two allocations, a launch on them and on what it is given, and `odd` in
+    between.
+    """
 
     def __init__(self, kernel, odd=None):
         self.kernel, self.odd, self.runs = kernel, odd, 0

@@ -1,7 +1,8 @@
 """Every documented head size on a GPU, in each dtype and layout, against fp64: what README and docstrings promise.
 
-`deltanet check --full` runs the same cases. Nearly all of the time goes into compiling, so sizes that share machine code go
-to one test, and the longest tests come first: `pytest -m gpu -n 8 --dist load --maxschedchunk 1 tests/ops/test_sizes.py`.
+`deltanet check --full` runs the same cases. Nearly all of the time goes into compiling, so sizes that share machine
+code go to one test, and the longest tests come first: `pytest -m gpu -n 8 --dist load --maxschedchunk 1
+tests/ops/test_sizes.py`.
 """
 
 import itertools
@@ -29,8 +30,8 @@ LAYOUTS = ("few", "segmented"), ("many",)  # those of a line share their kernels
 
 
 def wrong(sizes, dtype):
-    """Too large errors of forward without gradients, output, final state and every gradient, in each basic layout, and bits
-    that differ between calls. Two threads, for the sake of compiling."""
+    """Too large errors of forward without gradients, output, final state and every gradient, in each basic layout, and
+    bits that differ between calls. Two threads, for the sake of compiling."""
 
     def run(layouts):
         found = {}
@@ -70,7 +71,9 @@ PARTS = 8
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_gpu_odd_sizes(part):
-    """Heads that are no multiple of 16 are padded, not refused, and as right as the others. A part has its range of K."""
+    """Heads that are no multiple of 16 are padded, not refused, and as right as the others. A part has its range of
+    K.
+    """
     width = (check.LARGEST - 16) // PARTS
     offsets = random.Random(SEED + part)  # hypothesis begins with the least of all
     k_0, v_0, dtype_0 = (offsets.randrange(n) for n in (width, check.LARGEST, len(check.DTYPES)))

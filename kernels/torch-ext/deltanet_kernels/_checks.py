@@ -22,7 +22,8 @@ def check_device(x: torch.Tensor, instead: str) -> None:
     if x.device.type == "cpu" and not INTERPRETED:
         raise ValueError(
             f"the kernels of deltanet_kernels compute on a CUDA device, got tensors on {x.device}: "
-            f"call modeling_deltanet.{instead}, which takes the same arguments, or set TRITON_INTERPRET=1 before the import"
+            f"call modeling_deltanet.{instead}, which takes the same arguments, or set TRITON_INTERPRET=1 "
+            "before the import"
         )
 
 
@@ -116,9 +117,11 @@ def check_arguments(
 
 
 def refuse_transforms(function: str) -> None:
-    """Raise where a transformation of `torch.func` is at work; torch itself speaks of a method that is missing here."""
+    """Raise where a transformation of `torch.func` is at work; torch itself speaks of a method that is missing
+    here.
+    """
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise ValueError(
-            f"{function} cannot be transformed by torch.func (grad, vmap, jacrev, ...), since its kernels need tensors with "
-            "memory: use torch.autograd, or the delta rule in torch's own operators"
+            f"{function} cannot be transformed by torch.func (grad, vmap, jacrev, ...), since its kernels need "
+            "tensors with memory: use torch.autograd, or the delta rule in torch's own operators"
         )

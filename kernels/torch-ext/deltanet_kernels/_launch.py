@@ -1,9 +1,9 @@
 """Launches a kernel again without the work that Triton repeats at every call.
 
-`kernel[grid](...)` formats the types of all arguments into a string to find the compiled kernel, 0.1 to 0.2 ms a launch
-for kernels of 50 parameters on the host of the H200 we measured, more than the kernels take at batch 1. Here the
-compiled kernel is found by a tuple, and given addresses, which it need not ask the driver about. Pointers count by dtype
-and 16-byte alignment, as Triton specialises them. Beside a Triton with which that was not tried (LAUNCHER), the
+`kernel[grid](...)` formats the types of all arguments into a string to find the compiled kernel, 0.1 to 0.2 ms a
+launch for kernels of 50 parameters on the host of the H200 we measured, more than the kernels take at batch 1. Here
+the compiled kernel is found by a tuple, and given addresses, which it need not ask the driver about. Pointers count by
+dtype and 16-byte alignment, as Triton specialises them. Beside a Triton with which that was not tried (LAUNCHER), the
 compiled kernel is still found here, but launched by Triton's public call.
 """
 
@@ -74,7 +74,9 @@ def launch(kernel, grid: tuple[int, ...], pointers: tuple, sizes: tuple, constan
 
 
 def run(compiled, grid: tuple[int, int, int], stream: int | None, addresses: list, rest: tuple, hooked: bool) -> None:
-    """Launches on the current device; `rest` are the sizes and the constants in the order of the kernel's parameters."""
+    """Launches on the current device; `rest` are the sizes and the constants in the order of the kernel's
+    parameters.
+    """
     if hooked:
         compiled[grid](*addresses, *rest)
     else:  # what that comes to without hooks, whose arguments it prepares all the same
@@ -87,7 +89,9 @@ def stream_of(device: int) -> int | None:
 
 
 def hooked() -> bool:
-    """Whether Triton itself must launch: somebody, a profiler say, is to be told of it, or it was not tried without."""
+    """Whether Triton itself must launch: somebody, a profiler say, is to be told of it, or it was not tried
+    without.
+    """
     return not LAUNCHER or _is_set(knobs.runtime.launch_enter_hook) or _is_set(knobs.runtime.launch_exit_hook)
 
 

@@ -2,8 +2,8 @@
 
 Which memory a call takes and which kernels it launches on it follows from its signature: its numbers, and the shapes,
 strides, dtypes and alignment of its tensors. Working that out took the host longer than all else at batch 1. So the
-second call of a signature is recorded, as a tape of allocations and launches in their order, and later ones play the tape.
-A call that does anything else with a tensor than launch on it, or on a view of it, is never played.
+second call of a signature is recorded, as a tape of allocations and launches in their order, and later ones play the
+tape. A call that does anything else with a tensor than launch on it, or on a view of it, is never played.
 """
 
 import contextlib
@@ -75,8 +75,8 @@ def watch():
 
 
 def replay(function, numbers: tuple, tensors: tuple) -> list:
-    """`function(*numbers, *tensors)`, a list of tensors, None and objects that follow from the signature. `tensors` may be None,
-    but for the first.
+    """`function(*numbers, *tensors)`, a list of tensors, None and objects that follow from the signature. `tensors`
+    may be None, but for the first.
 
     What a call allocates lives until it ends, also where `function` itself would have let go of it.
     """

@@ -72,7 +72,8 @@ def _(q, k, v, beta, h0, cu_seqlens, scale, l2norm, final, save):
 @torch.library.custom_op("deltanet_kernels::chunk_backward", mutates_args=())
 def _backward_op(
     q: torch.Tensor, k: torch.Tensor, beta: torch.Tensor, h0: torch.Tensor | None, cu_seqlens: torch.Tensor | None,
-    do: torch.Tensor, dht: torch.Tensor | None, memory: torch.Tensor, phi: torch.Tensor | None, scale: float, l2norm: bool,
+    do: torch.Tensor, dht: torch.Tensor | None, memory: torch.Tensor, phi: torch.Tensor | None, scale: float,
+    l2norm: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     # an operator takes no plan: of the same tensors it is made again, the same
     plan = make_plan(q, k, do, beta, cu_seqlens, True, cut=phi is not None, aligned=is_aligned(q, k))
@@ -122,8 +123,8 @@ def _in_parts(q, k, v, beta, scale, state, final, l2norm, cu_seqlens):
         rows = max(1, MAX_CHUNKS // -(-T // CHUNK))
         parts = [
             chunk_delta_rule(
-                *(x[b : b + rows] for x in (q, k, v, beta)), initial_state=None if state is None else state[b : b + rows],
-                output_final_state=final, **options,
+                *(x[b : b + rows] for x in (q, k, v, beta)), output_final_state=final,
+                initial_state=None if state is None else state[b : b + rows], **options,
             )
             for b in range(0, B, rows)
         ]  # fmt: skip
@@ -161,14 +162,14 @@ def chunk_delta_rule(
         v: `[B, T, HV, V]`, dtype of q. HV is a multiple of H: value head j reads key head `j // (HV // H)`.
         beta: `[B, T, HV]`, the step size, in [0, 2] for normalised keys. Any floating dtype.
         scale: of the queries; default `K ** -0.5`.
-        initial_state: `[N, HV, K, V]` fp32, or bf16 or fp16, which are converted (the gradient comes back in its dtype), or
-            None for zeros. N is B, or the number of packed sequences.
+        initial_state: `[N, HV, K, V]` fp32, or bf16 or fp16, which are converted (the gradient comes back in its
+            dtype), or None for zeros. N is B, or the number of packed sequences.
         output_final_state: whether to return the state after the last token, `[N, HV, K, V]` fp32.
         use_qk_l2norm_in_kernel: q and k are divided by `sqrt(sum(x^2) + 1e-6)`, without a copy of either.
         cu_seqlens: `[N + 1]` int32 or int64 on the device of q: borders of sequences packed along T, with B = 1.
-            Empty sequences are allowed. The borders are not read by the host, which would wait for the GPU: none may go
-            back or lie beyond T (`DELTANET_KERNELS=check` looks). Tokens outside of all sequences, before the first border
-            or after the last, give zeros and get zero gradients.
+            Empty sequences are allowed. The borders are not read by the host, which would wait for the GPU: none may
+            go back or lie beyond T (`DELTANET_KERNELS=check` looks). Tokens outside of all sequences, before the first
+            border or after the last, give zeros and get zero gradients.
         cu_seqlens_cpu, head_first, chunk_size: of flash-linear-attention's function. They change nothing here;
             `head_first=True` is refused.
 

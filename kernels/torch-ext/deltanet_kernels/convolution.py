@@ -15,8 +15,8 @@ fixed order.
 Legend: B batch, T time, D channels (D0, D1, D2 of up to three tensors, one after another in the state and in dw),
 W width, N sequences (N = B, or len(cu_seqlens) - 1 packed into B = 1), BT rows of a segment, BD channels of a program.
 w_j multiplies x_{t-j}: it is column W-1-j of the weight [D, W]. In kernels: i_ index, o_ offset, p_ pointer, m_ mask,
-s_ stride, b_ block value in registers or a tuple of them; d for a gradient; h the state; bos and eos the first token of
-a sequence and the one after its last.
+s_ stride, b_ block value in registers or a tuple of them; d for a gradient; h the state; bos and eos the first token
+of a sequence and the one after its last.
 Everything is accumulated in fp32; offsets into tensors are int64.
 """
 
@@ -37,13 +37,13 @@ __all__ = ["short_conv", "short_conv_step"]
 
 MAX_TENSORS = 3
 
-# Launch choices, measured on an H200 for three tensors [8, 4096, 2048] in bf16 with W = 4 and SiLU, where the bytes alone
-# take 0.190 ms forward and 0.285 ms backward. 4 channels a thread.
+# Launch choices, measured on an H200 for three tensors [8, 4096, 2048] in bf16 with W = 4 and SiLU, where the bytes
+# alone take 0.190 ms forward and 0.285 ms backward. 4 channels a thread.
 # Forward 0.211 ms (four rows ahead, 8 channels and one warp: 0.228).
 FORWARD_SEGMENT, FORWARD_BLOCK_D, FORWARD_WARPS, FORWARD_ROWS = 32, 256, 2, 8
 # Backward 0.374 ms, the sum of dw's parts included (segments of 64 rows: 0.402; eight rows ahead: 0.364, but in packed
-# sequences 0.419, not 0.415, and 202 registers, not 143). 3 rows in 128 are computed twice, and dw's partial sums are 1/16 of
-# x's bytes (W fp32 a channel and segment).
+# sequences 0.419, not 0.415, and 202 registers, not 143). 3 rows in 128 are computed twice, and dw's partial sums are
+# 1/16 of x's bytes (W fp32 a channel and segment).
 BACKWARD_SEGMENT, BACKWARD_BLOCK_D, BACKWARD_WARPS, BACKWARD_ROWS = 128, 256, 2, 4
 STEP_BLOCK_D, STEP_WARPS = 256, 2
 

@@ -14,10 +14,12 @@ def _border(cu_seqlens, i, N, T):
 def _find_sequence(cu_seqlens, t, i_b, T, N):
     """(n, its first token, the token after its last) for the sequence n of row t.
 
-    Packed, rows may lie outside of all sequences: n is -1 or N there, and the "first token" T, beyond any row that is read.
+    Packed, rows may lie outside of all sequences: n is -1 or N there, and the "first token" T, beyond any row that is
+    read.
     """
     if cu_seqlens is not None:
-        # The last n with cu_seqlens[n] <= t (so never an empty sequence), by halving; -1 if there is none. Counted from 1.
+        # The last n with cu_seqlens[n] <= t (so never an empty sequence), by halving; -1 if there is none. Counted
+        # from 1.
         i_n = t * 0
         i_end = i_n + N + 2
         n = N + 2
@@ -101,8 +103,8 @@ def _dot(b_a, b_b):
 
 @triton.jit
 def _sigmoid(b_z):
-    """1 / (1 + exp(-z)) as the square of a reciprocal root, so that no instruction guards against subnormals: tl.sigmoid
-    makes forward 21 instructions an element instead of 15 (sm_90)."""
+    """1 / (1 + exp(-z)) as the square of a reciprocal root, so that no instruction guards against subnormals:
+    tl.sigmoid makes forward 21 instructions an element instead of 15 (sm_90)."""
     b_r = tl.rsqrt(1.0 + tl.exp2(b_z * -1.4426950408889634))
     return b_r * b_r
 
@@ -170,7 +172,8 @@ def forward_kernel(
             b_x = (b_rows[i].to(tl.float32),) + b_before
             b_z = _dot(b_w, b_x)
             b_y = b_z * _sigmoid(b_z) if SILU else b_z
-            # p_y moved on by i_b * T * D beforehand would be stored by single elements: Triton 3.6 loses its alignment.
+            # p_y moved on by i_b * T * D beforehand would be stored by single elements: Triton 3.6 loses its
+            # alignment.
             tl.store(p_y + (i_b * T + t + i) * D, b_y.to(p_y.dtype.element_ty), mask=m_d & (t + i < T))
             b_before = b_x[: W - 1]
         t += R

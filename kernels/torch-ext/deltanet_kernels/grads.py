@@ -6,8 +6,8 @@
     dbeta = rk diag(dV U^T) / diag(A)^2
     d of x^ = x / |x|:  dx = r (dx^ - x^ <x^, dx^>)
 
-They need only the state entering a chunk and the gradient of the one leaving it: given U and dV, both recurrences are plain
-sums. Letters as in `reverse.py`; U is saved times rk, as the forward scan used it.
+They need only the state entering a chunk and the gradient of the one leaving it: given U and dV, both recurrences are
+plain sums. Letters as in `reverse.py`; U is saved times rk, as the forward scan used it.
 """
 
 import torch
@@ -109,8 +109,8 @@ def grads_kernel(
                 b_e = tl.dot(b_v, b_u, b_e, input_precision=PRECISION)
                 b_dk = tl.dot(b_v, b_s, b_dk, input_precision=PRECISION)
             b_dk *= (-b_rk)[:, None]
-            # by A's diagonal rk beta as it was rounded, not by rk beta^2: U and dV carry that rounding (error 0.0048, was
-            # 0.0060); twice, because its square would leave fp32's range where beta is near its bound
+            # by A's diagonal rk beta as it was rounded, not by rk beta^2: U and dV carry that rounding (error 0.0048,
+            # was 0.0060); twice, because its square would leave fp32's range where beta is near its bound
             p_a = a + ((chunk * HV + i_h * G + i_g) * C + o_c) * C + o_c
             b_a = tl.load(p_a, mask=m_t, other=1.0).to(tl.float32)
             b_g = tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_e, 0.0), 1) / b_a * b_rk / b_a
@@ -157,9 +157,9 @@ def grads(
             static(call.K, call.wide), static(call.V, call.wide),
         ),
         {
-            "BK": plan.key_tile, "NK": plan.key_tiles, "BV": plan.value_tile, "W": choice.columns, "G": call.HV // call.H,
-            "EVEN": t.even, "FULL_K": call.K % plan.key_tile == 0, "FULL_V": call.V % choice.columns == 0,
-            "PRECISION": precision(call.dtype),
+            "BK": plan.key_tile, "NK": plan.key_tiles, "BV": plan.value_tile, "W": choice.columns,
+            "G": call.HV // call.H, "EVEN": t.even, "FULL_K": call.K % plan.key_tile == 0,
+            "FULL_V": call.V % choice.columns == 0, "PRECISION": precision(call.dtype),
         },
         {"num_warps": choice.num_warps, "num_stages": choice.num_stages, "maxnreg": choice.maxnreg},
     )  # fmt: skip

@@ -1,12 +1,12 @@
 """The gradients beside the reverse scan that feeds them, in Gluon for Hopper.
 
-A scan of few programs leaves most multiprocessors idle: 32 run at 1 x 4096 x 16 x 128, on a chip of 132. So the gradients' kernel is
-launched as a programmatic dependent: it may start as soon as every program of the scan runs, and its program of a
-chunk waits until the scan has set that chunk's flags. Nobody waits for a program that has no place to run. Chunks
-are taken in the order in which the scan comes to them, the last one first.
+A scan of few programs leaves most multiprocessors idle: 32 run at 1 x 4096 x 16 x 128, on a chip of 132. So the
+gradients' kernel is launched as a programmatic dependent: it may start as soon as every program of the scan runs, and
+its program of a chunk waits until the scan has set that chunk's flags. Nobody waits for a program that has no place to
+run. Chunks are taken in the order in which the scan comes to them, the last one first.
 
-A flag stands for GROUP chunks, at the place of the first of them that the scan comes to: before it is set, all that was
-written must have arrived, which takes 0.36 us, a fifth of what the scan takes for a chunk.
+A flag stands for GROUP chunks, at the place of the first of them that the scan comes to: before it is set, all that
+was written must have arrived, which takes 0.36 us, a fifth of what the scan takes for a chunk.
 
 The scan clears its flags before it lets the others start, so memory may hold anything before. Kernels that follow wait
 for the gradients alone; hence those of a first chunk wait for the end of the scan.
@@ -54,7 +54,9 @@ def say_all_written(flags, stride, N):
 
 @gluon.jit
 def wait_for_chunk(flags, stride, N, i_c, FLAGS: gl.constexpr):
-    """Until chunk i_c of N is written. `flags` are those of the sequence's first chunk, FLAGS of them next to each other."""
+    """Until chunk i_c of N is written. `flags` are those of the sequence's first chunk, FLAGS of them next to each
+    other.
+    """
     flags += (N - 1 - (N - 1 - i_c) // GROUP * GROUP) * stride
     for i in gl.static_range(FLAGS):
         seen = gl.atomic_add(flags + i, 0, sem="acquire", scope="gpu")

@@ -1,8 +1,8 @@
 """The gradients of `grads.py` for Hopper, in Gluon, Triton's language with explicit layouts.
 
-Same formulas, same scratch. Where `grads_kernel` needs two programs a chunk, which read most tiles twice, and waits after
-each product, here one program loads every tile once, all of them before its first wait, and issues products that do not
-depend on each other together. Two such programs share a multiprocessor: one computes while the other loads.
+Same formulas, same scratch. Where `grads_kernel` needs two programs a chunk, which read most tiles twice, and waits
+after each product, here one program loads every tile once, all of them before its first wait, and issues products that
+do not depend on each other together. Two such programs share a multiprocessor: one computes while the other loads.
 """
 
 from triton.experimental import gluon
@@ -102,8 +102,8 @@ def grads_kernel(
     b_dq = gl.zeros([C, K], gl.float32, wide)
     b_dk = gl.zeros([C, K], gl.float32, wide)
     for i_g in range(G):
-        # everything is asked for before anything is waited for, first what the first products read (0.43 ms, was 0.50 the
-        # other way round)
+        # everything is asked for before anything is waited for, first what the first products read (0.43 ms, was 0.50
+        # the other way round)
         b_u0 = load_fragments(u + i_g * V * C, 64, C)
         b_s0 = load_fragments(s + i_g * V * K, 64, K)
         if NV == 2:
@@ -133,7 +133,8 @@ def grads_kernel(
         async_copy.wait_group(1)
         fence_async_shared()
 
-        # 1. what needs the state: dq' = dO S^T, dk' = dV S^T, the latter alone carrying rk: what stands there is divided by it
+        # 1. what needs the state: dq' = dO S^T, dk' = dV S^T, the latter alone carrying rk: what stands there is
+        # divided by it
         if G > 1:
             b_dk *= (-1.0 / b_rk)[:, None]
         for h in gl.static_range(NV):
@@ -158,8 +159,8 @@ def grads_kernel(
         gl.store(p_b, b_g.to(dbeta.dtype.element_ty), mask=o_i < length)
         b_e = gl.where(o_i[:, None] > o_j[None, :], b_e * -b_rk_i[:, None], 0.0)
         b_el = gl.convert_layout(b_e.to(BF16), left)
-        # E^T likewise, from the transposed product: turning a matrix costs more. After E, not beside it: where registers run
-        # out, ptxas lets each product wait for the one before (0.404 ms, was 0.430)
+        # E^T likewise, from the transposed product: turning a matrix costs more. After E, not beside it: where
+        # registers run out, ptxas lets each product wait for the one before (0.404 ms, was 0.430)
         b_e = gl.zeros([C, C], gl.float32, square)
         for h in gl.static_range(NV):
             b_e = warpgroup_mma(t_u.index(h).permute([1, 0]), t_dv.index(h).permute([1, 0]), b_e, is_async=True)

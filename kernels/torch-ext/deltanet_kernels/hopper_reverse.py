@@ -162,7 +162,9 @@ def reverse_kernel(
 
 
 def reverse(x: Inputs, do, scratch: Scratch, t: Tables, scale: float, choice: Launch, dht, dv, ds, dh0, flags) -> None:
-    """Writes dv and ds, or neither, and dh0 where it is given. With flags, `hopper_grads.grads` must be next in the stream."""
+    """Writes dv and ds, or neither, and dh0 where it is given. With flags, `hopper_grads.grads` must be next in the
+    stream.
+    """
     q, k = x.q, x.k
     H, K = k.shape[2:]
     HV, V = do.shape[2:]

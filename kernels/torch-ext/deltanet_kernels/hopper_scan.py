@@ -1,9 +1,9 @@
 """The scan of `scan.py` for Hopper, in Gluon, Triton's language with explicit layouts.
 
 Same formulas, same scratch. Triton waits for each product before it issues the next; here only those wait that need a
-result, so that the products off the chain S -> K S -> U -> S (P, Q S, A V) run in its gaps. P and the norms of q are computed
-a chunk ahead and the output is stored a chunk later, so that one fence a chunk, at its start, covers all that the tensor
-cores read: a fence waits for every store on its way.
+result, so that the products off the chain S -> K S -> U -> S (P, Q S, A V) run in its gaps. P and the norms of q are
+computed a chunk ahead and the output is stored a chunk later, so that one fence a chunk, at its start, covers all that
+the tensor cores read: a fence waits for every store on its way.
 
 No product may be on its way from one turn of the loop to the next, and what a wait returned must be used up before its
 accumulator is written again: otherwise ptxas makes every product wait for the one before (C7514), or crashes.
@@ -60,7 +60,9 @@ def scan_kernel(
     H: gl.constexpr, HV: gl.constexpr, q_st: gl.constexpr, k_st: gl.constexpr, v_st: gl.constexpr,
     K: gl.constexpr, V: gl.constexpr, BV: gl.constexpr, EVEN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Runs one sequence, value head and block of BV value columns, 64 a warp group, from the first chunk to the last."""
+    """Runs one sequence, value head and block of BV value columns, 64 a warp group, from the first chunk to the
+    last.
+    """
     i_v = gl.program_id(0) * BV
     i_hv = gl.program_id(1)
     i_n = gl.program_id(2)
@@ -184,7 +186,9 @@ def scan_kernel(
 
 
 def scan(x: Inputs, scratch: Scratch, t: Tables, scale: float, choice: Launch, o, ht) -> None:
-    """Writes o, ht where it is given, and u, s and rq where the scratch has them. K, V and the columns are 64 or 128."""
+    """Writes o, ht where it is given, and u, s and rq where the scratch has them. K, V and the columns are 64 or
+    128.
+    """
     q, k, v, h0 = x.q, x.k, x.v, x.h0
     H, K = k.shape[2:]
     HV, V = v.shape[2:]

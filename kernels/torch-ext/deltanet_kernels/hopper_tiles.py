@@ -1,4 +1,6 @@
-"""What the Gluon kernels share: tiles between global memory, shared memory and registers, by a power of two of warps."""
+"""What the Gluon kernels share: tiles between global memory, shared memory and registers, by a power of two of
+warps.
+"""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -47,8 +49,8 @@ def store_tile(p, stride, tile, length, N: gl.constexpr, EVEN: gl.constexpr):
 
 @gluon.constexpr_function
 def fragment_layout(R, N):
-    """Who holds what of R // 64 tiles in the order of `store_fragments`, [R * N // 256, 256]: 8 neighbours a thread, as an
-    accumulator [R, N] has them. Four warps a tile."""
+    """Who holds what of R // 64 tiles in the order of `store_fragments`, [R * N // 256, 256]: 8 neighbours a thread,
+    as an accumulator [R, N] has them. Four warps a tile."""
     blocks_of_16 = [[4, 0], [8, 0]] if N == 64 else [[4, 0], [8, 0], [16, 0]]
     lanes = [[0, 8], [0, 16], [0, 32], [0, 64], [0, 128]]
     warps = [[1, 0], [2, 0]] if R == 64 else [[1, 0], [2, 0], [N // 4, 0]]
@@ -57,7 +59,9 @@ def fragment_layout(R, N):
 
 @gluon.jit
 def load_fragments(p, R: gl.constexpr, N: gl.constexpr):
-    """Neighbouring tiles [64, N], R rows in all, that `store_fragments` wrote, in the registers that they came from."""
+    """Neighbouring tiles [64, N], R rows in all, that `store_fragments` wrote, in the registers that they came
+    from.
+    """
     layout: gl.constexpr = fragment_layout(R, N)
     o_r = gl.arange(0, R * N // 256, gl.SliceLayout(1, layout))
     o_c = gl.arange(0, 256, gl.SliceLayout(0, layout))

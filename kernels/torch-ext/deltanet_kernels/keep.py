@@ -1,7 +1,7 @@
 """Activation checkpointing that keeps the delta rule's results: its second run reads what the first left.
 
-There is state that outlives a call here: the deque that a region's first run fills and its second empties, and, per thread, which
-of the two runs. Without `keep_results` there is none.
+There is state that outlives a call here: the deque that a region's first run fills and its second empties, and, per
+thread, which of the two runs. Without `keep_results` there is none.
 """
 
 import collections
@@ -34,7 +34,9 @@ class _Run:
 
 
 def run_once(function, numbers: tuple, tensors: tuple) -> list:
-    """`function(*numbers, *tensors)`, but where a region runs a second time, what its first run kept (see `keep_results`)."""
+    """`function(*numbers, *tensors)`, but where a region runs a second time, what its first run kept (see
+    `keep_results`).
+    """
     run = _Run.here.run
     if run is not None and run.again and run.kept:  # a third run, of a retained graph, finds nothing left
         return run.kept.popleft()
@@ -51,8 +53,9 @@ def keep_results() -> tuple[_Run, _Run]:
     Backward then computes the region again, but for `chunk_delta_rule`, whose output, A, U and states are kept: 4.5
     tensors of v's size for heads of 128.
 
-    Not `create_selective_checkpoint_contexts`, which intercepts every operator of the region in Python: on the host a layer
-    of a model took 5.2 ms forward and backward, 2.9 with this and with plain checkpointing, 1.8 without (kernels stubbed).
+    Not `create_selective_checkpoint_contexts`, which intercepts every operator of the region in Python: on the host a
+    layer of a model took 5.2 ms forward and backward, 2.9 with this and with plain checkpointing, 1.8 without (kernels
+    stubbed).
     """
     kept = collections.deque()
     return _Run(kept, again=False), _Run(kept, again=True)

@@ -1,7 +1,7 @@
 """What `use_kernels=True` puts in the place of the model's torch code: one layer for each function that has a kernel.
 
-`kernels` asks for classes without a constructor whose forward has the signature of what it replaces, here of the functions
-of the same purpose in `modeling_deltanet/`.
+`kernels` asks for classes without a constructor whose forward has the signature of what it replaces, here of the
+functions of the same purpose in `modeling_deltanet/`.
 """
 
 import torch.nn as nn

@@ -28,7 +28,7 @@ class Inputs(NamedTuple):
     cu_seqlens: torch.Tensor | None
 
 
-# --------------------------------------------------------------------------------------------------------------- tables
+# -------------------------------------------------------------------------------------------------------------- tables
 
 
 class Tables(NamedTuple):
@@ -69,8 +69,8 @@ def index_kernel(
 ):  # fmt: skip
     """Program i_n writes the table entries of sequence i_n; program N closes the table. No host synchronisation.
 
-    The programs after these fill the rows outside of all sequences with zeros, in this launch, which is needed anyway: where
-    there are none, that costs nothing to speak of.
+    The programs after these fill the rows outside of all sequences with zeros, in this launch, which is needed anyway:
+    where there are none, that costs nothing to speak of.
     """
     i_n = tl.program_id(0)
     o = tl.arange(0, BLOCK)
@@ -108,7 +108,9 @@ def borders_kernel(
     T, NT, LENGTH, N, N_CHUNKS,
     S: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Entries of BLOCK chunks and of as many segments. NT chunks a sequence, LENGTH a segment, the last ones maybe less."""
+    """Entries of BLOCK chunks and of as many segments. NT chunks a sequence, LENGTH a segment, the last ones maybe
+    less.
+    """
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(chunks + o * 2, o // NT * S + o % NT // LENGTH, mask=o < N_CHUNKS)
     tl.store(chunks + o * 2 + 1, o % NT % LENGTH, mask=o < N_CHUNKS)
@@ -145,7 +147,9 @@ def divides(T: int, s: int) -> bool:
 
 
 def segment_tables(B: int, T: int, s: int, device: torch.device) -> Tables:
-    """Where the segments and their chunks lie. Packed, their borders come from the numbers, in the launch that indexes them."""
+    """Where the segments and their chunks lie. Packed, their borders come from the numbers, in the launch that indexes
+    them.
+    """
     if divides(T, s):
         return tables(B * s, T // s, None)
     nt = -(-T // CHUNK)
@@ -161,7 +165,7 @@ def segment_tables(B: int, T: int, s: int, device: torch.device) -> Tables:
     return Tables(B * s, B * nt, 0, T % CHUNK == 0, borders, offsets, chunks)
 
 
-# -------------------------------------------------------------------------------------------------------------- scratch
+# ------------------------------------------------------------------------------------------------------------- scratch
 
 
 class Scratch(NamedTuple):
@@ -188,8 +192,8 @@ def precision(dtype: torch.dtype) -> str:
 def static(size: int, wide: bool = False) -> int | tl.constexpr:
     """A head size as kernels are given it: a constant where that was tuned, a number otherwise.
 
-    So sizes of one kind (`blocks`, and whether these are full) share their machine code, and a test of all sizes compiles
-    a tenth of what it would.
+    So sizes of one kind (`blocks`, and whether these are full) share their machine code, and a test of all sizes
+    compiles a tenth of what it would.
     """
     return size if wide or size & (size - 1) else tl.constexpr(size)
 

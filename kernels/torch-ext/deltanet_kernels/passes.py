@@ -22,8 +22,8 @@ from .segments import cut, entry_states, exit_gradients
 
 
 def forward(scale: float | None, l2norm: bool, final: bool, save: bool, q, k, v, beta, h0, cu_seqlens) -> list:
-    """o, the final state or None, the plan, and with `save` what backward reads: the memory of the scratch, and Phi or None;
-    otherwise two more None.
+    """o, the final state or None, the plan, and with `save` what backward reads: the memory of the scratch, and Phi or
+    None; otherwise two more None.
     """
     # checked here: a replayed call has the signature of one that passed
     scale = check_arguments(q, k, v, beta, scale, h0, cu_seqlens)

@@ -1,11 +1,13 @@
-"""Every decision of a chunked call, made once: which kernels run, Gluon's or Triton's, with which tiles, on how many segments.
+"""Every decision of a chunked call, made once: which kernels run, Gluon's or Triton's, with which tiles, on how many
+segments.
 
-`make_plan` is a pure function of shapes, strides, dtype, alignment, device and switches (DELTANET_KERNELS), cached. Forward makes
-the plan and leaves it to backward. `print(plan)` tells what runs and why; DELTANET_KERNELS=explain logs it for each kind of call.
+`make_plan` is a pure function of shapes, strides, dtype, alignment, device and switches (DELTANET_KERNELS), cached.
+Forward makes the plan and leaves it to backward. `print(plan)` tells what runs and why; DELTANET_KERNELS=explain logs
+it for each kind of call.
 
-There is no autotuning: a first call must cost seconds, not minutes, so nothing is swept on the user's time. Each line of the
-launch table has its reason beside it; `benchmarks/README.md` holds the figures. `tests/ops/test_compile_chunk.py` compiles every
-line for each architecture.
+There is no autotuning: a first call must cost seconds, not minutes, so nothing is swept on the user's time. Each line
+of the launch table has its reason beside it; `benchmarks/README.md` holds the figures.
+`tests/ops/test_compile_chunk.py` compiles every line for each architecture.
 """
 
 import functools
@@ -21,15 +23,15 @@ from ._launch import TRITON
 from .limits import CHUNK
 
 
-# Gluon is experimental in Triton, so its kernels run beside the versions that they were compiled and run with (3.8 compiles
-# them); other versions, and Triton's interpreter, which has none for Gluon, get the Triton kernels
+# Gluon is experimental in Triton, so its kernels run beside the versions that they were compiled and run with (3.8
+# compiles them); other versions, and Triton's interpreter, which has none for Gluon, get the Triton kernels
 GLUON = TRITON in ((3, 6), (3, 7)) and not triton.knobs.runtime.interpret and _switch.uses("gluon")
 SEGMENTS = _switch.uses("segments")
 # keeps more in registers: what was measured beside 3.6 and 3.7 spills two to five times as much there
 NEWER = TRITON >= (3, 8)
 
 
-# ----------------------------------------------------------------------------------------------------------- the record
+# ---------------------------------------------------------------------------------------------------------- the record
 
 
 class Call(NamedTuple):
@@ -94,7 +96,7 @@ class Plan:
         return explain(self)
 
 
-# ----------------------------------------------------------------------------------------------------------- the device
+# ---------------------------------------------------------------------------------------------------------- the device
 
 
 @functools.cache
@@ -120,7 +122,7 @@ def shared_memory_limit(arch: int) -> int:
     return 166912 if arch in (80, 87) else 101376
 
 
-# ----------------------------------------------------------------------------------------------------- the launch table
+# ---------------------------------------------------------------------------------------------------- the launch table
 
 
 class Tiles(NamedTuple):
@@ -145,9 +147,10 @@ def launch_table(arch: int, K: int, V: int, wide: bool, few: bool) -> Tiles:
         # tf32 operands take twice the shared memory: narrow blocks, whatever the chip
         scan = Launch(16, 4, 1)
         return Tiles(Launch(32, 1, 1), Launch(32, 4, 1), scan, scan, Launch(16, 4, 1), scan)
-    # one warp: 16x16 blocks offer no more work, and there is no barrier to wait at (0.21 ms, was 0.26 with four warps on 64x64,
-    # at 8 x 4096 x 16 x 128). All slices of the keys are under way at once; twelve programs per multiprocessor, for a few
-    # spills, beat ten at d <= 128 (0.066 ms, was 0.068), but not eight at d = 256 (0.055 ms, was 0.051)
+    # one warp: 16x16 blocks offer no more work, and there is no barrier to wait at (0.21 ms, was 0.26 with four warps
+    # on 64x64, at 8 x 4096 x 16 x 128). All slices of the keys are under way at once; twelve programs per
+    # multiprocessor, for a few spills, beat ten at d <= 128 (0.066 ms, was 0.068), but not eight at d = 256 (0.055 ms,
+    # was 0.051)
     prepare = Launch(64, 1, 5) if K > 128 else Launch(32, 1, 3 if K <= 64 else 4, maxnreg=168)
     scores = Launch(64, 4, 3)  # 13 us at 1 x 4096 x 16 x 128 (was 19 with 128 columns in two stages)
     if arch in (90, 100, 103):
@@ -159,8 +162,8 @@ def launch_table(arch: int, K: int, V: int, wide: bool, few: bool) -> Tiles:
         if K > 128:  # compiled, not measured; of 64 columns Triton 3.6 and 3.7 make an empty reverse scan for sm_100
             scan = Launch(32, 8, 1)
             return Tiles(prepare, scores, scan, scan, scan, scan)
-        # d = 64: three programs per multiprocessor. d = 128: all registers. Keys narrower than 64: of steps of 64 columns
-        # ptxas 12.8 makes wrong code (kernels/README.md, "What ptxas gets wrong")
+        # d = 64: three programs per multiprocessor. d = 128: all registers. Keys narrower than 64: of steps of 64
+        # columns ptxas 12.8 makes wrong code (kernels/README.md, "What ptxas gets wrong")
         columns = 32 if K < 64 or (NEWER and d <= 64) else 64
         grads = Launch(columns, 4, 1, maxnreg=168 if d <= 64 else None)
         entry = Launch(64, 4, 3)  # without q three stages fit: 0.176 ms (was 0.227), at 1 x 32768 x 16 x 128
@@ -187,21 +190,21 @@ def launch_table(arch: int, K: int, V: int, wide: bool, few: bool) -> Tiles:
 
 @functools.cache
 def chain(arch: int, K: int) -> Launch:
-    """The chain of segments, on 16 value columns. Phi does not wait for the state, so as much of it is under way as fits:
-    27 us with three stages, was 51 with one, for 8 segments at 32768 tokens. A stage of 128 keys is 64 KB, and Triton 3.8 takes
-    one stage more than others. Wider keys do without: a half is as much.
+    """The chain of segments, on 16 value columns. Phi does not wait for the state, so as much of it is under way as
+    fits: 27 us with three stages, was 51 with one, for 8 segments at 32768 tokens. A stage of 128 keys is 64 KB, and
+    Triton 3.8 takes one stage more than others. Wider keys do without: a half is as much.
     """
     return Launch(16, 8, 1 if K > 128 else 3 if K <= 64 else shared_memory_limit(arch) // 2**16)
 
 
-# ------------------------------------------------------------------------------------------------------------- segments
+# ------------------------------------------------------------------------------------------------------------ segments
 
-# Chunks of a sequence from which on it is cut. Cut, a call has twice the launches, which at batch 1 an eager one waits for:
-# forward + backward of 2048 tokens, 16 heads of 128, took 0.37 to 0.39 ms (was 0.22 uncut; three H100s), though the GPU was done
-# sooner (in CUDA graphs 0.149, was 0.162); 3072 tokens 0.35 (was 0.42); so between the two
+# Chunks of a sequence from which on it is cut. Cut, a call has twice the launches, which at batch 1 an eager one waits
+# for: forward + backward of 2048 tokens, 16 heads of 128, took 0.37 to 0.39 ms (was 0.22 uncut; three H100s), though
+# the GPU was done sooner (in CUDA graphs 0.149, was 0.162); 3072 tokens 0.35 (was 0.42); so between the two
 MIN_TOTAL = 40
-# The same for backward: 16 heads of 128 gained 0.016 ms by it at 4096 tokens, in a CUDA graph, and 0.057 at 8192 (H100); its two
-# more launches cost a host 0.02 to 0.05
+# The same for backward: 16 heads of 128 gained 0.016 ms by it at 4096 tokens, in a CUDA graph, and 0.057 at 8192
+# (H100); its two more launches cost a host 0.02 to 0.05
 MIN_BACKWARD = 128
 # Chunks per segment (one head of 128, H100, CUDA graphs: 4096 tokens in eight 0.105 ms, in four 0.125)
 MIN_CHUNKS = 8
@@ -213,17 +216,17 @@ def count_segments(call: Call, blocks: int) -> int:
     """Segments of a sequence: the largest power of two that gives each multiprocessor one program at most, of a block
     of value columns.
 
-    Not more than the chunks per segment: the chain takes 3.4 us per segment and both scans 1.8 us per chunk, so that their sum
-    is least at about the root of all chunks, as was measured (`kernels/README.md`, "Segments").
+    Not more than the chunks per segment: the chain takes 3.4 us per segment and both scans 1.8 us per chunk, so that
+    their sum is least at about the root of all chunks, as was measured (`kernels/README.md`, "Segments").
 
-    Without gradients, long segments may also fill the chip with programs of a whole head, which load once what its blocks of
-    columns share; with them, that lost an eighth (32 heads of 128).
+    Without gradients, long segments may also fill the chip with programs of a whole head, which load once what its
+    blocks of columns share; with them, that lost an eighth (32 heads of 128).
     """
     s, chunks = 1, -(-call.T // CHUNK)
     while chunks >= MIN_TOTAL:
         length, heads = chunks // (2 * s), 2 * s * call.B * call.HV
-        # for Phi the first pass has as many programs again. Two share a multiprocessor, but of wide keys: they take turns
-        # (8 heads of 256, 4096 tokens, forward: four segments 0.192 ms, eight 0.219)
+        # for Phi the first pass has as many programs again. Two share a multiprocessor, but of wide keys: they take
+        # turns (8 heads of 256, 4096 tokens, forward: four segments 0.192 ms, eight 0.219)
         turns = 2 if call.K > 128 and 2 * heads * blocks > call.sms else 1
         few = heads * blocks <= call.sms and length >= turns * MIN_CHUNKS
         whole = (
@@ -239,8 +242,8 @@ def count_segments(call: Call, blocks: int) -> int:
 def cuts_backward(call: Call, programs: int, beside: bool) -> bool:
     """Whether backward of a sequence that forward cut is cut, too. `programs` are those of the uncut reverse scan.
 
-    Its two extra launches come when the host is behind. Where the gradients run `beside` the scan, they fill the chip, and only
-    a scan of fewer programs still gains; wide keys gain most.
+    Its two extra launches come when the host is behind. Where the gradients run `beside` the scan, they fill the chip,
+    and only a scan of fewer programs still gains; wide keys gain most.
     """
     return call.K > 128 or (-(-call.T // CHUNK) >= MIN_BACKWARD and (not beside or 6 * programs <= call.sms))
 
@@ -259,7 +262,7 @@ def is_aligned(*tensors: torch.Tensor) -> bool:
     return True
 
 
-# ---------------------------------------------------------------------------------------------------------------- plans
+# --------------------------------------------------------------------------------------------------------------- plans
 
 
 def make_plan(
@@ -275,7 +278,8 @@ def make_plan(
 ) -> Plan:
     """The plan of `chunk_delta_rule`'s arguments. `gradients`: whether they may be asked for.
 
-    `cut` and `aligned` take the place of what would be read from the tensors, where these are fakes or only some are at hand.
+    `cut` and `aligned` take the place of what would be read from the tensors, where these are fakes or only some are
+    at hand.
     """
     (B, T, H, K), (HV, V) = k.shape, v.shape[2:]
     n = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -310,7 +314,8 @@ def plan_of(call: Call) -> Plan:
     grads = tiles.grads._replace(columns=min(value_tile, tiles.grads.columns))
     gluon = tiles.gluon and call.aligned
     if gluon:
-        # two warp groups per program share q, k, A and P; where few run, one each (0.115 ms, was 0.170, at 1 x 4096 x 16 x 128)
+        # two warp groups per program share q, k, A and P; where few run, one each (0.115 ms, was 0.170, at 1 x 4096 x
+        # 16 x 128)
         columns = 64 if few else V
         scan = Launch(columns, columns // 16, 1, gluon=True)
         # 64 columns are faster with many programs, too (0.230 ms, was 0.248 with 128, at 8 x 4096 x 16 x 128)
@@ -362,7 +367,8 @@ def explain(plan: Plan) -> str:
     lines.append(f"  {'Gluon' if plan.scan.gluon else 'Triton'}: {why}")
     if plan.segments > 1:
         lines.append(
-            f"  {plan.segments} segments per sequence, {plan.segments_backward} in backward: uncut, a scan has {programs} programs"
+            f"  {plan.segments} segments per sequence, {plan.segments_backward} in backward: "
+            f"uncut, a scan has {programs} programs"
         )
     else:
         lines.append(f"  sequences whole: a scan has {programs} programs of {plan.value_tile} value columns")

@@ -2,7 +2,8 @@
 
     M = strictly_lower(beta rk rk' K K^T)    A = rk (I + M)^-1 diag(beta)          P = scale rq lower(Q K^T)
 
-rk and rq are reciprocal norms (1 without the L2 norm), folded in as row scalars so that normalised copies are never stored.
+rk and rq are reciprocal norms (1 without the L2 norm), folded in as row scalars so that normalised copies are never
+stored.
 """
 
 import triton
@@ -19,16 +20,16 @@ EPS = tl.constexpr(NORM_EPS)
 BETA_MIN = tl.constexpr(2.0**-28)  # beta is kept this far from zero: its root is the smallest normal fp16 number
 
 
-# ------------------------------------------------------------------------------------------------------------- A, norms
+# ------------------------------------------------------------------------------------------------------------ A, norms
 
 
 @triton.jit
 def _dot_t(a, b, c, FP16: tl.constexpr, PRECISION: tl.constexpr):
     """C + A B^T of 16x16 blocks: fp16 operands where the entries are known to be bounded, else fp32 ones.
 
-    A warp holds a product as it must hold the left operand of the next, and its transpose as the right one. So where both
-    factors of every product come as left operands, nothing is moved between threads. The bit cast keeps Triton from
-    turning B in shared memory.
+    A warp holds a product as it must hold the left operand of the next, and its transpose as the right one. So where
+    both factors of every product come as left operands, nothing is moved between threads. The bit cast keeps Triton
+    from turning B in shared memory.
     """
     if FP16:
         b = tl.trans(b.to(tl.int16, bitcast=True)).to(tl.float16, bitcast=True)
@@ -40,7 +41,8 @@ def _dot_t(a, b, c, FP16: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _inverse_16(b_n, b_nt, FP16: tl.constexpr, PRECISION: tl.constexpr):
-    """(I - N)^-1 of a strictly lower 16x16 block, and its transpose, by doubling: 2x2 blocks in closed form, then 4, 8, 16.
+    """(I - N)^-1 of a strictly lower 16x16 block, and its transpose, by doubling: 2x2 blocks in closed form, then 4,
+    8, 16.
 
     Each step is T <- T + T (lower-left quarter of N) T. Unlike a Neumann series it never forms powers of N, which
     reach 1e6 for repeated keys and cancel (`kernels.md`, Numerics).
@@ -61,8 +63,8 @@ def _inverse_16(b_n, b_nt, FP16: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _load_beta(p, i_b: tl.constexpr, o_t, t_0, stride, T):
-    """beta, kept away from zero: its gradient divides by it (README, "Where beta is zero"). So is what lies beyond the end,
-    where keys are zero."""
+    """beta, kept away from zero: its gradient divides by it (README, "Where beta is zero"). So is what lies beyond the
+    end, where keys are zero."""
     o = i_b * 16 + o_t
     b = tl.load(p + o * stride, mask=t_0 + o < T, other=0.0).to(tl.float32)
     return tl.where(tl.abs(b) < BETA_MIN, BETA_MIN, b)
@@ -123,8 +125,8 @@ def _gram(
 ):  # fmt: skip
     """K K^T of one chunk: the ten 16x16 blocks on and below the diagonal, row by row.
 
-    A loop over slices of the keys, not one load: Triton then copies them to shared memory ahead (num_stages), where they
-    take no registers, so that more programs share a multiprocessor (8 x 4096 x 8 x 256: 0.076 -> 0.051 ms).
+    A loop over slices of the keys, not one load: Triton then copies them to shared memory ahead (num_stages), where
+    they take no registers, so that more programs share a multiprocessor (8 x 4096 x 8 x 256: 0.076 -> 0.051 ms).
     """
     b00 = tl.zeros([16, 16], tl.float32)
     b10 = tl.zeros([16, 16], tl.float32)
@@ -212,9 +214,9 @@ def prepare_kernel(
             tl.store(rk + p_r + 16 + o_t, r1)
             tl.store(rk + p_r + 32 + o_t, r2)
             tl.store(rk + p_r + 48 + o_t, r3)
-    # |beta| is split evenly between rows (q) and columns (p, with the sign): N = -q rk K K^T rk' p, and A = rk p T q. So
-    # where beta is tiny, its row and its column stay within fp16's range. Of the diagonal blocks the transpose too: K K^T
-    # is symmetric
+    # |beta| is split evenly between rows (q) and columns (p, with the sign): N = -q rk K K^T rk' p, and A = rk p T q.
+    # So where beta is tiny, its row and its column stay within fp16's range. Of the diagonal blocks the transpose too:
+    # K K^T is symmetric
     p0, q0, w0 = _split_beta(b_b0, r0)
     p1, q1, w1 = _split_beta(b_b1, r1)
     p2, q2, w2 = _split_beta(b_b2, r2)
@@ -276,7 +278,7 @@ def prepare_kernel(
     _store_lower(p_a, (t00, t10, t11, t20, t21, t22, t30, t31, t32, t33))
 
 
-# --------------------------------------------------------------------------------------------------------------------- P
+# ------------------------------------------------------------------------------------------------------------------- P
 
 
 @triton.jit
@@ -326,7 +328,7 @@ def scores_kernel(
     tl.store(p + p_r * C + o_c[:, None] * C + o_c[None, :], b_p.to(p.dtype.element_ty))
 
 
-# ------------------------------------------------------------------------------------------------------------ launchers
+# ----------------------------------------------------------------------------------------------------------- launchers
 
 
 def prepare(x: Inputs, scratch: Scratch, t: Tables, plan: Plan, scale: float) -> None:

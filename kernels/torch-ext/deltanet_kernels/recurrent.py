@@ -5,7 +5,8 @@
 Backward, with G the gradient of the state (G_T = dht) and every e_t kept by forward:
 
     G <- G + scale q_t do_t^T        du_t = G^T k_t        dv_t = beta_t du_t        dbeta_t = e_t . du_t
-    dk_t = G u_t - S_{t-1} dv_t      dq_t = scale S_t do_t      G <- G - k_t dv_t^T        dh0 = G after the first token
+    dk_t = G u_t - S_{t-1} dv_t      dq_t = scale S_t do_t      G <- G - k_t dv_t^T
+    dh0 = G after the first token
 
 so nothing is divided by beta and no factor I - beta k k^T is inverted. Two launches and a last one:
 
@@ -44,7 +45,9 @@ LOOP_BLOCK, LOOP_WARPS = 8, 1
 
 
 def _allocation(cu_seqlens):
-    """Packed sequences may leave tokens out, which no program visits: these get zeros. Bytes do not count token by token."""
+    """Packed sequences may leave tokens out, which no program visits: these get zeros. Bytes do not count token by
+    token.
+    """
     return torch.empty if cu_seqlens is None else torch.zeros
 
 
@@ -247,10 +250,10 @@ def fused_recurrent_delta_rule(
         initial_state: [N, HV, K, V] float32, or bfloat16 or float16, which are converted; zeros by default.
         output_final_state: whether to return the state after the last token.
         use_qk_l2norm_in_kernel: divide every q and k by its length, x * rsqrt(sum x^2 + 1e-6).
-        cu_seqlens: [N + 1] int32 or int64, borders of N sequences packed into B = 1: 0, ..., T. Without it N = B. As in
-            `chunk_delta_rule`.
-        cu_seqlens_cpu, head_first: of flash-linear-attention's functions. They change nothing here; `head_first=True` is
-            refused.
+        cu_seqlens: [N + 1] int32 or int64, borders of N sequences packed into B = 1: 0, ..., T. Without it N = B. As
+            in `chunk_delta_rule`.
+        cu_seqlens_cpu, head_first: of flash-linear-attention's functions. They change nothing here; `head_first=True`
+            is refused.
 
     Inputs may be strided views, read in place; the last dimension of q, k and v must be contiguous.
 

@@ -2,7 +2,8 @@
 
     dU = P^T dO + K dS    dV = A^T dU    dS <- dS + Q^T (scale rq dO) - K^T (rk dV)
 
-Letters as in `scan.py`; a d before a name is a gradient. The state's gradient is kept transposed, as the state is there.
+Letters as in `scan.py`; a d before a name is a gradient. The state's gradient is kept transposed, as the state is
+there.
 """
 
 import torch
@@ -163,8 +164,8 @@ def reverse(
     dh0,
     flags=None,
 ) -> None:
-    """Writes dv and ds, or neither, and dh0, where they are given. `choice` is the plan's reverse or exit; with `flags` the
-    gradients, the next launch, run beside this one.
+    """Writes dv and ds, or neither, and dh0, where they are given. `choice` is the plan's reverse or exit; with
+    `flags` the gradients, the next launch, run beside this one.
     """  # fmt: skip
     call = plan.call
     if t.n == 0:

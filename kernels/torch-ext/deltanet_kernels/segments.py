@@ -11,8 +11,8 @@ chip of 132 multiprocessors. Over a segment the state goes S_out = Phi S_in + N,
 Backward is its adjoint, dS_in = Phi^T dS_out + dN, and reuses Phi. Phi is exact, nothing is truncated: the rule does
 not decay. Each factor has norm at most 1 for normalised keys and beta <= 2, so products cannot grow.
 
-Where T is a multiple of the segments, they are batch entries: every tensor is viewed as [B * S, T / S, ...], which costs no
-copy. Otherwise they are packed sequences of one batch entry, the last one the shortest.
+Where T is a multiple of the segments, they are batch entries: every tensor is viewed as [B * S, T / S, ...], which
+costs no copy. Otherwise they are packed sequences of one batch entry, the last one the shortest.
 """
 
 import torch
