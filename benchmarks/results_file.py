@@ -1,15 +1,15 @@
 """What a benchmark found, as JSON that a person can read: one row per line."""
 
 import json
-import os
 from pathlib import Path
+
+from modeling_deltanet.cache_deltanet import new_file
 
 
 def write(path: Path, record: dict) -> None:
     """Under a temporary name first: benchmarks write after every figure, and one that is cut off keeps what it has."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(_expanded(record, "") + "\n")
-    os.replace(partial, path)
+    with new_file(path) as unfinished:
+        unfinished.write_text(_expanded(record, "") + "\n")
 
 
 def _expanded(record: dict, indent: str) -> str:

@@ -34,6 +34,7 @@ from safetensors import SafetensorError, safe_open
 
 import modeling_deltanet
 from modeling_deltanet import DeltaNetConfig
+from modeling_deltanet.cache_deltanet import new_file
 
 from .files import is_hub_id, own_file, read_json
 
@@ -164,14 +165,9 @@ def make_card(
 
 
 def write_card(card: ModelCard, file: str | os.PathLike) -> None:
-    """Save a card under a temporary name, then rename it: a card that stands there is replaced whole or not at all."""
-    file = Path(file)
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
+    """Save a card; one that stands there is replaced whole or not at all."""
+    with new_file(file) as unfinished:
         card.save(unfinished)
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def read_evaluations(paths: list[str | os.PathLike], repo_id: str) -> tuple[list[Figure], list[Speed]]:

@@ -9,9 +9,11 @@ puts the layers below in their place, in whatever cache comes: one that `generat
 file what a model has read.
 """
 
+import contextlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -53,7 +55,7 @@ def one_cache(past_key_values: Cache | None, cache: Cache | None, others: dict) 
 
 
 class DeltaNetCacheLayer(LinearAttentionLayer):
-    """A linear layer's convolution inputs `[B, D, W - 1]` and its recurrent state `[B, G, K, V]` in fp32."""
+    """A linear layer's convolution inputs `[B, D, W - 1]` and its recurrent state `[B, HV, K, V]` in fp32."""
 
     # Iterating a cache reads these of every layer: a linear layer has none.
     keys = values = None
@@ -268,10 +270,17 @@ def save_cache(cache: Cache, file: str | os.PathLike, config) -> None:
             )
     # Sliding layers keep a window of what they have read: how much that was is needed for positions and masks.
     metadata = {"format": CACHE_FORMAT, "config": _fingerprint(config), "tokens": str(int(cache.get_seq_length()))}
+    with new_file(file) as unfinished:
+        save_file({name: x.contiguous() for name, x in tensors.items()}, unfinished, metadata)
+
+
+@contextlib.contextmanager
+def new_file(file: str | os.PathLike) -> Iterator[Path]:
+    """A file to write, which becomes `file` when the block ends: what stands there is replaced whole or not at all."""
     file = Path(file)
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        save_file({name: x.contiguous() for name, x in tensors.items()}, unfinished, metadata)
+        yield unfinished
         unfinished.replace(file)
     finally:
         unfinished.unlink(missing_ok=True)

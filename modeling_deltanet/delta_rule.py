@@ -8,7 +8,7 @@ through matrix products, as published in 2024 (Yang, Wang, Zhang, Shen, Kim: "Pa
 the Delta Rule over Sequence Length"). `delta_rule` is what the model calls: the Triton kernels on a GPU, these two
 functions elsewhere.
 
-Letters: B batch, T time, H key heads, G value heads (a multiple of H), K and V head sizes, C chunk, N sequences.
+Letters: B batch, T time, H key heads, HV value heads (a multiple of H), K and V head sizes, C chunk, N sequences.
 """
 
 import warnings
@@ -60,7 +60,7 @@ def delta_rule_step(
     scale: float | None = None,
     use_qk_l2norm_in_kernel: bool = False,
 ) -> torch.Tensor:
-    """One token of decoding, T = 1, without gradients: returns o and moves `state` `[B, G, K, V]` on in place."""
+    """One token of decoding, T = 1, without gradients: returns o and moves `state` `[B, HV, K, V]` on in place."""
     kernels = kernels_for(v, _too_large(q, v))
     if kernels is not None:
         return kernels.delta_rule_step(q, k, v, beta, state, scale, use_qk_l2norm_in_kernel)
@@ -95,10 +95,10 @@ def torch_chunk_delta_rule(
 
     Args:
         q, k: queries and keys, `[B, T, H, K]`, in one floating dtype with `v`.
-        v: values, `[B, T, G, V]`; value head g is addressed by key head `g // (G / H)`.
-        beta: step sizes in [0, 2], `[B, T, G]`, any floating dtype. Above 1 they give negative eigenvalues.
+        v: values, `[B, T, HV, V]`; value head g is addressed by key head `g // (HV / H)`.
+        beta: step sizes in [0, 2], `[B, T, HV]`, any floating dtype. Above 1 they give negative eigenvalues.
         scale: factor on the queries, `K ** -0.5` by default.
-        initial_state: memory before the first token, `[N, G, K, V]` in fp32 (fp64 for fp64 inputs) or a narrower
+        initial_state: memory before the first token, `[N, HV, K, V]` in fp32 (fp64 for fp64 inputs) or a narrower
             dtype, which is converted; zeros by default.
         output_final_state: also return the memory after the last token.
         use_qk_l2norm_in_kernel: divide each query and key by its L2 norm first (1e-6 is added to the squared norm).
@@ -108,7 +108,7 @@ def torch_chunk_delta_rule(
             `head_first=True` is refused.
 
     Returns:
-        `(o, final_state)`: o `[B, T, G, V]` in v's dtype; final_state `[N, G, K, V]` in fp32 (fp64 for fp64 inputs),
+        `(o, final_state)`: o `[B, T, HV, V]` in v's dtype; final_state `[N, HV, K, V]` in fp32 (fp64 for fp64 inputs),
         or None unless asked for. All arithmetic is in that dtype.
 
     Raises:
@@ -117,7 +117,7 @@ def torch_chunk_delta_rule(
     _refuse_head_first(head_first)
     o_dtype = v.dtype
     q, k, v, beta, state, borders = _prepare(q, k, v, beta, scale, initial_state, use_qk_l2norm_in_kernel, cu_seqlens)
-    B, T, G, _ = v.shape
+    B, T, HV, _ = v.shape
     with torch.autocast(q.device.type, enabled=False):  # fp32 must stay fp32 under a bf16 autocast
         tensors = q, k, v, beta.unsqueeze(-1)
         if torch.compiler.is_exporting() and isinstance(T, torch.SymInt):
@@ -131,14 +131,14 @@ def torch_chunk_delta_rule(
             (q, k, v, beta), chunk_borders, token_slots = _cut(tensors, borders)
         rule = _transformable_chunk_delta_rule if is_transformed() else _ChunkDeltaRule.apply
         o, final_state = rule(q, k, v, beta, state, chunk_borders)
-        # [n * B * G, C, V] -> [B, T, G, V]
-        o = o.unflatten(0, (chunk_borders[-1], B, G)).permute(1, 0, 3, 2, 4).flatten(1, 2)
+        # [n * B * HV, C, V] -> [B, T, HV, V]
+        o = o.unflatten(0, (chunk_borders[-1], B, HV)).permute(1, 0, 3, 2, 4).flatten(1, 2)
         o = o[:, :T] if token_slots is None else o[:, token_slots]
     return o.to(o_dtype, memory_format=torch.contiguous_format), final_state if output_final_state else None
 
 
 class _ChunkDeltaRule(torch.autograd.Function):
-    """The rule on tensors cut into chunks: q, k `[n * X, C, K]`, v `[n * X, C, V]`, beta `[n * X, C, 1]`, X = B * G.
+    """The rule on tensors cut into chunks: q, k `[n * X, C, K]`, v `[n * X, C, V]`, beta `[n * X, C, 1]`, X = B * HV.
 
     Gradients are written out, not recorded, which is twice as fast on a CPU and keeps only S, U, W and two [C, C]
     matrices a chunk. In the formulas lower() keeps the diagonal and strict() does not; a product is one batched call
@@ -226,7 +226,7 @@ def _transformable_chunk_delta_rule(q, k, v, beta, initial_state, chunk_borders)
 def _chunks(states: torch.Tensor, chunk_borders: list[int], reverse: bool = False):
     """Go through the chunks of all sequences: their slice of the chunked tensors, and the state they work on.
 
-    `states` is `[N, G, K, V]`; what comes with a chunk is the view `[X, K, V]` of its sequence, or of the whole batch
+    `states` is `[N, HV, K, V]`; what comes with a chunk is the view `[X, K, V]` of its sequence, or of the whole batch
     where there is one sequence a row.
     """
     per_sequence = [states.flatten(0, 1)] if len(chunk_borders) == 2 else states.unbind(0)
@@ -275,19 +275,19 @@ def torch_recurrent_delta_rule(
 def _prepare(q, k, v, beta, scale, initial_state, use_qk_l2norm_in_kernel, cu_seqlens):
     """Check the arguments of a rule and bring them into the form in which it computes.
 
-    Returns q (scaled), k, v `[B, T, G, *]` and beta `[B, T, G]` in fp32 or fp64, the initial state, and the sequences'
-    borders, a list of ints: `[0, T]` without `cu_seqlens`.
+    Returns q (scaled), k, v `[B, T, HV, *]` and beta `[B, T, HV]` in fp32 or fp64, the initial state, and the
+    sequences' borders, a list of ints: `[0, T]` without `cu_seqlens`.
     """
     _check(q, k, v, beta, initial_state)
     B, T, H, K = q.shape
-    G, V = v.shape[2:]
+    HV, V = v.shape[2:]
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     q, k, v, beta = (x.to(dtype) for x in (q, k, v, beta))
     if use_qk_l2norm_in_kernel:
         q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_NORM_EPS) for x in (q, k))
     q = q * (K**-0.5 if scale is None else scale)
-    if G != H:
-        q, k = (x.repeat_interleave(G // H, dim=2) for x in (q, k))
+    if HV != H:
+        q, k = (x.repeat_interleave(HV // H, dim=2) for x in (q, k))
 
     if cu_seqlens is None:
         borders, num_states = [0, T], B
@@ -295,14 +295,14 @@ def _prepare(q, k, v, beta, scale, initial_state, use_qk_l2norm_in_kernel, cu_se
         borders = checked_borders(cu_seqlens, B, T)
         num_states = len(borders) - 1
     if initial_state is None:
-        initial_state = v.new_zeros(num_states, G, K, V)
+        initial_state = v.new_zeros(num_states, HV, K, V)
     elif (
-        initial_state.shape != (num_states, G, K, V)
+        initial_state.shape != (num_states, HV, K, V)
         or not initial_state.is_floating_point()
         or torch.promote_types(initial_state.dtype, dtype) != dtype
     ):
         raise ValueError(
-            f"initial_state must be [N, G, K, V] = {[num_states, G, K, V]} in {dtype} or a narrower dtype, "
+            f"initial_state must be [N, HV, K, V] = {[num_states, HV, K, V]} in {dtype} or a narrower dtype, "
             f"got {list(initial_state.shape)} in {initial_state.dtype}"
         )
     return q, k, v, beta, initial_state.to(dtype), borders
@@ -316,13 +316,13 @@ def _refuse_head_first(head_first: bool) -> None:
 def _check(q, k, v, beta, initial_state) -> None:
     if q.ndim != 4 or v.ndim != 4 or k.shape != q.shape or v.shape[:2] != q.shape[:2]:
         raise ValueError(
-            "q and k must be [B, T, H, K] and v [B, T, G, V] with the same B and T, "
+            "q and k must be [B, T, H, K] and v [B, T, HV, V] with the same B and T, "
             f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
         )
     if v.shape[2] % q.shape[2] != 0:
         raise ValueError(f"the value heads ({v.shape[2]}) must be a multiple of the key heads ({q.shape[2]})")
     if beta.shape != v.shape[:3]:
-        raise ValueError(f"beta must be [B, T, G] = {list(v.shape[:3])}, got {list(beta.shape)}")
+        raise ValueError(f"beta must be [B, T, HV] = {list(v.shape[:3])}, got {list(beta.shape)}")
     if not (v.is_floating_point() and q.dtype == k.dtype == v.dtype and beta.is_floating_point()):
         raise ValueError(
             "q, k and v must share one floating dtype and beta must be floating, "
@@ -353,7 +353,7 @@ def checked_borders(cu_seqlens: torch.Tensor, B: int, T: int) -> list[int]:
 
 
 def _cut(tensors, borders):
-    """Cut `[B, T, G, *]` tensors into chunks `[n * B * G, C, *]` so that every sequence starts a chunk of its own.
+    """Cut `[B, T, HV, *]` tensors into chunks `[n * B * HV, C, *]` so that every sequence starts a chunk of its own.
 
     What fills up a sequence's last chunk is zero: a zero key with a zero step writes nothing. Also returns the chunk
     at which each sequence begins (and the end), and each token's place on the padded time axis, or None if that is t.

@@ -24,16 +24,16 @@ def reference(*inputs, use_qk_l2norm_in_kernel=False, **kwargs):
     return delta_rule_fp64(*inputs, l2norm=use_qk_l2norm_in_kernel, **kwargs)
 
 
-def make_inputs(B, T, H, K, G, V, N=None, seed=0, keys="random", beta_max=1.0):
+def make_inputs(B, T, H, K, HV, V, N=None, seed=0, keys="random", beta_max=1.0):
     generator = torch.Generator().manual_seed(seed)
     randn = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    q, k, v = randn(B, T, H, K), randn(B, T, H, K), randn(B, T, G, V)
+    q, k, v = randn(B, T, H, K), randn(B, T, H, K), randn(B, T, HV, V)
     if keys == "silu":
         q, k = F.silu(q), F.silu(k)
     elif keys == "repeated":
         k = k[:, :1].expand_as(k).clone()
-    beta = torch.rand(B, T, G, generator=generator, dtype=torch.float64) * beta_max
-    return q, k, v, beta, randn(B if N is None else N, G, K, V)
+    beta = torch.rand(B, T, HV, generator=generator, dtype=torch.float64) * beta_max
+    return q, k, v, beta, randn(B if N is None else N, HV, K, V)
 
 
 def run(rule, inputs, dtype, with_state=True, **kwargs):
@@ -67,7 +67,7 @@ def assert_close(got, wanted, tolerance):
 @given(data=st.data())
 def test_equals_the_fp64_recurrence(rule, dtype, data):
     """Whatever the shapes, a user gets the published recurrence, not something near it."""
-    H, group = data.draw(st.integers(1, 2), "H"), data.draw(st.integers(1, 2), "G / H")
+    H, group = data.draw(st.integers(1, 2), "H"), data.draw(st.integers(1, 2), "HV / H")
     K, V = data.draw(st.sampled_from([4, 8, 16, 20]), "K"), data.draw(st.sampled_from([1, 8, 24]), "V")
     kwargs = {"use_qk_l2norm_in_kernel": True, "scale": data.draw(st.sampled_from([None, 1.0, 0.3]), "scale")}
     if data.draw(st.booleans(), "packed"):
