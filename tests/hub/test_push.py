@@ -36,8 +36,8 @@ from modeling_deltanet import DeltaNetForCausalLM, register_remote_code
 
 CODE = {
     "modeling_deltanet.py", "configuration_deltanet.py", "delta_rule.py", "kernel_switch.py", "cache_deltanet.py",
-    "short_conv.py",
-    "cuda_graph.py", "liger_deltanet.py", "versions_deltanet.py", "after_import.py",
+    "packing_deltanet.py", "short_conv.py", "cuda_graph.py", "liger_deltanet.py", "versions_deltanet.py",
+    "after_import.py",
 }  # fmt: skip
 CLI = "from deltanet_conversion.cli import main; main()"
 PULL = """

@@ -45,7 +45,7 @@ def _inverse_16(b_n, b_nt, FP16: tl.constexpr, PRECISION: tl.constexpr):
     8, 16.
 
     Each step is T <- T + T (lower-left quarter of N) T. Unlike a Neumann series it never forms powers of N, which
-    reach 1e6 for repeated keys and cancel (`kernels.md`, Numerics).
+    reach 1e6 for repeated keys and cancel (`kernels/README.md`, "Numerics").
     """
     o_r = tl.arange(0, 16)[:, None]
     o_c = tl.arange(0, 16)[None, :]
