@@ -201,12 +201,16 @@ def _drawn(device: torch.device, seed: int, index: int, *shape: int) -> torch.Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed * 1000 + index)).to(device)
 
 
-@functools.lru_cache(maxsize=2)  # of all calls of a case, in two threads
 def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
     """Drawn on the CPU, so that every device gets the same numbers; smaller heads are a part of larger ones. Not to be
     changed.
     """
-    shape, dtype = layout_on(case, device), getattr(torch, case.dtype)
+    return _make_inputs(case, layout_on(case, device), device, seed)
+
+
+@functools.lru_cache(maxsize=2)  # of all calls of a case, in two threads
+def _make_inputs(case: Case, shape: Layout, device: torch.device, seed: int) -> Inputs:
+    dtype = getattr(torch, case.dtype)
     packed = isinstance(shape.lengths, tuple)
     B, H, HV = shape.B, shape.H, shape.HV
     T, N = (sum(shape.lengths), len(shape.lengths)) if packed else (shape.lengths, B)

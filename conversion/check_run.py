@@ -16,7 +16,19 @@ import torch
 
 from modeling_deltanet import delta_rule, kernel_switch, short_conv
 
-from .check import DTYPES, LAYOUTS, REFERENCE, SIZES, Case, check_reference, run_case, tolerance, too_large
+from .check import (
+    BASIC,
+    DTYPES,
+    LAYOUTS,
+    REFERENCE,
+    SIZES,
+    Case,
+    check_reference,
+    make_inputs,
+    run_case,
+    tolerance,
+    too_large,
+)
 
 
 RULE = tuple(name for name in LAYOUTS if name not in ("step", "convolution"))
@@ -141,6 +153,18 @@ def _run_routes(case: Case, device: torch.device, peer: str | None, seed: int, c
     if device.type == "cuda":
         torch.cuda.empty_cache()  # other processes of `jobs` need it
     return rows
+
+
+def plans(cases: Iterable[Case], device: torch.device, seed: int = 0) -> list[str]:
+    """What the kernels say of the first case of each basic layout: which run, with which tiles, and why."""
+    kernels, texts = installed_kernels(device), []
+    if kernels is not None:
+        first = {case.layout: case for case in reversed(list(cases)) if case.layout in BASIC}
+        for layout in sorted(first, key=BASIC.index):
+            x = make_inputs(first[layout], device, seed)
+            q, k, v, beta, *_ = x.tensors.values()
+            texts.append(kernels.explain(q, k, v, beta, x.cu_seqlens))
+    return texts
 
 
 def watched(device: torch.device):

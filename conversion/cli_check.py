@@ -53,6 +53,7 @@ def run_and_show(
         "environment": check_run.environment(where),
         "skipped": [missing] if missing else [],
         "tolerances": check.TOLERANCES | check.OF_QUANTITY | {"factor for repeated keys": check.REPEATED},
+        "plans": check_run.plans(cases, where, seed),
         "summary": check_run.summary(rows),
         "rows": rows,
     }
@@ -97,6 +98,8 @@ def _show(report: dict, wrong: list[dict]) -> None:
             line["route"], line["dtype"], str(line["cases"]), *shown, check_run.describe_kernels(line["kernels"])
         )
     console.print(table)
+    for text in report["plans"]:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
     for row in wrong:
         case = check.Case(**row["case"]) if row["case"] else "reference"
         found = row["failure"] or ", ".join(f"{name} {value:.1e}" for name, value in row["too_large"].items())

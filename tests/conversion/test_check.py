@@ -147,6 +147,8 @@ def test_what_ran_is_named(monkeypatch):
     assert check_run.describe_kernels(names) == "Triton"
     names = ["hopper_scan.scan_kernel", "segments.chain_kernel", "prepare.prepare_kernel"]
     assert check_run.describe_kernels(names) == "Gluon, Triton, segments"
+    (text,) = check_run.plans([case], device)
+    assert "T 64, H 2, HV 2, K 16, V 16, float32" in text and "scan: Triton, 16 value columns" in text
 
 
 def test_slow_routes_leave_most_of_a_table_out(monkeypatch):

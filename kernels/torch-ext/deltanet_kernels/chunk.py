@@ -98,6 +98,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward_of_op(ctx, do, dht, *_):
     q, k, beta, h0, cu_seqlens, memory, phi = ctx.saved_tensors
+    assert memory.numel() > 0 or q.numel() == 0, "forward was told to keep nothing for backward"
     do = q.new_zeros(*beta.shape, ctx.v_size) if do is None else do
     dht = None if dht is None or dht.numel() == 0 else dht
     *grads, dh0 = _backward_op(q, k, beta, h0, cu_seqlens, do, dht, memory, phi, ctx.scale, ctx.l2norm)
