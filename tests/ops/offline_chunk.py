@@ -31,6 +31,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
 # Not a multiple of 16, whatever the recorded call had: lengths and numbers of heads
 NOT_DIVISIBLE = {"T", "NT", "H", "HV"}
+SHARED = {module.__name__ for module in MODULES if module not in (layout, segments)}
 # B, T, heads: few programs of a scan, many, and a sequence that is cut into segments
 CALLS = {"few": (1, 65, 2), "many": (40, 65, 16), "segmented": (1, 8250, 2)}
 
@@ -53,8 +54,11 @@ def record(arch: int, K: int, V: int, dtype: torch.dtype) -> Iterator[tuple]:
         h0, dht = (states, ht) if numbers[2] else (None, None)
         passes.backward(made, *numbers[:2], q, k, beta, h0, None, o, dht, memory, phi)
         for kernel, *arguments in launched:
-            part = "first " if kind == "segmented" and is_first(kernel, arguments[0]) else ""
-            name = part + kernel.fn.__name__.removesuffix("_kernel") + (" back" if arguments[2].get("REVERSE") else "")
+            first = is_first(kernel, arguments[0])
+            if kind == "segmented" and not first and kernel.fn.__module__ in SHARED:
+                continue  # as for few programs, but for where a sequence lies
+            name = kernel.fn.__name__.removesuffix("_kernel") + (" back" if arguments[2].get("REVERSE") else "")
+            name = f"first {name}" if first else name
             yield f"{name}, {'Gluon, ' if kernel.is_gluon() else ''}{kind}", kernel, *arguments
         launched.clear()
 
