@@ -214,6 +214,20 @@ def test_operators_trace(packed):
         assert error(a, b) < 1e-5
 
 
+def test_operators_trace_for_any_length():
+    """A compiled model with dynamic shapes would fail where a plan is made: torch's symbols cannot be looked up."""
+
+    def loss(q, k, v, beta):
+        return chunk_delta_rule(q, k, v, beta, use_qk_l2norm_in_kernel=True)[0].square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for T in (70, 100):
+        *x, _ = make(2, T, 1, 32)
+        x = [t.requires_grad_() for t in x]
+        for a, b in zip(torch.autograd.grad(compiled(*x), x), torch.autograd.grad(loss(*x), x), strict=True):
+            assert error(a, b) < 1e-5
+
+
 @pytest.mark.parametrize(
     "shape, training, inference",
     [

@@ -281,15 +281,15 @@ def make_plan(
     `cut` and `aligned` take the place of what would be read from the tensors, where these are fakes or only some are
     at hand.
     """
-    (B, T, H, K), (HV, V) = k.shape, v.shape[2:]
+    (B, T), (H, K, HV, V) = k.shape[:2], map(int, (*k.shape[2:], *v.shape[2:]))  # torch.compile's symbols settled
     n = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     cut = can_cut(q, k, v, beta) if cut is None else cut
     aligned = is_aligned(q, k, v) if aligned is None else aligned
     device = k.device.index
-    packed = cu_seqlens is not None
-    return plan_of(
-        Call(arch_of(device), multiprocessors(device), B, T, H, HV, K, V, n, packed, k.dtype, gradients, cut, aligned)
-    )
+    chip, packed = (arch_of(device), multiprocessors(device)), cu_seqlens is not None
+    call = Call(*chip, B, T, H, HV, K, V, n, packed, k.dtype, gradients, cut, aligned)
+    # a symbol for a length cannot be looked up
+    return plan_of(call) if type(B) is type(T) is type(n) is int else plan_of.__wrapped__(call)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -298,7 +298,7 @@ def plan_of(call: Call) -> Plan:
     tile = launch_table(call.arch, K, V, wide, False).scan.columns
     blocks = -(-V // tile)
     segments = count_segments(call, blocks) if not call.packed and SEGMENTS else 1
-    few = call.sequences * segments * call.HV * blocks <= call.sms
+    few = bool(call.sequences * segments * call.HV * blocks <= call.sms)
     tiles = launch_table(call.arch, K, V, wide, few)
     might_be_beside = tiles.gluon and few
     uncut = call.B * call.HV * blocks
