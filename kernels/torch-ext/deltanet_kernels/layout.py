@@ -103,7 +103,7 @@ def index_kernel(
 
 @triton.jit
 def borders_kernel(
-    # outputs, as `chunk_forward.index_kernel` writes them, and the segments' borders in [B * T]
+    # outputs, as `index_kernel` writes them, and the segments' borders in [B * T]
     borders, chunk_offsets, chunks,
     T, NT, LENGTH, N, N_CHUNKS,
     S: tl.constexpr, BLOCK: tl.constexpr,
@@ -192,8 +192,8 @@ def precision(dtype: torch.dtype) -> str:
 def static(size: int, wide: bool = False) -> int | tl.constexpr:
     """A head size as kernels are given it: a constant where that was tuned, a number otherwise.
 
-    So sizes of one kind (`blocks`, and whether these are full) share their machine code, and a test of all sizes
-    compiles a tenth of what it would.
+    So sizes of one kind (tiles of the plan, and whether these are full) share their machine code, and a test of all
+    sizes compiles a tenth of what it would.
     """
     return size if wide or size & (size - 1) else tl.constexpr(size)
 

@@ -14,7 +14,7 @@ from .layout import (
     segment_tables,
     tables,
 )
-from .plan import Plan, is_aligned, make_plan
+from .plan import Plan, can_cut, is_aligned, make_plan
 from .prepare import prepare
 from .reverse import reverse
 from .scan import scan
@@ -70,7 +70,7 @@ def backward(plan: Plan, scale: float | None, l2norm: bool, q, k, beta, h0, cu_s
         t = tables(B, T, cu_seqlens, out or ())
         out = _gradients(x, do, scratch, t, plan, scale, dht, dh0, out)
     else:
-        if do.shape[0] > 1 and do.stride(0) != T * do.stride(1):  # only do can have such strides that it cannot be cut
+        if not can_cut(do):  # forward saw the other tensors
             do = do.contiguous()
         out = _gradients_like(x, do)
         parts, t = x._replace(q=cut(q, s), k=cut(k, s), beta=cut(beta, s)), segment_tables(B, T, s, q.device)

@@ -11,12 +11,10 @@ import triton.language as tl
 
 from ._launch import launch
 from .layout import Inputs, Scratch, Tables, precision, static
-from .limits import NORM_EPS
 from .plan import Plan
 from .tiles import C, below, load_tile, locate_chunk, norm_of
 
 
-EPS = tl.constexpr(NORM_EPS)
 BETA_MIN = tl.constexpr(2.0**-28)  # beta is kept this far from zero: its root is the smallest normal fp16 number
 
 
@@ -205,10 +203,10 @@ def prepare_kernel(
     r2 = r0
     r3 = r0
     if rk is not None:
-        r0 = norm_of(g00, EPS)
-        r1 = norm_of(g11, EPS)
-        r2 = norm_of(g22, EPS)
-        r3 = norm_of(g33, EPS)
+        r0 = norm_of(g00)
+        r1 = norm_of(g11)
+        r2 = norm_of(g22)
+        r3 = norm_of(g33)
         if i_hv % (HV // H) == 0:
             tl.store(rk + p_r + o_t, r0)
             tl.store(rk + p_r + 16 + o_t, r1)
@@ -321,7 +319,7 @@ def scores_kernel(
     b_s = tl.full([C], scale, tl.float32)
     p_r = (i_t.to(tl.int64) * H + i_h) * C
     if rq is not None:
-        b_r = norm_of(b_n, EPS)
+        b_r = norm_of(b_n)
         tl.store(rq + p_r + o_c, b_r)
         b_s *= b_r
     b_p = tl.where(o_c[:, None] >= o_c[None, :], b_p * b_s[:, None], 0.0)

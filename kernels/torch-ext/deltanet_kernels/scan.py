@@ -12,15 +12,12 @@ import triton.language as tl
 
 from ._launch import launch
 from .layout import Inputs, Scratch, Tables, precision, static
-from .limits import NORM_EPS
 from .plan import GLUON, Launch, Plan
-from .tiles import C, below, load_tile, load_tile_t, locate_sequence, store_fragments
+from .tiles import EPS, C, below, load_tile, load_tile_t, locate_sequence, store_fragments
 
 
 if GLUON:
     from . import hopper_scan
-
-EPS = tl.constexpr(NORM_EPS)
 
 
 @triton.jit

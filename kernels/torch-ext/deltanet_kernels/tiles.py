@@ -6,10 +6,11 @@ Letters of all kernels: i_ index, o_ offset, p_ pointer, m_ mask, b_ block held 
 import triton
 import triton.language as tl
 
-from .limits import CHUNK
+from .limits import CHUNK, NORM_EPS
 
 
 C = tl.constexpr(CHUNK)
+EPS = tl.constexpr(NORM_EPS)
 
 
 @triton.jit
@@ -55,7 +56,7 @@ def load_rows(p, i_r, NC: tl.constexpr, W: tl.constexpr, R: tl.constexpr, N: tl.
 
 
 @triton.jit
-def norm_of(b_g, EPS: tl.constexpr):
+def norm_of(b_g):
     """Reciprocal norms from the diagonal of K K^T, or of a block of it."""
     o = tl.arange(0, b_g.shape[0])
     return tl.rsqrt(tl.sum(tl.where(o[:, None] == o[None, :], b_g, 0.0), 1) + EPS)
