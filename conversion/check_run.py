@@ -35,6 +35,7 @@ RULE = tuple(name for name in LAYOUTS if name not in ("step", "convolution"))
 # Token by token, a long sequence is a minute of launches.
 SHORT = tuple(name for name in RULE if name != "segmented")
 AGAIN = 2  # calls more, on a GPU
+MEMORY = 6 * 2**30  # of a GPU, for a process: K = V = 256 in fp64, and what CUDA takes for itself
 FEW_SIZES = 16  # with more, slow routes compute those of published models alone, and a peer the first of them
 
 
@@ -112,7 +113,8 @@ def _fla(function, q, k, v, beta, cu_seqlens=None, **options):
 def run(
     cases: Iterable[Case], device: torch.device, peer: str | None = None, seed: int = 0, jobs: int = 1
 ) -> Iterator[list[dict]]:
-    """For each case, in order, a row for each route that takes it. `jobs` processes share the compiling.
+    """For each case, in order, a row for each route that takes it. `jobs` processes share the compiling, fewer where
+    they would fill the GPU's memory.
 
     Of more than FEW_SIZES head sizes, slow routes compute those of published models (`check.SIZES`), a peer one of
     them.
@@ -124,6 +126,8 @@ def run(
     sizes = {(case.K, case.V) for case in cases}
     chosen = (sizes, sizes) if len(sizes) <= FEW_SIZES else (sizes & set(SIZES), sizes & set(SIZES[:1]))
     one = partial(_run_routes, device=device, peer=peer, seed=seed, chosen=chosen)
+    if device.type == "cuda":
+        jobs = min(jobs, max(1, torch.cuda.mem_get_info(device)[0] // MEMORY))
     if jobs == 1:
         yield from map(one, cases)
         return

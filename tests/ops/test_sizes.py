@@ -45,27 +45,6 @@ def wrong(sizes, dtype):
         return [x for x in pool.map(run, LAYOUTS) if x]
 
 
-def groups():
-    """All sizes, those together that share machine code, largest keys of fp32 first."""
-    found = {}
-    for (K, V), dtype in itertools.product(check.ALL_SIZES, check.DTYPES):
-        kinds = [f"{triton.next_power_of_2(d)}{'' if d & (d - 1) == 0 else '-'}" for d in (K, V)]
-        key = (dtype, *kinds) if dtype == "bfloat16" else (dtype, kinds[0])  # value columns of the others: always 16
-        found.setdefault(key, []).append((K, V))
-    order = sorted(found, key=lambda key: (-check.DTYPES.index(key[0]), *[-d for d in found[key][-1]]))
-    # xdist deals out two each at first: a long one and a short one
-    pairs = [x for i in range(8) for x in (order[i], order[-1 - i])]
-    for key in [*pairs, *order[8:-8]]:
-        yield pytest.param(key[0], found[key], id=" ".join(key))
-
-
-@pytest.mark.parametrize("dtype, sizes", groups())
-def test_gpu_every_size(dtype, sizes):
-    """A user of any documented heads gets right results: few heads, many, packed, cut into segments, grouped."""
-    assert set(check.BASIC) == set(itertools.chain(*LAYOUTS))
-    assert not wrong(sizes, dtype)
-
-
 PARTS = 8
 
 
@@ -89,3 +68,24 @@ def test_gpu_odd_sizes(part):
         assert not wrong([size], check.DTYPES[(d + dtype_0) % len(check.DTYPES)])
 
     run()
+
+
+def groups():
+    """All sizes, those together that share machine code, largest keys of fp32 first."""
+    found = {}
+    for (K, V), dtype in itertools.product(check.ALL_SIZES, check.DTYPES):
+        kinds = [f"{triton.next_power_of_2(d)}{'' if d & (d - 1) == 0 else '-'}" for d in (K, V)]
+        key = (dtype, *kinds) if dtype == "bfloat16" else (dtype, kinds[0])  # value columns of the others: always 16
+        found.setdefault(key, []).append((K, V))
+    order = sorted(found, key=lambda key: (-check.DTYPES.index(key[0]), *[-d for d in found[key][-1]]))
+    # xdist deals out two each at first: a long one and a short one
+    pairs = [x for i in range(8) for x in (order[i], order[-1 - i])]
+    for key in [*pairs, *order[8:-8]]:
+        yield pytest.param(key[0], found[key], id=" ".join(key))
+
+
+@pytest.mark.parametrize("dtype, sizes", groups())
+def test_gpu_every_size(dtype, sizes):
+    """A user of any documented heads gets right results: few heads, many, packed, cut into segments, grouped."""
+    assert set(check.BASIC) == set(itertools.chain(*LAYOUTS))
+    assert not wrong(sizes, dtype)
