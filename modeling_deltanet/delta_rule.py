@@ -2,6 +2,9 @@
 
     S_t = S_{t-1} + k_t (beta_t (v_t - S_{t-1}^T k_t))^T          o_t = S_t^T (scale * q_t)
 
+The gated rule (Yang, Kautz, Hatamizadeh 2024: "Gated Delta Networks") lets the memory fade first: exp(g_t) S_{t-1}
+stands in place of S_{t-1}, with g_t <= 0.
+
 `torch_recurrent_delta_rule` runs it token by token, as published in 2021 (Schlag, Irie, Schmidhuber: "Linear
 Transformers Are Secretly Fast Weight Programmers"). `torch_chunk_delta_rule` computes the same in chunks of C tokens
 through matrix products, as published in 2024 (Yang, Wang, Zhang, Shen, Kim: "Parallelizing Linear Transformers with
@@ -40,15 +43,19 @@ def delta_rule(
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: torch.Tensor | None = None,
+    *,
+    g: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The rule by the fastest route that this machine has; arguments and results as in `torch_chunk_delta_rule`."""
     kernels = None if is_transformed() else kernels_for(v, _too_large(q, v))
+    options = scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens
     if kernels is not None:
-        rule = kernels.chunk_delta_rule
-    else:
-        is_short = not torch.compiler.is_exporting() and q.shape[1] < SHORT_SEQUENCE
-        rule = torch_recurrent_delta_rule if is_short else torch_chunk_delta_rule
-    return rule(q, k, v, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens)
+        if g is None:
+            return kernels.chunk_delta_rule(q, k, v, beta, *options)
+        return kernels.chunk_gated_delta_rule(q, k, v, g, beta, *options)
+    is_short = not torch.compiler.is_exporting() and q.shape[1] < SHORT_SEQUENCE
+    rule = torch_recurrent_delta_rule if is_short else torch_chunk_delta_rule
+    return rule(q, k, v, beta, *options, g=g)
 
 
 def delta_rule_step(
@@ -59,12 +66,16 @@ def delta_rule_step(
     state: torch.Tensor,
     scale: float | None = None,
     use_qk_l2norm_in_kernel: bool = False,
+    *,
+    g: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One token of decoding, T = 1, without gradients: returns o and moves `state` `[B, HV, K, V]` on in place."""
     kernels = kernels_for(v, _too_large(q, v))
     if kernels is not None:
-        return kernels.delta_rule_step(q, k, v, beta, state, scale, use_qk_l2norm_in_kernel)
-    o, new_state = torch_recurrent_delta_rule(q, k, v, beta, scale, state, True, use_qk_l2norm_in_kernel)
+        if g is None:
+            return kernels.delta_rule_step(q, k, v, beta, state, scale, use_qk_l2norm_in_kernel)
+        return kernels.gated_delta_rule_step(q, k, v, g, beta, state, scale, use_qk_l2norm_in_kernel)
+    o, new_state = torch_recurrent_delta_rule(q, k, v, beta, scale, state, True, use_qk_l2norm_in_kernel, g=g)
     state.copy_(new_state)
     return o
 
@@ -88,6 +99,7 @@ def torch_chunk_delta_rule(
     cu_seqlens: torch.Tensor | None = None,
     cu_seqlens_cpu: torch.Tensor | None = None,
     *,
+    g: torch.Tensor | None = None,
     head_first: bool = False,
     chunk_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -106,6 +118,7 @@ def torch_chunk_delta_rule(
             may repeat: such a sequence is empty and its final state is its initial one.
         cu_seqlens_cpu, head_first, chunk_size: of flash-linear-attention's function. They change nothing here;
             `head_first=True` is refused.
+        g: the gated rule's decay, log alpha, `[B, T, HV]`, at most 0, any floating dtype; None for the rule without.
 
     Returns:
         `(o, final_state)`: o `[B, T, HV, V]` in v's dtype; final_state `[N, HV, K, V]` in fp32 (fp64 for fp64 inputs),
@@ -116,21 +129,20 @@ def torch_chunk_delta_rule(
     """
     _refuse_head_first(head_first)
     o_dtype = v.dtype
-    q, k, v, beta, state, borders = _prepare(q, k, v, beta, scale, initial_state, use_qk_l2norm_in_kernel, cu_seqlens)
+    q, k, v, beta, g, state, borders = _prepare(
+        q, k, v, beta, g, scale, initial_state, use_qk_l2norm_in_kernel, cu_seqlens
+    )
     B, T, HV, _ = v.shape
     with torch.autocast(q.device.type, enabled=False):  # fp32 must stay fp32 under a bf16 autocast
-        tensors = q, k, v, beta.unsqueeze(-1)
+        tensors = q, k, v, beta.unsqueeze(-1), *(() if g is None else (g.unsqueeze(-1),))
         if torch.compiler.is_exporting() and isinstance(T, torch.SymInt):
             # A program for any length has no loop over chunks: the sequence is one, at a cost that grows with T cubed.
-            (q, k, v, beta), chunk_borders, token_slots = (
-                (x.transpose(1, 2).flatten(0, 1) for x in tensors),
-                [0, 1],
-                None,
-            )
+            chunked, chunk_borders, token_slots = [x.transpose(1, 2).flatten(0, 1) for x in tensors], [0, 1], None
         else:
-            (q, k, v, beta), chunk_borders, token_slots = _cut(tensors, borders)
+            chunked, chunk_borders, token_slots = _cut(tensors, borders)
+        q, k, v, beta, g = chunked if len(chunked) == 5 else (*chunked, None)
         rule = _transformable_chunk_delta_rule if is_transformed() else _ChunkDeltaRule.apply
-        o, final_state = rule(q, k, v, beta, state, chunk_borders)
+        o, final_state = rule(q, k, v, beta, g, state, chunk_borders)
         # [n * B * HV, C, V] -> [B, T, HV, V]
         o = o.unflatten(0, (chunk_borders[-1], B, HV)).permute(1, 0, 3, 2, 4).flatten(1, 2)
         o = o[:, :T] if token_slots is None else o[:, token_slots]
@@ -138,7 +150,8 @@ def torch_chunk_delta_rule(
 
 
 class _ChunkDeltaRule(torch.autograd.Function):
-    """The rule on tensors cut into chunks: q, k `[n * X, C, K]`, v `[n * X, C, V]`, beta `[n * X, C, 1]`, X = B * HV.
+    """The rule on tensors cut into chunks: q, k `[n * X, C, K]`, v `[n * X, C, V]`, beta and g `[n * X, C, 1]`, X = B *
+    HV. Without a gate (g is None) every factor of `_decays` is 1 and left out.
 
     Gradients are written out, not recorded, which is twice as fast on a CPU and keeps only S, U, W and two [C, C]
     matrices a chunk. In the formulas lower() keeps the diagonal and strict() does not; a product is one batched call
@@ -146,79 +159,117 @@ class _ChunkDeltaRule(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, beta, initial_state, chunk_borders):
-        # 1. M = strict(diag(beta) K K^T): how far each token reads what earlier ones of its chunk wrote.
-        KK = (k @ k.mT).tril_(-1)
+    def forward(ctx, q, k, v, beta, g, initial_state, chunk_borders):
+        between, before, after = _decays(g)
+
+        # 1. M = strict(diag(beta) K K^T): how far each token reads what earlier ones of its chunk wrote, as far as it
+        # is left.
+        KK = _times((k @ k.mT).tril_(-1), between)
 
         # 2. The product of the chunk's factors I - beta k k^T in its compact WY form, A = (I + M)^-1 diag(beta).
         identity = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device)
         A = torch.linalg.solve_triangular(beta * KK, identity, upper=False, unitriangular=True).mul_(beta.mT)
-        W = A @ k
+        W = A @ _times(k, before)
 
         # 3. From chunk to chunk: the pseudo values U = A (V - K S) = A V - W S, and the state S <- S + K^T U.
         U = A @ v
         S = v.new_empty(k.shape[0], k.shape[-1], v.shape[-1])
+        written = _times(k, after)
         final_state = initial_state.clone(memory_format=torch.contiguous_format)  # the loop works on views of it
         for n, state in _chunks(final_state, chunk_borders):
             S[n] = state
             U[n].baddbmm_(W[n], state, alpha=-1)
-            state.baddbmm_(k[n].mT, U[n])
+            if g is not None:
+                state.mul_(before[n, -1:])
+            state.baddbmm_(written[n].mT, U[n])
 
         # 4. All outputs at once: O = Q S + lower(Q K^T) U. (Not in place: compiled by torch 2.11, an output that an
         # in-place call returned has no gradient.)
-        o = torch.baddbmm(q @ S, (q @ k.mT).tril_(), U)
-        ctx.save_for_backward(q, k, v, beta, KK, A, W, S, U)
+        o = torch.baddbmm(_times(q, before) @ S, _times((q @ k.mT).tril_(), between), U)
+        ctx.save_for_backward(q, k, v, beta, g, KK, A, W, S, U)
         ctx.chunk_borders = chunk_borders
         return o, final_state
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dht):
-        q, k, v, beta, KK, A, W, S, U = ctx.saved_tensors
+        q, k, v, beta, g, KK, A, W, S, U = ctx.saved_tensors
+        between, before, after = _decays(g)
 
         # Against time, dS being the gradient of the state that leaves a chunk:
         # dU = P^T dO + K dS, then dS <- dS + Q^T dO - W^T dU, for P = lower(Q K^T) and W^T = K^T A^T.
-        P = (q @ k.mT).tril_()
+        P = _times((q @ k.mT).tril_(), between)
         dU = P.mT @ do
-        dS = q.mT @ do
+        dS = _times(q, before).mT @ do
+        written = _times(k, after)
         d_state = dht.clone(memory_format=torch.contiguous_format)
         for n, state in _chunks(d_state, ctx.chunk_borders, reverse=True):
-            dU[n].baddbmm_(k[n], state)
-            entering = (state + dS[n]).baddbmm_(W[n].mT, dU[n], alpha=-1)
+            dU[n].baddbmm_(written[n], state)
+            kept = state if g is None else state * before[n, -1:]
+            entering = (kept + dS[n]).baddbmm_(W[n].mT, dU[n], alpha=-1)
             dS[n] = state
             state.copy_(entering)
 
-        # Chunk-parallel; dKK is the gradient of strict(K K^T).
+        # Chunk-parallel; R and F are the gradients of P and of strict(K K^T).
         dv = A.mT @ dU
-        dP = torch.bmm(do, U.mT, out=P).tril_()
-        dq = (do @ S.mT).baddbmm_(dP, k)
-        dk = (dP.mT @ q).baddbmm_(U, dS.mT).baddbmm_(dv, S.mT, alpha=-1)
-        dKK = torch.bmm(dv, U.mT, out=P).tril_(-1)
-        dk.baddbmm_(dKK + dKK.mT, k, alpha=-1)
+        R, F = do @ U.mT, dv @ U.mT
+        q_reads, k_reads, k_writes = do @ S.mT, dv @ S.mT, U @ dS.mT
+        dg = None
+        if g is not None:
+            q_reads, k_reads, k_writes = q_reads * before, k_reads * before, k_writes * after
+            # of exp(g_t): what goes from before t to t or later, within the chunk, into it, out of it and through it
+            pairs = (R * P).sub_(F * KK).flip(-2).cumsum_(-2).flip(-2).tril_(-1).sum(-1, keepdim=True)
+            reads = ((q * q_reads) - (k * k_reads)).sum(-1, keepdim=True)
+            writes = (k * k_writes).sum(-1, keepdim=True)
+            through = (S * dS).sum((-2, -1), keepdim=True) * before[:, -1:]
+            dg = pairs + reads.flip(-2).cumsum(-2).flip(-2) + (writes.cumsum(-2) - writes) + through
+        R, F = _times(R.tril_(), between), _times(F.tril_(-1), between)
+        dq = q_reads.baddbmm_(R, k)
+        dk = (R.mT @ q).add_(k_writes).sub_(k_reads)
+        dk.baddbmm_(F + F.mT, k, alpha=-1)
 
         # E = V - K S - strict(K K^T) U is what each token found missing, U = beta E: no division by beta.
-        E = torch.baddbmm(v, k, S, alpha=-1).baddbmm_(KK, U, alpha=-1)
+        E = torch.baddbmm(v, _times(k, before), S, alpha=-1).baddbmm_(KK, U, alpha=-1)
         dbeta = dU.baddbmm_(KK.mT, dv, alpha=-1).mul_(E).sum(-1, keepdim=True)
-        return dq, dk, dv, dbeta, d_state, None
+        return dq, dk, dv, dbeta, dg, d_state, None
 
 
-def _transformable_chunk_delta_rule(q, k, v, beta, initial_state, chunk_borders):
+def _decays(g: torch.Tensor | None):
+    """What is left at token i of what token j wrote, `[.., C, C]`, of the entering state at token i, and at the chunk's
+    end of what token i wrote, `[.., C, 1]` each; three times None without a gate.
+
+    Sums of g over just the tokens between, not differences of sums from the start, in which a large g would leave
+    nothing of those after it.
+    """
+    if g is None:
+        return None, None, None
+    C = g.shape[-2]
+    between = g.expand(*g.shape[:-1], C).tril(-1).cumsum(-2).exp().tril()
+    return between, g.cumsum(-2).exp(), between[..., -1, :].unsqueeze(-1)
+
+
+def _times(x: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+    return x if factor is None else x * factor
+
+
+def _transformable_chunk_delta_rule(q, k, v, beta, g, initial_state, chunk_borders):
     """`_ChunkDeltaRule.forward` without its writing in place, for torch to differentiate in any direction and
     order.
     """
+    between, before, after = _decays(g)
     identity = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device)
-    KK = (k @ k.mT).tril(-1)
+    KK = _times((k @ k.mT).tril(-1), between)
     A = torch.linalg.solve_triangular(beta * KK + identity, identity, upper=False) * beta.mT
-    W, U = A @ k, A @ v
-    P = (q @ k.mT).tril()
+    W, U, written, read = A @ _times(k, before), A @ v, _times(k, after), _times(q, before)
+    P = _times((q @ k.mT).tril(), between)
     sequences = [initial_state.flatten(0, 1)] if len(chunk_borders) == 2 else initial_state.unbind(0)
     outputs, final_states = [], []
     for state, first, last in zip(sequences, chunk_borders, chunk_borders[1:]):
         X = state.shape[0]
         for n in (slice(n * X, (n + 1) * X) for n in range(first, last)):
             u = U[n] - W[n] @ state
-            outputs.append(q[n] @ state + P[n] @ u)
-            state = state + k[n].mT @ u
+            outputs.append(read[n] @ state + P[n] @ u)
+            state = (state if g is None else state * before[n, -1:]) + written[n].mT @ u
         final_states.append(state)
     return torch.cat(outputs), torch.cat(final_states).unflatten(0, initial_state.shape[:2])
 
@@ -249,6 +300,7 @@ def torch_recurrent_delta_rule(
     cu_seqlens: torch.Tensor | None = None,
     cu_seqlens_cpu: torch.Tensor | None = None,
     *,
+    g: torch.Tensor | None = None,
     head_first: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The delta rule token by token, for decoding and as the baseline; arguments as in `torch_chunk_delta_rule`, beta
@@ -257,13 +309,17 @@ def torch_recurrent_delta_rule(
     _refuse_head_first(head_first)
     beta = v.new_ones(v.shape[:-1]) if beta is None else beta
     o_dtype = v.dtype
-    q, k, v, beta, state, borders = _prepare(q, k, v, beta, scale, initial_state, use_qk_l2norm_in_kernel, cu_seqlens)
+    q, k, v, beta, g, state, borders = _prepare(
+        q, k, v, beta, g, scale, initial_state, use_qk_l2norm_in_kernel, cu_seqlens
+    )
+    alpha = None if g is None else g.exp()[..., None, None]
     with torch.autocast(q.device.type, enabled=False):
         outputs, final_states = [], []
         states = (state,) if cu_seqlens is None else state.split(1)
         for S, first, last in zip(states, borders, borders[1:]):
             for t in range(first, last):
                 k_t = k[:, t].unsqueeze(-1)
+                S = S if alpha is None else S * alpha[:, t]
                 error = v[:, t].unsqueeze(-2) - k_t.mT @ S
                 S = S + k_t @ (beta[:, t, :, None, None] * error)
                 outputs.append((q[:, t].unsqueeze(-2) @ S).squeeze(-2))
@@ -272,17 +328,18 @@ def torch_recurrent_delta_rule(
     return o.to(o_dtype), torch.cat(final_states) if output_final_state else None
 
 
-def _prepare(q, k, v, beta, scale, initial_state, use_qk_l2norm_in_kernel, cu_seqlens):
+def _prepare(q, k, v, beta, g, scale, initial_state, use_qk_l2norm_in_kernel, cu_seqlens):
     """Check the arguments of a rule and bring them into the form in which it computes.
 
-    Returns q (scaled), k, v `[B, T, HV, *]` and beta `[B, T, HV]` in fp32 or fp64, the initial state, and the
+    Returns q (scaled), k, v `[B, T, HV, *]`, beta and g `[B, T, HV]` in fp32 or fp64, the initial state, and the
     sequences' borders, a list of ints: `[0, T]` without `cu_seqlens`.
     """
-    _check(q, k, v, beta, initial_state)
+    _check(q, k, v, beta, g, initial_state)
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     q, k, v, beta = (x.to(dtype) for x in (q, k, v, beta))
+    g = None if g is None else g.to(dtype)
     if use_qk_l2norm_in_kernel:
         q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_NORM_EPS) for x in (q, k))
     q = q * (K**-0.5 if scale is None else scale)
@@ -305,7 +362,7 @@ def _prepare(q, k, v, beta, scale, initial_state, use_qk_l2norm_in_kernel, cu_se
             f"initial_state must be [N, HV, K, V] = {[num_states, HV, K, V]} in {dtype} or a narrower dtype, "
             f"got {list(initial_state.shape)} in {initial_state.dtype}"
         )
-    return q, k, v, beta, initial_state.to(dtype), borders
+    return q, k, v, beta, g, initial_state.to(dtype), borders
 
 
 def _refuse_head_first(head_first: bool) -> None:
@@ -313,7 +370,7 @@ def _refuse_head_first(head_first: bool) -> None:
         raise ValueError("head_first=True is not supported: q, k and v must be [B, T, H, D], got [B, H, T, D]")
 
 
-def _check(q, k, v, beta, initial_state) -> None:
+def _check(q, k, v, beta, g, initial_state) -> None:
     if q.ndim != 4 or v.ndim != 4 or k.shape != q.shape or v.shape[:2] != q.shape[:2]:
         raise ValueError(
             "q and k must be [B, T, H, K] and v [B, T, HV, V] with the same B and T, "
@@ -323,6 +380,10 @@ def _check(q, k, v, beta, initial_state) -> None:
         raise ValueError(f"the value heads ({v.shape[2]}) must be a multiple of the key heads ({q.shape[2]})")
     if beta.shape != v.shape[:3]:
         raise ValueError(f"beta must be [B, T, HV] = {list(v.shape[:3])}, got {list(beta.shape)}")
+    if g is not None and not (g.shape == beta.shape and g.is_floating_point()):
+        raise ValueError(
+            f"g must be [B, T, HV] = {list(beta.shape)} in a floating dtype, got {list(g.shape)} in {g.dtype}"
+        )
     if not (v.is_floating_point() and q.dtype == k.dtype == v.dtype and beta.is_floating_point()):
         raise ValueError(
             "q, k and v must share one floating dtype and beta must be floating, "
@@ -333,7 +394,7 @@ def _check(q, k, v, beta, initial_state) -> None:
             f"q has {q.shape[1]} tokens and {q.shape[2]} heads: is it [B, H, T, K]? The rule wants [B, T, H, K]",
             stacklevel=4,
         )
-    if any(x is not None and x.device != q.device for x in (k, v, beta, initial_state)):
+    if any(x is not None and x.device != q.device for x in (k, v, beta, g, initial_state)):
         raise ValueError(f"every tensor must be on q's device, {q.device}")
 
 

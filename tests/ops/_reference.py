@@ -5,8 +5,8 @@ one.
 import torch
 
 
-def delta_rule_fp64(q, k, v, beta, scale=None, initial_state=None, l2norm=False, cu_seqlens=None):
-    """Same arguments as the kernels; returns (o, final_state) in fp64."""
+def delta_rule_fp64(q, k, v, beta, scale=None, initial_state=None, l2norm=False, cu_seqlens=None, g=None):
+    """Same arguments as the kernels, with g the gated rule; returns (o, final_state) in fp64."""
     q, k, v, beta = (x.double() for x in (q, k, v, beta))
     K, group = q.shape[-1], v.shape[2] // q.shape[2]
     scale = K**-0.5 if scale is None else scale
@@ -24,6 +24,8 @@ def delta_rule_fp64(q, k, v, beta, scale=None, initial_state=None, l2norm=False,
         out = []
         for i in range(t.start, t.stop):
             k_t, q_t = k[b, i][0], q[b, i][0]
+            if g is not None:
+                S = S * g[b, i][0].double().exp()[:, None, None]
             e = v[b, i][0] - torch.einsum("hkv,hk->hv", S, k_t)
             S = S + torch.einsum("hk,hv->hkv", k_t, beta[b, i][0][:, None] * e)
             out.append(torch.einsum("hkv,hk->hv", S, q_t * scale))
