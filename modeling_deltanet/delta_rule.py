@@ -150,8 +150,8 @@ def torch_chunk_delta_rule(
 
 
 class _ChunkDeltaRule(torch.autograd.Function):
-    """The rule on tensors cut into chunks: q, k `[n * X, C, K]`, v `[n * X, C, V]`, beta and g `[n * X, C, 1]`, X = B *
-    HV. Without a gate (g is None) every factor of `_decays` is 1 and left out.
+    """The rule on tensors cut into chunks: q, k `[n * X, C, K]`, v `[n * X, C, V]`, beta and g `[n * X, C, 1]`, where
+    X = B * HV. Without a gate (g is None) every factor of `_decays` is 1 and left out.
 
     Gradients are written out, not recorded, which is twice as fast on a CPU and keeps only S, U, W and two [C, C]
     matrices a chunk. In the formulas lower() keeps the diagonal and strict() does not; a product is one batched call
@@ -235,8 +235,8 @@ class _ChunkDeltaRule(torch.autograd.Function):
 
 
 def _decays(g: torch.Tensor | None):
-    """What is left at token i of what token j wrote, `[.., C, C]`, of the entering state at token i, and at the chunk's
-    end of what token i wrote, `[.., C, 1]` each; three times None without a gate.
+    """What is left at token i of what token j wrote, `[.., C, C]`, of the entering state at token i, and of what token
+    i wrote at the chunk's end, `[.., C, 1]` each; three times None without a gate.
 
     Sums of g over just the tokens between, not differences of sums from the start, in which a large g would leave
     nothing of those after it.

@@ -8,7 +8,7 @@ from deltanet_kernels import plan
 
 CALL = {
     "arch": 90, "sms": 132, "B": 1, "T": 70, "H": 2, "HV": 2, "K": 128, "V": 128, "packed": False,
-    "dtype": torch.bfloat16, "gradients": True, "can_cut": True, "aligned": True,
+    "dtype": torch.bfloat16, "gradients": True, "can_cut": True, "aligned": True, "gated": False,
 }  # fmt: skip
 
 

@@ -1,8 +1,8 @@
-"""Compiles the chunked kernels for a GPU that is not there: `python offline_chunk.py 90:128:128:bf16 80:64:256:fp32`.
+"""Compiles the chunked kernels for a GPU that is not there: `python offline_chunk.py 90:128:128:bf16 80:64:256:fp32`,
+and with a gate: `90:96:192:bf16:gated`.
 
 A process of its own, because in the tests' process the kernels belong to the interpreter. Prints a JSON object a line,
-for each argument (chip, K, V, dtype): kernel -> [registers per thread, bytes of spilled registers, bytes of shared
-memory]. What is compiled are the launches of real calls, recorded without a GPU. Which Triton compiles is PYTHONPATH's
+for each argument: kernel -> [registers per thread, bytes of spilled registers, bytes of shared memory]. What is compiled are the launches of real calls, recorded without a GPU. Which Triton compiles is PYTHONPATH's
 business.
 """
 
@@ -28,7 +28,13 @@ if plan.GLUON:
 
 SMS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+NAMES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.float64: "*fp64",
+}
 # Not a multiple of 16, whatever the recorded call had: lengths and numbers of heads
 NOT_DIVISIBLE = {"T", "NT", "H", "HV"}
 SHARED = {module.__name__ for module in MODULES if module not in (layout, segments)}
@@ -36,7 +42,7 @@ SHARED = {module.__name__ for module in MODULES if module not in (layout, segmen
 CALLS = {"few": (1, 65, 2), "many": (40, 65, 16), "segmented": (1, 8250, 2)}
 
 
-def record(arch: int, K: int, V: int, dtype: torch.dtype) -> Iterator[tuple]:
+def record(arch: int, K: int, V: int, dtype: torch.dtype, gated: bool) -> Iterator[tuple]:
     """(name, kernel, pointers, sizes, constants, options) of what calls of these head sizes launch."""
     launched = []
     for module in MODULES:
@@ -49,10 +55,11 @@ def record(arch: int, K: int, V: int, dtype: torch.dtype) -> Iterator[tuple]:
             torch.empty(B, T, H, dtype=dtype),
             torch.empty(B, H, K, V),
         )
+        g = torch.empty(B, T, H) if gated else None
         numbers = None, True, kind == "segmented"
-        o, ht, made, memory, phi = passes.forward(*numbers, True, q, k, v, beta, states if numbers[2] else None, None)
-        h0, dht = (states, ht) if numbers[2] else (None, None)
-        passes.backward(made, *numbers[:2], q, k, beta, h0, None, o, dht, memory, phi)
+        h0 = states if kind == "segmented" else None
+        o, ht, made, memory, phi = passes.forward(*numbers, True, q, k, v, beta, h0, None, g)
+        passes.backward(made, *numbers[:2], q, k, beta, h0, None, g, o, None if h0 is None else ht, memory, phi)
         for kernel, *arguments in launched:
             first = is_first(kernel, arguments[0])
             if kind == "segmented" and not first and kernel.fn.__module__ in SHARED:
@@ -93,10 +100,10 @@ def read(kernel, compiled) -> list[int]:
     return [registers, stack, shared]
 
 
-def main(arch: int, K: int, V: int, dtype: str = "bf16", aligned: bool = True) -> dict:
+def main(arch: int, K: int, V: int, dtype: str = "bf16", gated: bool = False, aligned: bool = True) -> dict:
     done, found = {}, {}  # few and many programs often launch the same kernel
     plan.is_aligned = lambda *_: aligned
-    for name, kernel, pointers, sizes, constants, options in record(arch, K, V, DTYPES[dtype]):
+    for name, kernel, pointers, sizes, constants, options in record(arch, K, V, DTYPES[dtype], gated):
         shown = [getattr(x, "value", None) for x in sizes]
         key = kernel.fn, *[x is None for x in pointers], *shown, *constants.values(), *options.values()
         if key not in done:
@@ -110,8 +117,9 @@ def main(arch: int, K: int, V: int, dtype: str = "bf16", aligned: bool = True) -
 
 if __name__ == "__main__":
     for case in sys.argv[1:]:
-        arch, K, V, dtype = case.split(":")
-        found = main(int(arch), int(K), int(V), dtype)
+        arch, K, V, dtype, *gate = case.split(":")
+        kind = int(arch), int(K), int(V), dtype, gate == ["gated"]
+        found = main(*kind)
         if any("Gluon" in name for name in found):  # and what takes their place where rows are not aligned
-            found |= main(int(arch), int(K), int(V), dtype, aligned=False)
+            found |= main(*kind, aligned=False)
         print(json.dumps(found), flush=True)

@@ -64,6 +64,7 @@ def check_arguments(
     scale: float | None,
     initial_state: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
+    g: torch.Tensor | None = None,
 ) -> float:
     """Raises ValueError for what the kernels cannot take; returns the scale. Reads no tensor's contents (no sync)."""
     if q.dim() != 4:
@@ -93,8 +94,17 @@ def check_arguments(
         raise ValueError(f"k and v must be {q.dtype} like q, got {k.dtype} and {v.dtype}")
     if not beta.is_floating_point():
         raise ValueError(f"beta must be a floating-point tensor, got {beta.dtype}")
+    if g is not None and not (g.shape == beta.shape and g.is_floating_point()):
+        raise ValueError(f"g must be [{B}, {T}, {HV}], a floating-point tensor, got {list(g.shape)} in {g.dtype}")
     device = q.device
-    for name, x in (("k", k), ("v", v), ("beta", beta), ("initial_state", initial_state), ("cu_seqlens", cu_seqlens)):
+    for name, x in (
+        ("k", k),
+        ("v", v),
+        ("beta", beta),
+        ("g", g),
+        ("initial_state", initial_state),
+        ("cu_seqlens", cu_seqlens),
+    ):
         if x is not None and x.device != device:
             raise ValueError(f"{name} must be on q's device {device}, got {x.device}")
     for name, x in (("q", q), ("k", k), ("v", v)):

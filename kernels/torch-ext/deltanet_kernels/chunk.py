@@ -1,4 +1,5 @@
-"""`chunk_delta_rule`: the public function, its autograd function and its torch.library operators.
+"""`chunk_delta_rule` and `chunk_gated_delta_rule`: the public functions, their autograd function and torch.library
+operators, of which g is None without a gate.
 
 Eager calls go through a plain autograd function, which costs less time on the host than an operator's dispatch (at
 batch 1 and 4096 tokens the host is what one waits for); under torch.compile the same passes are reached through
@@ -17,26 +18,27 @@ from .plan import explain as explain_plan
 from .plan import is_aligned, make_plan
 
 
-__all__ = ["chunk_delta_rule", "explain"]
+__all__ = ["chunk_delta_rule", "chunk_gated_delta_rule", "explain"]
 
 
 class _ChunkDeltaRule(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, beta, h0, cu_seqlens, numbers):
+    def forward(ctx, q, k, v, beta, h0, cu_seqlens, g, numbers):
         save = any(ctx.needs_input_grad)
-        o, ht, plan, memory, phi = run_once(passes.forward, (*numbers, save), (q, k, v, beta, h0, cu_seqlens))
-        ctx.save_for_backward(q, k, beta, h0, cu_seqlens, memory, phi)
+        o, ht, plan, memory, phi = run_once(passes.forward, (*numbers, save), (q, k, v, beta, h0, cu_seqlens, g))
+        ctx.save_for_backward(q, k, beta, h0, cu_seqlens, g, memory, phi)
         ctx.plan, ctx.numbers = plan, numbers[:2]
         ctx.set_materialize_grads(False)
         return o, ht
 
     @staticmethod
     def backward(ctx, do, dht):
-        q, k, beta, h0, cu_seqlens, memory, phi = ctx.saved_tensors
+        q, k, beta, h0, cu_seqlens, g, memory, phi = ctx.saved_tensors
         if do is None:
             do = q.new_zeros(*beta.shape, ctx.plan.call.V)
-        tensors = q, k, beta, h0, cu_seqlens, do, dht, memory, phi
-        return *replay(passes.backward, (ctx.plan, *ctx.numbers), tensors), None, None
+        tensors = q, k, beta, h0, cu_seqlens, g, do, dht, memory, phi
+        *grads, dg = replay(passes.backward, (ctx.plan, *ctx.numbers), tensors)
+        return *grads, None, dg, None
 
 
 # ------------------------------------------------------------------------------------------- torch.library operators
@@ -45,20 +47,19 @@ class _ChunkDeltaRule(torch.autograd.Function):
 @torch.library.custom_op("deltanet_kernels::chunk_forward", mutates_args=())
 def _forward_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor, h0: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None, scale: float, l2norm: bool, final: bool, save: bool,
+    cu_seqlens: torch.Tensor | None, g: torch.Tensor | None, scale: float, l2norm: bool, final: bool, save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    tensors = q, k, v, beta, h0, cu_seqlens
+    tensors = q, k, v, beta, h0, cu_seqlens, g
     o, ht, _, memory, phi = replay(passes.forward, (scale, l2norm, final, save), tensors)
-    # an operator returns no None
-    ht, phi = [q.new_empty(0, dtype=torch.float32) if x is None else x for x in (ht, phi)]
+    ht, phi = _nothing_for_none(q, ht, phi)
     return o, ht, q.new_empty(0, dtype=torch.uint8) if memory is None else memory, phi
 
 
 @_forward_op.register_fake
-def _(q, k, v, beta, h0, cu_seqlens, scale, l2norm, final, save):
+def _(q, k, v, beta, h0, cu_seqlens, g, scale, l2norm, final, save):
     B, T, _, K = k.shape
     HV, V = v.shape[2:]
-    plan = make_plan(q, k, v, beta, cu_seqlens, save, aligned=True)  # on which no size depends
+    plan = make_plan(q, k, v, beta, cu_seqlens, save, gated=g is not None, aligned=True)  # on which no size depends
     s = plan.segments_backward
     size = scratch_layout(plan, l2norm, True, count_chunks(B, T, cu_seqlens))[1] if save else 0
     return (
@@ -72,37 +73,42 @@ def _(q, k, v, beta, h0, cu_seqlens, scale, l2norm, final, save):
 @torch.library.custom_op("deltanet_kernels::chunk_backward", mutates_args=())
 def _backward_op(
     q: torch.Tensor, k: torch.Tensor, beta: torch.Tensor, h0: torch.Tensor | None, cu_seqlens: torch.Tensor | None,
-    do: torch.Tensor, dht: torch.Tensor | None, memory: torch.Tensor, phi: torch.Tensor | None, scale: float,
-    l2norm: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    g: torch.Tensor | None, do: torch.Tensor, dht: torch.Tensor | None, memory: torch.Tensor,
+    phi: torch.Tensor | None, scale: float, l2norm: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     # an operator takes no plan: of the same tensors it is made again, the same
-    plan = make_plan(q, k, do, beta, cu_seqlens, True, cut=phi is not None, aligned=is_aligned(q, k))
-    *grads, dh0 = replay(
-        passes.backward, (plan, scale, l2norm), (q, k, beta, h0, cu_seqlens, do, dht, memory, phi)
-    )  # fmt: skip
-    return *grads, q.new_empty(0, dtype=torch.float32) if dh0 is None else dh0
+    aligned = is_aligned(q, k)
+    plan = make_plan(q, k, do, beta, cu_seqlens, True, gated=g is not None, cut=phi is not None, aligned=aligned)
+    tensors = q, k, beta, h0, cu_seqlens, g, do, dht, memory, phi
+    *grads, dh0, dg = replay(passes.backward, (plan, scale, l2norm), tensors)
+    return *grads, *_nothing_for_none(q, dh0, dg)
 
 
 @_backward_op.register_fake
-def _(q, k, beta, h0, cu_seqlens, do, dht, memory, phi, scale, l2norm):
-    dh0 = q.new_empty(0, dtype=torch.float32) if h0 is None else h0.new_empty(h0.shape)
-    return q.new_empty(q.shape), k.new_empty(k.shape), do.new_empty(do.shape), beta.new_empty(beta.shape), dh0
+def _(q, k, beta, h0, cu_seqlens, g, do, dht, memory, phi, scale, l2norm):
+    like = [None if x is None else x.new_empty(x.shape) for x in (q, k, do, beta, h0, g)]
+    return *like[:4], *_nothing_for_none(q, *like[4:])
+
+
+def _nothing_for_none(like: torch.Tensor, *tensors: torch.Tensor | None) -> list[torch.Tensor]:
+    """An operator returns no None."""
+    return [like.new_empty(0, dtype=torch.float32) if x is None else x for x in tensors]
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, beta, h0, cu_seqlens, ctx.scale, ctx.l2norm, _, _ = inputs
+    q, k, v, beta, h0, cu_seqlens, g, ctx.scale, ctx.l2norm, _, _ = inputs
     _, _, memory, phi = output
     ctx.v_size = v.shape[3]
-    ctx.save_for_backward(q, k, beta, h0, cu_seqlens, memory, phi if phi.dim() > 1 else None)
+    ctx.save_for_backward(q, k, beta, h0, cu_seqlens, g, memory, phi if phi.dim() > 1 else None)
 
 
 def _backward_of_op(ctx, do, dht, *_):
-    q, k, beta, h0, cu_seqlens, memory, phi = ctx.saved_tensors
+    q, k, beta, h0, cu_seqlens, g, memory, phi = ctx.saved_tensors
     assert memory.numel() > 0 or q.numel() == 0, "forward was told to keep nothing for backward"
     do = q.new_zeros(*beta.shape, ctx.v_size) if do is None else do
     dht = None if dht is None or dht.numel() == 0 else dht
-    *grads, dh0 = _backward_op(q, k, beta, h0, cu_seqlens, do, dht, memory, phi, ctx.scale, ctx.l2norm)
-    return *grads, None if h0 is None else dh0, None, None, None, None, None
+    *grads, dh0, dg = _backward_op(q, k, beta, h0, cu_seqlens, g, do, dht, memory, phi, ctx.scale, ctx.l2norm)
+    return *grads, None if h0 is None else dh0, None, None if g is None else dg, None, None, None, None
 
 
 _forward_op.register_autograd(_backward_of_op, setup_context=_setup_context)
@@ -111,7 +117,7 @@ _forward_op.register_autograd(_backward_of_op, setup_context=_setup_context)
 # ------------------------------------------------------------------------------------------------- public functions
 
 
-def _in_parts(q, k, v, beta, scale, state, final, l2norm, cu_seqlens):
+def _in_parts(q, k, v, beta, g, scale, state, final, l2norm, cu_seqlens):
     """More chunks than a grid takes, 4.2 M tokens: some rows at a time, or of a single row some tokens at a time."""
     if cu_seqlens is not None:
         raise ValueError(
@@ -119,22 +125,19 @@ def _in_parts(q, k, v, beta, scale, state, final, l2norm, cu_seqlens):
             f"got N = {cu_seqlens.shape[0] - 1} and T = {q.shape[1]}: pack fewer"
         )
     B, T = q.shape[:2]
-    options = {"scale": scale, "use_qk_l2norm_in_kernel": l2norm}
+
+    def part(rows, state, final):
+        inputs = (None if x is None else x[rows] for x in (q, k, v, beta, g))
+        return _chunked(*inputs, scale, state, final, l2norm, None)
+
     if B > 1:
-        rows = max(1, MAX_CHUNKS // -(-T // CHUNK))
-        parts = [
-            chunk_delta_rule(
-                *(x[b : b + rows] for x in (q, k, v, beta)), output_final_state=final,
-                initial_state=None if state is None else state[b : b + rows], **options,
-            )
-            for b in range(0, B, rows)
-        ]  # fmt: skip
+        step = max(1, MAX_CHUNKS // -(-T // CHUNK))
+        rows = [slice(b, b + step) for b in range(0, B, step)]
+        parts = [part(b, None if state is None else state[b], final) for b in rows]
         return torch.cat([o for o, _ in parts]), torch.cat([s for _, s in parts]) if final else None
     outputs, tokens = [], MAX_CHUNKS * CHUNK
     for t in range(0, T, tokens):
-        o, state = chunk_delta_rule(
-            *(x[:, t : t + tokens] for x in (q, k, v, beta)), initial_state=state, output_final_state=True, **options
-        )
+        o, state = part((slice(None), slice(t, t + tokens)), state, True)
         outputs.append(o)
     return torch.cat(outputs, 1), state if final else None
 
@@ -182,38 +185,92 @@ def chunk_delta_rule(
         ValueError: a shape, dtype, stride or device is not as above; says what came and what was wanted.
     """
     refuse_transforms("chunk_delta_rule")
-    compiling = torch.compiler.is_compiling()
     check_device(q, "delta_rule.torch_chunk_delta_rule")
     check_layout(head_first, chunk_size)
+    options = scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens
+    return _chunked(q, k, v, beta, None, *options)
+
+
+def chunk_gated_delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_cpu: torch.Tensor | None = None,
+    *,
+    head_first: bool = False,
+    chunk_size: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The gated delta rule, chunk by chunk (Yang, Kautz, Hatamizadeh 2024, "Gated Delta Networks"): the memory fades
+    before it is read and written.
+
+        S_t = S~_t + k_t (beta_t (v_t - S~_t^T k_t))^T        S~_t = exp(g_t) S_{t-1}        o_t = scale * S_t^T q_t
+
+    Args:
+        g: `[B, T, HV]`, the log of the decay, at most 0, any floating dtype; summed in fp32.
+        q, k, v, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens: as in
+            `chunk_delta_rule`.
+        cu_seqlens_cpu, head_first, chunk_size: of flash-linear-attention's function. They change nothing here;
+            `head_first=True` is refused.
+
+    Returns:
+        `(o, final_state)`, as `chunk_delta_rule` returns them; the gradient of g is defined, too.
+
+    Raises:
+        ValueError: a shape, dtype, stride or device is not as above; says what came and what was wanted.
+    """
+    refuse_transforms("chunk_gated_delta_rule")
+    check_device(q, "delta_rule.torch_chunk_delta_rule")
+    check_layout(head_first, chunk_size)
+    options = scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens
+    return _chunked(q, k, v, beta, g, *options)
+
+
+def _chunked(q, k, v, beta, g, scale, initial_state, final, l2norm, cu_seqlens):
+    """The rule with g, or without (None)."""
+    compiling = torch.compiler.is_compiling()
     if _switch.CHECKS:
-        check_values({"q": q, "k": k, "v": v, "beta": beta, "initial_state": initial_state}, cu_seqlens, q.shape[1])
+        tensors = {"q": q, "k": k, "v": v, "beta": beta, "g": g, "initial_state": initial_state}
+        check_values(tensors, cu_seqlens, q.shape[1])
     initial_state = as_state(initial_state)
     if compiling:
-        scale = check_arguments(q, k, v, beta, scale, initial_state, cu_seqlens)
+        scale = check_arguments(q, k, v, beta, scale, initial_state, cu_seqlens, g)
     elif scale is not None:
         scale = float(scale)
     if initial_state is not None:
         initial_state = initial_state.contiguous()
+    if g is not None:
+        g = g.contiguous()
     if count_chunks(*q.shape[:2], cu_seqlens) > MAX_CHUNKS:
-        return _in_parts(q, k, v, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens)
-    numbers = scale, use_qk_l2norm_in_kernel, output_final_state
+        return _in_parts(q, k, v, beta, g, scale, initial_state, final, l2norm, cu_seqlens)
+    numbers, tensors = (scale, l2norm, final), (q, k, v, beta, initial_state, cu_seqlens, g)
     if compiling:
-        save = torch.is_grad_enabled() and any(
-            x is not None and x.requires_grad for x in (q, k, v, beta, initial_state)
-        )
-        o, ht, *_ = _forward_op(q, k, v, beta, initial_state, cu_seqlens, *numbers, save)
+        save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+        o, ht, *_ = _forward_op(*tensors, *numbers, save)
     elif torch.is_grad_enabled():
-        o, ht = _ChunkDeltaRule.apply(q, k, v, beta, initial_state, cu_seqlens, numbers)
+        o, ht = _ChunkDeltaRule.apply(*tensors, numbers)
     else:
-        o, ht, *_ = replay(passes.forward, (*numbers, False), (q, k, v, beta, initial_state, cu_seqlens))
-    return o, ht if output_final_state else None
+        o, ht, *_ = replay(passes.forward, (*numbers, False), tensors)
+    return o, ht if final else None
 
 
 def explain(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor, cu_seqlens: torch.Tensor | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    beta: torch.Tensor,
+    cu_seqlens: torch.Tensor | None = None,
+    g: torch.Tensor | None = None,
 ) -> str:
-    """Which kernels `chunk_delta_rule` launches for these arguments, with which tiles, and why: a line per kernel.
+    """Which kernels `chunk_delta_rule` launches for these arguments, or `chunk_gated_delta_rule` with g, with which
+    tiles, and why: a line per kernel.
 
     Gradients count as asked for where they may be: under `torch.no_grad` the answer is that of a forward without them.
     """
-    return explain_plan(make_plan(q, k, v, beta, cu_seqlens, torch.is_grad_enabled()))
+    return explain_plan(make_plan(q, k, v, beta, cu_seqlens, torch.is_grad_enabled(), gated=g is not None))

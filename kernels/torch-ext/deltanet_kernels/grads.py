@@ -6,6 +6,15 @@
     dbeta = rk diag(dV U^T) / diag(A)^2
     d of x^ = x / |x|:  dx = r (dx^ - x^ <x^, dx^>)
 
+With a gate R and E fade like P, dO S^T and dV S^T like S, U dS^T like U. Its own gradient is what passes token t, on
+its way to a later one or to the end: with r_i what comes into token i less what goes out of it,
+
+    dg_t = sum over i >= t in the chunk of r_i + <S', dS'>        <S', dS'> = exp(all g) <S, dS> + sum of k . (U dS^T)
+    r = q . (dq^ / scale rq as above) + k . (-rk dV S^T + E K) - k . (U dS^T + (scale rq R)^T Q + E^T K)
+
+(S' leaves the chunk). What goes from one token to another stands in two of the r, as the same bits: both roundings of
+R are one, and what has come in and gone out again cancels. `decay_kernel` sums, in a launch more.
+
 They need only the state entering a chunk and the gradient of the one leaving it: given U and dV, both recurrences are
 plain sums. Letters as in `reverse.py`; U is saved times rk, as the forward scan used it.
 """
@@ -16,8 +25,9 @@ import triton.language as tl
 
 from ._launch import launch
 from .layout import Inputs, Scratch, Tables, precision, static
+from .limits import CHUNK
 from .plan import GLUON, Plan
-from .tiles import C, below, load_rows, load_tile, locate_chunk, norm_backward
+from .tiles import C, below, decay, load_rows, load_tile, locate_chunk, norm_backward
 
 
 if GLUON:
@@ -26,10 +36,11 @@ if GLUON:
 
 @triton.jit
 def grads_kernel(
-    # inputs; dv as the reverse scan wrote it, in the scratch type; rq and rk None without the L2 norm
-    q, k, do, a, u, dv, s, ds, rq, rk,
-    # outputs
-    dq, dk, dbeta,
+    # inputs; dv as the reverse scan wrote it, in the scratch type; without the L2 norm rq and rk are None, without a
+    # gate gs
+    q, k, do, a, u, dv, s, ds, rq, rk, gs,
+    # outputs; r [2, chunks, HV, C] with a gate
+    dq, dk, dbeta, r,
     # packed sequences
     cu_seqlens, chunks,
     # sizes and strides
@@ -72,10 +83,16 @@ def grads_kernel(
         b_rq = tl.load(rq + (chunk * H + i_h) * C + o_c)
     b_sq = b_rq * scale
     m_o = m_t[:, None] & m_k[None, :]
+    if gs is not None:
+        gs += (chunk * HV + i_h * G) * C
+        r += ((tl.num_programs(1) * role + chunk) * HV + i_h * G) * C
 
     if role == 0:
         b_dq = tl.zeros([C, NK * BK], tl.float32)
         for i_g in range(G):
+            if gs is not None:
+                b_sum = b_dq
+                b_dq = tl.zeros([C, NK * BK], tl.float32)
             b_r = tl.zeros([C, C], tl.float32)
             for i_v in range(0, V, W):
                 o_v = i_v + tl.arange(0, W)
@@ -85,10 +102,20 @@ def grads_kernel(
                 b_r = tl.dot(b_do, b_u, b_r, input_precision=PRECISION)
                 b_dq = tl.dot(b_do, b_s, b_dq, input_precision=PRECISION)
             b_k = load_tile(k, o_c, k_st, o_k, m_t, m_k).to(CT)
+            if gs is not None:
+                b_gs = tl.load(gs + i_g * C + o_c)
+                b_dq *= (tl.exp(b_gs.to(tl.float32)) * b_sq)[:, None]
+                b_r *= decay(b_gs[:, None], b_gs[None, :]) * b_sq[:, None]
             b_r = tl.where(o_c[:, None] >= o_c[None, :], b_r, 0.0).to(CT)
             b_dq = tl.dot(b_r, b_k, b_dq, input_precision=PRECISION)
+            if gs is not None:
+                b_q = load_tile(q, o_c, q_st, o_k, m_t, m_k).to(tl.float32)
+                tl.store(r + i_g * C + o_c, tl.sum(b_q * b_dq, 1))
+                b_dq += b_sum
         b_q = load_tile(q, o_c, q_st, o_k, m_t, m_k)
-        b_dq = norm_backward(b_dq * b_sq[:, None], b_q, b_rq, rk is not None)
+        if gs is None:
+            b_dq *= b_sq[:, None]
+        b_dq = norm_backward(b_dq, b_q, b_rq, rk is not None)
         tl.store(dq + ((row + o_c) * H + i_h)[:, None] * K + o_k[None, :], b_dq.to(dq.dtype.element_ty), mask=m_o)
     else:
         dv += (row * HV + i_h * G) * V
@@ -98,8 +125,14 @@ def grads_kernel(
             b_rk = tl.load(rk + (chunk * H + i_h) * C + o_c)
         b_dk = tl.zeros([C, NK * BK], tl.float32)
         for i_g in range(G):
-            # of the four terms only dV S^T carries rk, so what stands in the accumulator is divided by it meanwhile
-            b_dk *= (-1.0 / b_rk)[:, None]
+            if gs is not None:
+                b_sum = b_dk
+                b_dk = tl.zeros([C, NK * BK], tl.float32)
+                b_gs = tl.load(gs + i_g * C + o_c)
+                b_all = tl.load(gs + i_g * C + C - 1)
+            else:
+                # of the four terms only dV S^T carries rk: what stands in the accumulator is divided by it meanwhile
+                b_dk *= (-1.0 / b_rk)[:, None]
             b_e = tl.zeros([C, C], tl.float32)
             for i_v in range(0, V, W):
                 o_v = i_v + tl.arange(0, W)
@@ -109,15 +142,25 @@ def grads_kernel(
                 b_e = tl.dot(b_v, b_u, b_e, input_precision=PRECISION)
                 b_dk = tl.dot(b_v, b_s, b_dk, input_precision=PRECISION)
             b_dk *= (-b_rk)[:, None]
+            if gs is not None:
+                b_dk *= tl.exp(b_gs.to(tl.float32))[:, None]
             # by A's diagonal rk beta as it was rounded, not by rk beta^2: U and dV carry that rounding (error 0.0048,
             # was 0.0060); twice, because its square would leave fp32's range where beta is near its bound
             p_a = a + ((chunk * HV + i_h * G + i_g) * C + o_c) * C + o_c
             b_a = tl.load(p_a, mask=m_t, other=1.0).to(tl.float32)
             b_g = tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_e, 0.0), 1) / b_a * b_rk / b_a
+            if gs is not None:
+                b_e *= decay(b_gs[:, None], b_gs[None, :])
             b_e = tl.where(o_c[:, None] > o_c[None, :], b_e * -b_rk[:, None], 0.0).to(CT)
             b_k = load_tile(k, o_c, k_st, o_k, m_t, m_k).to(CT)
             b_dk = tl.dot(b_e, b_k, b_dk, input_precision=PRECISION)
+            if gs is not None:
+                b_x = tl.sum(b_k.to(tl.float32) * b_dk, 1)
             b_dk = tl.dot(tl.trans(b_e), b_k, b_dk, input_precision=PRECISION)
+            if gs is not None:
+                b_near = b_dk
+                b_dk = tl.zeros([C, NK * BK], tl.float32)
+                b_through = tl.zeros([NK * BK], tl.float32)
             # transposed from the start: R^T = U dO^T
             b_r = tl.zeros([C, C], tl.float32)
             for i_v in range(0, V, W):
@@ -128,9 +171,23 @@ def grads_kernel(
                 b_u = tl.trans(b_u)
                 b_r = tl.dot(b_u, tl.trans(b_do), b_r, input_precision=PRECISION)
                 b_dk = tl.dot(b_u, b_s, b_dk, input_precision=PRECISION)
+                if gs is not None:
+                    b_in = load_rows(s + (i_g * NV + i_v // BV) * NK * BV * BK, i_v % BV, NK, W, BV, BK)
+                    b_through += tl.sum(b_in.to(tl.float32) * b_s.to(tl.float32), 0)
+            if gs is not None:
+                b_k = load_tile(k, o_c, k_st, o_k, m_t, m_k).to(tl.float32)
+                b_dk *= decay(b_all, b_gs)[:, None]
+                b_through *= tl.exp(b_all.to(tl.float32))
+                b_leaving = tl.sum(tl.sum(b_k * b_dk, 1), 0) + tl.sum(b_through, 0)
+                b_dk += b_near
+                b_r *= decay(b_gs[None, :], b_gs[:, None])
             b_q = load_tile(q, o_c, q_st, o_k, m_t, m_k).to(CT)
             b_r = tl.where(o_c[:, None] <= o_c[None, :], b_r * b_sq[None, :], 0.0).to(CT)
             b_dk = tl.dot(b_r, b_q, b_dk, input_precision=PRECISION)
+            if gs is not None:
+                b_x = 2.0 * b_x - tl.sum(b_k * b_dk, 1)
+                tl.store(r + i_g * C + o_c, b_x + tl.where(o_c == C - 1, b_leaving, 0.0))
+                b_dk += b_sum
             p_b = dbeta + (row + o_c) * HV + i_h * G + i_g
             tl.store(p_b, b_g.to(dbeta.dtype.element_ty), mask=m_t)
         b_k = load_tile(k, o_c, k_st, o_k, m_t, m_k)
@@ -138,20 +195,57 @@ def grads_kernel(
         tl.store(dk + ((row + o_c) * H + i_h)[:, None] * K + o_k[None, :], b_dk.to(dk.dtype.element_ty), mask=m_o)
 
 
+@triton.jit
+def decay_kernel(
+    # input, output
+    r, dg,
+    # packed sequences
+    cu_seqlens, chunks,
+    T, NT, N_CHUNKS,
+    HV: tl.constexpr,
+):  # fmt: skip
+    """dg of one chunk and value head: sums of r from each token to the chunk's end."""
+    i_hv = tl.program_id(0)
+    i_t = tl.program_id(1)
+    T_all = T
+    i_b, i_c, bos, T = locate_chunk(i_t, chunks, cu_seqlens, T, NT)
+    if T == 0:
+        return
+    o_c = tl.arange(0, C)
+    p = (i_t.to(tl.int64) * HV + i_hv) * C + o_c
+    b_r = tl.load(r + p) + tl.load(r + (i_t * 0 + N_CHUNKS).to(tl.int64) * HV * C + p)
+    p_g = dg + (i_b * T_all + bos + i_c * C + o_c) * HV + i_hv
+    tl.store(p_g, tl.cumsum(b_r, 0, reverse=True).to(dg.dtype.element_ty), mask=i_c * C + o_c < T)
+
+
 def grads(
-    x: Inputs, do: torch.Tensor, scratch: Scratch, t: Tables, plan: Plan, scale: float, *, dv, ds, flags, dq, dk, dbeta
+    x: Inputs,
+    do: torch.Tensor,
+    scratch: Scratch,
+    t: Tables,
+    plan: Plan,
+    scale: float,
+    *,
+    dv,
+    ds,
+    flags,
+    dq,
+    dk,
+    dbeta,
+    dg,
 ) -> None:
-    """Writes dq, dk and dbeta."""
+    """Writes dq, dk, dbeta and, with a gate, dg."""
     call, choice = plan.call, plan.grads
     if t.n_chunks == 0 or call.T == 0:
         return
     if choice.gluon:
         hopper_grads.grads(x, do, scratch, t, plan, scale, dv, ds, flags, dq, dk, dbeta)
         return
-    a, _, rq, rk, u, s = scratch
+    a, _, rq, rk, u, s, gs = scratch
+    r = None if gs is None else gs.new_empty(2, t.n_chunks, call.HV, CHUNK, dtype=torch.float32)
     launch(
         grads_kernel, (2 * call.H, t.n_chunks),
-        (x.q, x.k, do, a, u, dv, s, ds, rq, rk, dq, dk, dbeta, t.cu_seqlens, t.chunks),
+        (x.q, x.k, do, a, u, dv, s, ds, rq, rk, gs, dq, dk, dbeta, r, t.cu_seqlens, t.chunks),
         (
             scale, x.k.shape[1], t.nt, call.H, *x.q.stride()[:3], *x.k.stride()[:3], *do.stride()[:3],
             static(call.K, call.wide), static(call.V, call.wide),
@@ -163,3 +257,11 @@ def grads(
         },
         {"num_warps": choice.num_warps, "num_stages": choice.num_stages, "maxnreg": choice.maxnreg},
     )  # fmt: skip
+    if r is not None:
+        launch(
+            decay_kernel, (call.HV, t.n_chunks),
+            (r, dg, t.cu_seqlens, t.chunks),
+            (x.k.shape[1], t.nt, t.n_chunks),
+            {"HV": call.HV},
+            {"num_warps": 1},
+        )  # fmt: skip

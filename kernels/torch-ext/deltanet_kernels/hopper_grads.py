@@ -211,7 +211,7 @@ def grads(x: Inputs, do, scratch: Scratch, t: Tables, plan: Plan, scale: float, 
     q, k = x.q, x.k
     H, K = k.shape[2:]
     HV, V = do.shape[2:]
-    a, _, rq, rk, u, s = scratch
+    a, _, rq, rk, u, s, _ = scratch
     launch(
         grads_kernel, (H, t.n_chunks),
         (q, k, do, a, u, dv, s, ds, rq, rk, flags, dq, dk, dbeta, t.cu_seqlens, t.chunks),

@@ -18,7 +18,7 @@ ALIGNMENT = 128  # bytes, a line of the cache
 
 
 class Inputs(NamedTuple):
-    """The rule's tensors, as `chunk_delta_rule` describes them. Backward has no v."""
+    """The rule's tensors, as `chunk_gated_delta_rule` describes them. Backward has no v."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -26,6 +26,7 @@ class Inputs(NamedTuple):
     beta: torch.Tensor
     h0: torch.Tensor | None
     cu_seqlens: torch.Tensor | None
+    g: torch.Tensor | None  # contiguous; None: the rule without a gate
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -63,8 +64,8 @@ def index_kernel(
     # outputs: first chunk of each sequence, and (sequence, position) of each chunk, -1 where unused
     chunk_offsets, chunks,
     # outputs of the kernels to come, rows of [T, W], or None
-    x0, x1, x2, x3,
-    N, MAX_CHUNKS, T, W0, W1, W2, W3,
+    x0, x1, x2, x3, x4,
+    N, MAX_CHUNKS, T, W0, W1, W2, W3, W4,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program i_n writes the table entries of sequence i_n; program N closes the table. No host synchronisation.
@@ -83,6 +84,7 @@ def index_kernel(
         _zero_rows(x1, W1, first, end, T, i_p, n_p)
         _zero_rows(x2, W2, first, end, T, i_p, n_p)
         _zero_rows(x3, W3, first, end, T, i_p, n_p)
+        _zero_rows(x4, W4, first, end, T, i_p, n_p)
         return
     chunk = 0
     for i in range(0, i_n, BLOCK):
@@ -125,13 +127,13 @@ def count_chunks(B: int, T: int, cu_seqlens: torch.Tensor | None) -> int:
 
 
 def tables(B: int, T: int, cu_seqlens: torch.Tensor | None, outputs: tuple[torch.Tensor, ...] = ()) -> Tables:
-    """`outputs`, contiguous, at most four, get zeros where no sequence is (packed sequences alone)."""
+    """`outputs`, contiguous, at most five, get zeros where no sequence is (packed sequences alone)."""
     n_chunks = count_chunks(B, T, cu_seqlens)
     if cu_seqlens is None:
         return Tables(B, n_chunks, -(-T // CHUNK), T % CHUNK == 0)
     n = cu_seqlens.shape[0] - 1
     offsets, chunks = (torch.empty(x, dtype=torch.int32, device=cu_seqlens.device) for x in (n + 1, 2 * n_chunks))
-    missing = 4 - len(outputs)
+    missing = 5 - len(outputs)
     launch(
         index_kernel, (n + 1 + min(ZERO_PROGRAMS, -(-T // CHUNK)),),
         (cu_seqlens, offsets, chunks, *outputs, *[None] * missing),
@@ -172,16 +174,22 @@ class Scratch(NamedTuple):
     """What the kernels leave to each other (`kernels/README.md`, "Symbols")."""
 
     a: torch.Tensor  # [chunks, HV, C, C]
-    p: torch.Tensor | None  # [chunks, H, C, C], where the plan has a kernel for the scores
+    p: torch.Tensor | None  # [chunks, H, C, C] (gated: HV), where the plan has a kernel for the scores
     rq: torch.Tensor | None  # [chunks, H, C], with the L2 norm
     rk: torch.Tensor | None
     u: torch.Tensor | None  # in tiles, and so is s; for backward alone
     s: torch.Tensor | None
+    gs: torch.Tensor | None  # [chunks, HV, C], with a gate
 
 
 def scratch_type(dtype: torch.dtype) -> torch.dtype:
     """fp16 goes through fp32: its exponent range cannot hold U and dV where beta is near zero."""
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def decay_type(dtype: torch.dtype) -> torch.dtype:
+    """Of sums of g. Their differences count, in which fp32 loses what fp32 inputs want to keep."""
+    return torch.float32 if dtype == torch.bfloat16 else torch.float64
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -210,17 +218,20 @@ def scratch_layout(plan: Plan, l2norm: bool, save: bool, n_chunks: int) -> tuple
     """
     call = plan.call
     norms = n_chunks, call.H, CHUNK
+    heads = call.HV if call.gated else call.H  # that have a P of their own
     wanted = Scratch(
         a=(n_chunks, call.HV, CHUNK, CHUNK),
-        p=(n_chunks, call.H, CHUNK, CHUNK) if plan.scores else None,
+        p=(n_chunks, heads, CHUNK, CHUNK) if plan.scores else None,
         rq=norms if l2norm else None,
         rk=norms if l2norm else None,
         u=(n_chunks, call.HV, plan.value_tiles * plan.value_tile, CHUNK) if save else None,
         s=s_shape(plan, n_chunks) if save else None,
+        gs=(n_chunks, call.HV, CHUNK) if call.gated else None,
     )
+    types = {"rq": torch.float32, "rk": torch.float32, "gs": decay_type(call.dtype)}
     places, end = [], 0
     for name, shape in wanted._asdict().items():
-        dtype = torch.float32 if name in ("rq", "rk") else scratch_type(call.dtype)
+        dtype = types.get(name, scratch_type(call.dtype))
         places.append(None if shape is None else (end, shape, dtype))
         if shape is not None:
             end += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT

@@ -21,19 +21,19 @@ from .scan import scan
 from .segments import cut, entry_states, exit_gradients
 
 
-def forward(scale: float | None, l2norm: bool, final: bool, save: bool, q, k, v, beta, h0, cu_seqlens) -> list:
+def forward(scale: float | None, l2norm: bool, final: bool, save: bool, q, k, v, beta, h0, cu_seqlens, g) -> list:
     """o, the final state or None, the plan, and with `save` what backward reads: the memory of the scratch, and Phi or
     None; otherwise two more None.
     """
     # checked here: a replayed call has the signature of one that passed
-    scale = check_arguments(q, k, v, beta, scale, h0, cu_seqlens)
+    scale = check_arguments(q, k, v, beta, scale, h0, cu_seqlens, g)
     B, T = q.shape[:2]
-    plan = make_plan(q, k, v, beta, cu_seqlens, save)
+    plan = make_plan(q, k, v, beta, cu_seqlens, save, gated=g is not None)
     call, s = plan.call, plan.segments
-    x = Inputs(q, k, v, beta, h0, cu_seqlens)
+    x = Inputs(q, k, v, beta, h0, cu_seqlens, g)
     o = v.new_empty(B, T, call.HV, call.V)
     if s > 1:
-        x = x._replace(q=cut(q, s), k=cut(k, s), v=cut(v, s), beta=cut(beta, s))
+        x = x._replace(q=cut(q, s), k=cut(k, s), v=cut(v, s), beta=cut(beta, s), g=None if g is None else cut(g, s))
         t = segment_tables(B, T, s, k.device)
     else:
         t = tables(B, T, cu_seqlens, (o,))
@@ -51,8 +51,10 @@ def forward(scale: float | None, l2norm: bool, final: bool, save: bool, q, k, v,
     return [o, ht, plan, memory, phi if plan.segments_backward > 1 else None] if save else [o, ht, plan, None, None]
 
 
-def backward(plan: Plan, scale: float | None, l2norm: bool, q, k, beta, h0, cu_seqlens, do, dht, memory, phi) -> list:
-    """dq, dk, dv, dbeta and dh0 or None. The plan, `memory` and `phi` as `forward` gave them."""
+def backward(
+    plan: Plan, scale: float | None, l2norm: bool, q, k, beta, h0, cu_seqlens, g, do, dht, memory, phi
+) -> list:
+    """dq, dk, dv, dbeta, dh0 or None, and dg or None. The plan, `memory` and `phi` as `forward` gave them."""
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if do.stride(-1) != 1 or (plan.reverse.gluon and not is_aligned(do)):
         do = do.clone(memory_format=torch.contiguous_format)
@@ -60,14 +62,14 @@ def backward(plan: Plan, scale: float | None, l2norm: bool, q, k, beta, h0, cu_s
         dht = dht.contiguous()
     B, T = q.shape[:2]
     s = plan.segments_backward
-    x = Inputs(q, k, None, beta, h0, cu_seqlens)
+    x = Inputs(q, k, None, beta, h0, cu_seqlens, g)
     dh0 = None if h0 is None else _contiguous_like(h0)
     layout, _ = scratch_layout(plan, l2norm, True, count_chunks(B, T, cu_seqlens))
     scratch = scratch_in(memory, layout)
     if s == 1:
         # packed, what lies outside of all sequences is zeroed by the launch that makes the tables
         out = None if cu_seqlens is None else _gradients_like(x, do)
-        t = tables(B, T, cu_seqlens, out or ())
+        t = tables(B, T, cu_seqlens, [y for y in out or () if y is not None])
         out = _gradients(x, do, scratch, t, plan, scale, dht, dh0, out)
     else:
         if not can_cut(do):  # forward saw the other tensors
@@ -76,15 +78,16 @@ def backward(plan: Plan, scale: float | None, l2norm: bool, q, k, beta, h0, cu_s
         parts, t = x._replace(q=cut(q, s), k=cut(k, s), beta=cut(beta, s)), segment_tables(B, T, s, q.device)
         dht = exit_gradients(parts, cut(do, s), scratch, t, plan, scale, phi, dht)
         dh0s = None if h0 is None else dht.new_empty(dht.shape)
-        _gradients(parts, cut(do, s), scratch, t, plan, scale, dht, dh0s, [cut(y, s) for y in out])
+        parts_out = [None if y is None else cut(y, s) for y in out]
+        _gradients(parts, cut(do, s), scratch, t, plan, scale, dht, dh0s, parts_out)
         if h0 is not None:
             dh0.copy_(dh0s[::s])
-    dq, dk, dv, dbeta = out
-    return [dq, dk, dv if dv.dtype == do.dtype else dv.to(do.dtype), dbeta, dh0]
+    dq, dk, dv, dbeta, dg = out
+    return [dq, dk, dv if dv.dtype == do.dtype else dv.to(do.dtype), dbeta, dh0, dg]
 
 
 def _gradients(x: Inputs, do, scratch, t, plan: Plan, scale: float, dht, dh0, out: list | None) -> list:
-    """dq, dk, dv and dbeta, written to `out` where it is given."""
+    """dq, dk, dv, dbeta and dg or None, written to `out` where it is given."""
     dv = _scratch_like(do) if out is None else out[2]
     ds = do.new_empty(s_shape(plan, t.n_chunks), dtype=scratch_type(plan.call.dtype))
     flags = None
@@ -92,9 +95,9 @@ def _gradients(x: Inputs, do, scratch, t, plan: Plan, scale: float, dht, dh0, ou
         flags = do.new_empty(t.n_chunks, plan.call.HV, plan.value_tiles, dtype=torch.int32)
     reverse(x, do, scratch, t, plan, scale, plan.reverse, dht=dht, dv=dv, ds=ds, dh0=dh0, flags=flags)
     # allocated while the reverse scan runs, since at batch 1 the GPU waits for the host
-    dq, dk, _, dbeta = out or [_contiguous_like(x.q), _contiguous_like(x.k), dv, _contiguous_like(x.beta)]
-    grads(x, do, scratch, t, plan, scale, dv=dv, ds=ds, flags=flags, dq=dq, dk=dk, dbeta=dbeta)
-    return [dq, dk, dv, dbeta]
+    dq, dk, _, dbeta, dg = out or _gradients_like(x, do, dv)
+    grads(x, do, scratch, t, plan, scale, dv=dv, ds=ds, flags=flags, dq=dq, dk=dk, dbeta=dbeta, dg=dg)
+    return [dq, dk, dv, dbeta, dg]
 
 
 def _contiguous_like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -107,6 +110,8 @@ def _scratch_like(do: torch.Tensor) -> torch.Tensor:
     return _contiguous_like(do, scratch_type(do.dtype))
 
 
-def _gradients_like(x: Inputs, do: torch.Tensor) -> list:
-    """dq, dk, dv and dbeta, to be written."""
-    return [_contiguous_like(x.q), _contiguous_like(x.k), _scratch_like(do), _contiguous_like(x.beta)]
+def _gradients_like(x: Inputs, do: torch.Tensor, dv: torch.Tensor | None = None) -> list:
+    """dq, dk, dv, dbeta and dg or None, to be written."""
+    dv = _scratch_like(do) if dv is None else dv
+    dg = None if x.g is None else _contiguous_like(x.g)
+    return [_contiguous_like(x.q), _contiguous_like(x.k), dv, _contiguous_like(x.beta), dg]

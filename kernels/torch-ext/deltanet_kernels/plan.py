@@ -51,6 +51,7 @@ class Call(NamedTuple):
     gradients: bool  # may be asked for
     can_cut: bool  # a batch entry's rows follow each other as a sequence's tokens do, so that segments need no copy
     aligned: bool  # rows can be copied 16 bytes at a time, which Gluon's kernels need
+    gated: bool  # there is a g
 
     @property
     def wide(self) -> bool:
@@ -273,10 +274,12 @@ def make_plan(
     cu_seqlens: torch.Tensor | None,
     gradients: bool,
     *,
+    gated: bool = False,
     cut: bool | None = None,
     aligned: bool | None = None,
 ) -> Plan:
-    """The plan of `chunk_delta_rule`'s arguments. `gradients`: whether they may be asked for.
+    """The plan of `chunk_delta_rule`'s arguments. `gradients`: whether they may be asked for; `gated`: whether there
+    is a g.
 
     `cut` and `aligned` take the place of what would be read from the tensors, where these are fakes or only some are
     at hand.
@@ -287,7 +290,7 @@ def make_plan(
     aligned = is_aligned(q, k, v) if aligned is None else aligned
     device = k.device.index
     chip, packed = (arch_of(device), multiprocessors(device)), cu_seqlens is not None
-    call = Call(*chip, B, T, H, HV, K, V, n, packed, k.dtype, gradients, cut, aligned)
+    call = Call(*chip, B, T, H, HV, K, V, n, packed, k.dtype, gradients, cut, aligned, gated)
     # a symbol for a length cannot be looked up
     return plan_of(call) if type(B) is type(T) is type(n) is int else plan_of.__wrapped__(call)
 
@@ -300,7 +303,7 @@ def plan_of(call: Call) -> Plan:
     segments = count_segments(call, blocks) if not call.packed and SEGMENTS else 1
     few = bool(call.sequences * segments * call.HV * blocks <= call.sms)
     tiles = launch_table(call.arch, K, V, wide, few)
-    might_be_beside = tiles.gluon and few
+    might_be_beside = tiles.gluon and few and not call.gated
     uncut = call.B * call.HV * blocks
     segments = segments if call.can_cut else 1
     backward = segments if segments > 1 and cuts_backward(call, uncut, might_be_beside) else 1
@@ -312,7 +315,7 @@ def plan_of(call: Call) -> Plan:
         x._replace(columns=value_tile) for x in (tiles.scan, tiles.reverse, tiles.reverse, tiles.entry)
     )
     grads = tiles.grads._replace(columns=min(value_tile, tiles.grads.columns))
-    gluon = tiles.gluon and call.aligned
+    gluon = tiles.gluon and call.aligned and not call.gated
     if gluon:
         # two warp groups per program share q, k, A and P; where few run, one each (0.115 ms, was 0.170, at 1 x 4096 x
         # 16 x 128)
@@ -321,6 +324,8 @@ def plan_of(call: Call) -> Plan:
         # 64 columns are faster with many programs, too (0.230 ms, was 0.248 with 128, at 8 x 4096 x 16 x 128)
         reverse = exit = Launch(64, 4, 1, gluon=True)
         grads = Launch(64, 4, 1, tiles.grads.maxnreg, gluon=True)
+    # each value head has decays of its own, which a scan would compute twice, in forward and in backward
+    stored = tiles.stored or (call.gated and not gluon)
     # when the scan's programs fill more than three quarters of the chip there is no room for the gradients
     programs = value_tiles * call.HV * call.sequences * backward
     plan = Plan(
@@ -330,7 +335,7 @@ def plan_of(call: Call) -> Plan:
         value_tile=value_tile,
         value_tiles=value_tiles,
         prepare=tiles.prepare._replace(columns=min(tiles.prepare.columns, key_tile)),
-        scores=tiles.scores._replace(columns=min(tiles.scores.columns, key_tile)) if tiles.stored else None,
+        scores=tiles.scores._replace(columns=min(tiles.scores.columns, key_tile)) if stored else None,
         scan=scan,
         reverse=reverse,
         deep=tiles.deep,
@@ -353,11 +358,12 @@ def explain(plan: Plan) -> str:
     programs = plan.value_tiles * call.HV * call.sequences
     shape = f"B {call.B}, T {call.T}, H {call.H}, HV {call.HV}, K {call.K}, V {call.V}"
     packed = f", {call.sequences} packed sequences" if call.packed else ""
-    lines = [
-        f"chunk_delta_rule: {shape}, {str(call.dtype).removeprefix('torch.')}{packed}, sm_{call.arch}, {call.sms} SMs"
-    ]
+    name, dtype = f"chunk{'_gated' if call.gated else ''}_delta_rule", str(call.dtype).removeprefix("torch.")
+    lines = [f"{name}: {shape}, {dtype}{packed}, sm_{call.arch}, {call.sms} SMs"]
     if plan.scan.gluon:
         why = "heads of 64 and 128 in bf16 on sm_90, rows aligned to 16 bytes"
+    elif call.gated:
+        why = "Gluon has no gate"
     elif not GLUON:
         why = f"no Gluon: Triton {triton.__version__}, or DELTANET_KERNELS"
     elif not call.aligned and call.arch == 90:

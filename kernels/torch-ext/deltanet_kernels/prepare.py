@@ -3,7 +3,8 @@
     M = strictly_lower(beta rk rk' K K^T)    A = rk (I + M)^-1 diag(beta)          P = scale rq lower(Q K^T)
 
 rk and rq are reciprocal norms (1 without the L2 norm), folded in as row scalars so that normalised copies are never
-stored.
+stored. With a gate, entry i, j of A and of P fades by exp(g_{j+1} + ... + g_i): gs holds the sums of g from the
+chunk's start on, whose differences these are.
 """
 
 import triton
@@ -12,7 +13,7 @@ import triton.language as tl
 from ._launch import launch
 from .layout import Inputs, Scratch, Tables, precision, static
 from .plan import Plan
-from .tiles import C, below, load_tile, locate_chunk, norm_of
+from .tiles import C, below, decay, load_tile, locate_chunk, norm_of
 
 
 BETA_MIN = tl.constexpr(2.0**-28)  # beta is kept this far from zero: its root is the smallest normal fp16 number
@@ -66,6 +67,23 @@ def _load_beta(p, i_b: tl.constexpr, o_t, t_0, stride, T):
     o = i_b * 16 + o_t
     b = tl.load(p + o * stride, mask=t_0 + o < T, other=0.0).to(tl.float32)
     return tl.where(tl.abs(b) < BETA_MIN, BETA_MIN, b)
+
+
+@triton.jit
+def _running_sum(p, i_b: tl.constexpr, o_t, t_0, stride, T, gs, start):
+    """Sums of g from the chunk's start to each token of block i_b, which `start` begins; also stored. Beyond the end g
+    is 0, so that the last of all is the chunk's sum.
+    """
+    o = i_b * 16 + o_t
+    b_g = tl.load(p + o * stride, mask=t_0 + o < T, other=0.0).to(gs.dtype.element_ty)
+    b_g = tl.cumsum(b_g, 0) + start
+    tl.store(gs + o, b_g)
+    return b_g
+
+
+@triton.jit
+def _last(b_x):
+    return tl.sum(tl.where(tl.arange(0, 16) == 15, b_x, 0.0), 0)
 
 
 @triton.jit
@@ -163,10 +181,10 @@ def _gram(
 
 @triton.jit
 def prepare_kernel(
-    # inputs
-    k, beta,
-    # outputs: a [chunks, HV, C, C]; rk [chunks, H, C], or None without the L2 norm
-    a, rk,
+    # inputs; g [B, T, HV], or None without a gate
+    k, beta, g,
+    # outputs: a [chunks, HV, C, C]; rk [chunks, H, C], or None without the L2 norm; gs [chunks, HV, C] with a gate
+    a, rk, gs,
     # packed sequences
     cu_seqlens, chunks,
     # sizes and strides
@@ -182,6 +200,7 @@ def prepare_kernel(
     i_hv = tl.program_id(0)
     i_t = tl.program_id(1)
     i_h = i_hv // (HV // H)
+    T_all = T
     i_b, i_c, bos, T = locate_chunk(i_t, chunks, cu_seqlens, T, NT)
     if T == 0:
         return
@@ -273,6 +292,23 @@ def prepare_kernel(
     t31 = t31.to(tl.float32) * p3[:, None] * q1[None, :]
     t32 = t32.to(tl.float32) * p3[:, None] * q2[None, :]
     t33 = t33.to(tl.float32) * p3[:, None] * q3[None, :]
+    if gs is not None:
+        gs += (i_t.to(tl.int64) * HV + i_hv) * C
+        p_g = g + (i_b * T_all + bos + t_0) * HV + i_hv
+        d0 = _running_sum(p_g, 0, o_t, t_0, HV, T, gs, 0.0)
+        d1 = _running_sum(p_g, 1, o_t, t_0, HV, T, gs, _last(d0))
+        d2 = _running_sum(p_g, 2, o_t, t_0, HV, T, gs, _last(d1))
+        d3 = _running_sum(p_g, 3, o_t, t_0, HV, T, gs, _last(d2))
+        t00 *= decay(d0[:, None], d0[None, :])
+        t10 *= decay(d1[:, None], d0[None, :])
+        t11 *= decay(d1[:, None], d1[None, :])
+        t20 *= decay(d2[:, None], d0[None, :])
+        t21 *= decay(d2[:, None], d1[None, :])
+        t22 *= decay(d2[:, None], d2[None, :])
+        t30 *= decay(d3[:, None], d0[None, :])
+        t31 *= decay(d3[:, None], d1[None, :])
+        t32 *= decay(d3[:, None], d2[None, :])
+        t33 *= decay(d3[:, None], d3[None, :])
     _store_lower(p_a, (t00, t10, t11, t20, t21, t22, t30, t31, t32, t33))
 
 
@@ -281,19 +317,19 @@ def prepare_kernel(
 
 @triton.jit
 def scores_kernel(
-    # inputs
-    q, k,
-    # outputs: p [chunks, H, C, C]; rq [chunks, H, C], or None without the L2 norm
+    # inputs; gs [chunks, HV, C] of the gate, or None
+    q, k, gs,
+    # outputs: p [chunks, H * G, C, C]; rq [chunks, H, C], or None without the L2 norm
     p, rq,
     # packed sequences
     cu_seqlens, chunks,
     # sizes and strides
     scale, T, NT, H, q_sb, q_st, q_sh, k_sb, k_st, k_sh, K,
-    # constants
-    BK: tl.constexpr, EVEN: tl.constexpr, FULL_K: tl.constexpr, PRECISION: tl.constexpr,
+    # constants; G the value heads of a key head with a gate, 1 without
+    G: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, FULL_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """P = scale rq lower(Q K^T) and the norms of q, of one chunk and key head."""
-    i_h = tl.program_id(0)
+    """P = scale rq lower(Q K^T) and the norms of q, of one chunk and key head; with a gate P of one value head."""
+    i_h = tl.program_id(0) // G
     i_t = tl.program_id(1)
     i_b, i_c, bos, T = locate_chunk(i_t, chunks, cu_seqlens, T, NT)
     if T == 0:
@@ -323,6 +359,9 @@ def scores_kernel(
         tl.store(rq + p_r + o_c, b_r)
         b_s *= b_r
     b_p = tl.where(o_c[:, None] >= o_c[None, :], b_p * b_s[:, None], 0.0)
+    if gs is not None:
+        p_r = (i_t.to(tl.int64) * H * G + tl.program_id(0)) * C
+        b_p *= decay(tl.load(gs + p_r + o_c)[:, None], tl.load(gs + p_r + o_c)[None, :])
     tl.store(p + p_r * C + o_c[:, None] * C + o_c[None, :], b_p.to(p.dtype.element_ty))
 
 
@@ -337,7 +376,7 @@ def prepare(x: Inputs, scratch: Scratch, t: Tables, plan: Plan, scale: float) ->
     choice, T = plan.prepare, x.k.shape[1]
     launch(
         prepare_kernel, (plan.call.HV, t.n_chunks),
-        (x.k, x.beta, scratch.a, scratch.rk, t.cu_seqlens, t.chunks),
+        (x.k, x.beta, x.g, scratch.a, scratch.rk, scratch.gs, t.cu_seqlens, t.chunks),
         (T, t.nt, plan.call.H, plan.call.HV, *x.k.stride()[:3], *x.beta.stride()[:3], static(K, wide)),
         {
             "BK": choice.columns, "EVEN": t.even, "FULL_K": K % choice.columns == 0,
@@ -346,13 +385,13 @@ def prepare(x: Inputs, scratch: Scratch, t: Tables, plan: Plan, scale: float) ->
         {"num_warps": choice.num_warps, "num_stages": choice.num_stages, "maxnreg": choice.maxnreg},
     )  # fmt: skip
     if plan.scores is not None:
-        choice = plan.scores
+        choice, group = plan.scores, plan.call.HV // plan.call.H if plan.call.gated else 1
         launch(
-            scores_kernel, (plan.call.H, t.n_chunks),
-            (x.q, x.k, scratch.p, scratch.rq, t.cu_seqlens, t.chunks),
+            scores_kernel, (plan.call.H * group, t.n_chunks),
+            (x.q, x.k, scratch.gs, scratch.p, scratch.rq, t.cu_seqlens, t.chunks),
             (scale, T, t.nt, plan.call.H, *x.q.stride()[:3], *x.k.stride()[:3], static(K, wide)),
             {
-                "BK": choice.columns, "EVEN": t.even, "FULL_K": K % choice.columns == 0,
+                "G": group, "BK": choice.columns, "EVEN": t.even, "FULL_K": K % choice.columns == 0,
                 "PRECISION": precision(plan.call.dtype),
             },
             {"num_warps": choice.num_warps, "num_stages": choice.num_stages},

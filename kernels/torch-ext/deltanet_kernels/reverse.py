@@ -2,6 +2,9 @@
 
     dU = P^T dO + K dS    dV = A^T dU    dS <- dS + Q^T (scale rq dO) - K^T (rk dV)
 
+With a gate the factors of `scan.py` stand where they stand there: K fades to the chunk's end, dO' and rk dV from its
+start, dS over all of it.
+
 Letters as in `scan.py`; a d before a name is a gradient. The state's gradient is kept transposed, as the state is
 there.
 """
@@ -13,7 +16,7 @@ import triton.language as tl
 from ._launch import launch
 from .layout import Inputs, Scratch, Tables, precision, static
 from .plan import GLUON, Launch, Plan
-from .tiles import C, below, load_tile, load_tile_t, locate_sequence, store_fragments
+from .tiles import C, below, decay, load_tile, load_tile_t, locate_sequence, store_fragments
 
 
 if GLUON:
@@ -22,8 +25,8 @@ if GLUON:
 
 @triton.jit
 def reverse_kernel(
-    # inputs; a, p, rq and rk as forward left them
-    q, k, do, a, p, rq, rk, dht,
+    # inputs; a, p, rq, rk and gs as forward left them
+    q, k, do, a, p, rq, rk, gs, dht,
     # outputs or None; ds, in tiles like s: gradient of the state leaving a chunk
     dv, ds, dh0,
     # packed sequences
@@ -61,7 +64,9 @@ def reverse_kernel(
     do += i_b * d_sb + bos * d_st + i_hv * d_sh
     a += ((chunk_0 + last) * HV + i_hv) * C * C
     if p is not None:
-        p += ((chunk_0 + last) * H + i_h) * C * C
+        p += ((chunk_0 + last) * HV + i_hv if gs is not None else (chunk_0 + last) * H + i_h) * C * C
+    if gs is not None:
+        gs += ((chunk_0 + last) * HV + i_hv) * C
     if rk is not None:
         rq += ((chunk_0 + last) * H + i_h) * C
         rk += ((chunk_0 + last) * H + i_h) * C
@@ -103,7 +108,13 @@ def reverse_kernel(
             b_p = tl.where(o_c[:, None] >= o_c[None, :], b_p, 0.0).to(CT)
         # dO' = scale rq dO; a stored P holds the factor, so there dO itself meets P
         b_do = tl.dot(b_do, b_i, input_precision="ieee") if DEEP else b_do.to(tl.float32)
-        b_dq = (b_do * (tl.load(rq + o_c) * scale)[None, :]).to(CT) if rk is not None else (b_do * scale).to(CT)
+        b_dq = b_do * (tl.load(rq + o_c) * scale)[None, :] if rk is not None else b_do * scale
+        if gs is not None:
+            b_gs = tl.load(gs + o_c)
+            b_before = tl.exp(b_gs.to(tl.float32))
+            b_all = tl.load(gs + C - 1)
+            b_dq *= b_before[None, :]
+        b_dq = b_dq.to(CT)
         b_do = b_do.to(CT) if p is not None else b_dq
         b_c1 = b_s1.to(CT)
         if dv is not None:
@@ -112,15 +123,27 @@ def reverse_kernel(
                 store_fragments(ds + BV * BK, b_s2.to(CT), BV, BK)
 
         # dU^T = dO^T P + dS^T K^T
-        b_u = tl.dot(b_do, b_p, input_precision=PRECISION)
-        b_u = tl.dot(b_c1, tl.trans(b_k1), b_u, input_precision=PRECISION)
+        if gs is None:
+            b_u = tl.dot(b_do, b_p, input_precision=PRECISION)
+            b_u = tl.dot(b_c1, tl.trans(b_k1), b_u, input_precision=PRECISION)
+        else:
+            b_u = tl.dot(b_c1, tl.trans(b_k1), input_precision=PRECISION)
         if NK > 1:
             b_c2 = b_s2.to(CT)
             b_u = tl.dot(b_c2, tl.trans(b_k2), b_u, input_precision=PRECISION)
+        if gs is not None:
+            b_u *= decay(b_all, b_gs)[None, :]
+            b_u = tl.dot(b_do, b_p, b_u, input_precision=PRECISION)
         # dV^T = dU^T A
         b_v = tl.dot(b_u.to(CT), b_a, input_precision=PRECISION)
         # dS^T <- dS^T + dO'^T Q - (rk dV)^T K
-        b_w = (-b_v * tl.load(rk + o_c)[None, :]).to(CT) if rk is not None else (-b_v).to(CT)
+        b_w = -b_v * tl.load(rk + o_c)[None, :] if rk is not None else -b_v
+        if gs is not None:
+            b_w *= b_before[None, :]
+            b_s1 *= tl.exp(b_all.to(tl.float32))
+            if NK > 1:
+                b_s2 *= tl.exp(b_all.to(tl.float32))
+        b_w = b_w.to(CT)
         b_s1 = tl.dot(b_dq, b_q1, b_s1, input_precision=PRECISION)
         b_s1 = tl.dot(b_w, b_k1, b_s1, input_precision=PRECISION)
         if NK > 1:
@@ -135,7 +158,9 @@ def reverse_kernel(
         do -= C * d_st
         a -= C * C * HV
         if p is not None:
-            p -= C * C * H
+            p -= C * C * (HV if gs is not None else H)
+        if gs is not None:
+            gs -= C * HV
         if rk is not None:
             rq -= C * H
             rk -= C * H
@@ -173,10 +198,10 @@ def reverse(
     if choice.gluon:
         hopper_reverse.reverse(x, do, scratch, t, scale, choice, dht, dv, ds, dh0, flags)
         return
-    a, p, rq, rk, *_ = scratch
+    a, p, rq, rk, _, _, gs = scratch
     launch(
         reverse_kernel, (plan.value_tiles, call.HV, t.n),
-        (x.q, x.k, do, a, p, rq, rk, dht, dv, ds, dh0, t.cu_seqlens, t.chunk_offsets),
+        (x.q, x.k, do, a, p, rq, rk, gs, dht, dv, ds, dh0, t.cu_seqlens, t.chunk_offsets),
         (
             scale, x.k.shape[1], t.nt, call.H, call.HV, *x.q.stride()[:3], *x.k.stride()[:3], *do.stride()[:3],
             static(call.K, call.wide), static(call.V, call.wide),

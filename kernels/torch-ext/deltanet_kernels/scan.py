@@ -2,6 +2,9 @@
 
     U = A V - A (rk K S)    O = scale rq (Q S) + P U    S' = S + K^T U
 
+With a gate the state fades: S there is exp(gs) S, row by row, in S' the whole chunk's, and a row of U in S' fades from
+its token to the chunk's end. A and P hold theirs.
+
 The scan keeps the state transposed, S^T [V, K], as an accumulator: each product of the chain S -> K S -> U -> S then
 takes its left operand from registers and its right one from shared memory, and nothing on the critical path makes a
 round trip through shared memory (`kernels/README.md`, "Transposed scan").
@@ -13,7 +16,7 @@ import triton.language as tl
 from ._launch import launch
 from .layout import Inputs, Scratch, Tables, precision, static
 from .plan import GLUON, Launch, Plan
-from .tiles import EPS, C, below, load_tile, load_tile_t, locate_sequence, store_fragments
+from .tiles import EPS, C, below, decay, load_tile, load_tile_t, locate_sequence, store_fragments
 
 
 if GLUON:
@@ -28,8 +31,8 @@ def _squares(b):
 
 @triton.jit
 def scan_kernel(
-    # inputs; a and rk as the prepare kernel wrote them; p, and then rq, as the scores kernel did, or None
-    q, k, v, a, p, rk, h0,
+    # inputs; a, rk and gs as the prepare kernel wrote them; p, and then rq, as the scores kernel did, or None
+    q, k, v, a, p, rk, gs, h0,
     # outputs or None; u and s in tiles (`store_fragments`); phi for segments; rq, where p is None
     o, u, s, rq, ht, phi,
     # packed sequences
@@ -81,7 +84,9 @@ def scan_kernel(
         u += ((chunk_0 * HV + i_hv) * NV + i_v) * BV * C
         s += ((chunk_0 * HV + i_hv) * NV + i_v) * NK * BV * BK
     if p is not None:
-        p += (chunk_0 * H + i_h) * C * C
+        p += (chunk_0 * HV + i_hv if gs is not None else chunk_0 * H + i_h) * C * C
+    if gs is not None:
+        gs += (chunk_0 * HV + i_hv) * C
     if rk is not None:
         rk += (chunk_0 * H + i_h) * C
         rq += (chunk_0 * H + i_h) * C
@@ -143,13 +148,26 @@ def scan_kernel(
             if o is not None:
                 b_o = tl.dot(b_c2, tl.trans(b_q2), b_o, input_precision=PRECISION)
         b_x = b_x * -tl.load(rk + o_c)[None, :] if rk is not None else -b_x
+        if gs is not None:
+            b_gs = tl.load(gs + o_c)
+            b_before = tl.exp(b_gs.to(tl.float32))
+            b_all = tl.load(gs + C - 1)
+            b_x *= b_before[None, :]
         # U^T = V^T A^T + (-rk K S)^T A^T
         b_u = tl.dot(b_v, tl.trans(b_a), input_precision=PRECISION)
-        b_u = tl.dot(b_x.to(CT), tl.trans(b_a), b_u, input_precision=PRECISION).to(CT)
+        b_u = tl.dot(b_x.to(CT), tl.trans(b_a), b_u, input_precision=PRECISION)
         # S^T <- S^T + U^T K
-        b_s1 = tl.dot(b_u, b_k1, b_s1, input_precision=PRECISION)
+        b_w = b_u
+        if gs is not None:
+            b_w *= decay(b_all, b_gs)[None, :]
+            b_s1 *= tl.exp(b_all.to(tl.float32))
+            if NK > 1:
+                b_s2 *= tl.exp(b_all.to(tl.float32))
+        b_u = b_u.to(CT)
+        b_w = b_w.to(CT)
+        b_s1 = tl.dot(b_w, b_k1, b_s1, input_precision=PRECISION)
         if NK > 1:
-            b_s2 = tl.dot(b_u, b_k2, b_s2, input_precision=PRECISION)
+            b_s2 = tl.dot(b_w, b_k2, b_s2, input_precision=PRECISION)
         if u is not None:
             store_fragments(u, b_u, BV, C)
 
@@ -157,6 +175,8 @@ def scan_kernel(
         if o is not None:
             if p is not None:
                 b_o *= (b_rq * scale)[None, :] if rk is not None else scale
+                if gs is not None:
+                    b_o *= b_before[None, :]
                 b_p = tl.load(p + o_c[:, None] * C + o_c[None, :])
                 b_o = tl.dot(b_u, tl.trans(b_p), b_o, input_precision=PRECISION)
             else:
@@ -174,7 +194,9 @@ def scan_kernel(
             u += HV * NV * BV * C
             s += HV * NV * NK * BV * BK
         if p is not None:
-            p += C * C * H
+            p += C * C * (HV if gs is not None else H)
+        if gs is not None:
+            gs += C * HV
         if rk is not None:
             rk += C * H
             rq += C * H
@@ -198,11 +220,11 @@ def scan(
     if choice.gluon:
         hopper_scan.scan(x, scratch, t, scale, choice, o, ht)
         return
-    a, p, rq, rk, u, s = scratch
+    a, p, rq, rk, u, s, gs = scratch
     columns = plan.value_tiles if phi is None else plan.value_tiles - (-call.K // plan.value_tile)
     launch(
         scan_kernel, (columns, call.HV, t.n),
-        (x.q, x.k, x.v, a, p, rk, x.h0, o, u, s, rq, ht, phi, t.cu_seqlens, t.chunk_offsets),
+        (x.q, x.k, x.v, a, p, rk, gs, x.h0, o, u, s, rq, ht, phi, t.cu_seqlens, t.chunk_offsets),
         (
             scale, x.k.shape[1], t.nt, call.H, call.HV, *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3],
             static(call.K, call.wide), static(call.V, call.wide),

@@ -56,6 +56,14 @@ def load_rows(p, i_r, NC: tl.constexpr, W: tl.constexpr, R: tl.constexpr, N: tl.
 
 
 @triton.jit
+def decay(b_end, b_start):
+    """exp of a difference of two sums of g: what is left at one token of what was there at another, earlier one. Of
+    later ones 1, so that nothing overflows that a mask takes away.
+    """
+    return tl.exp(tl.minimum((b_end - b_start).to(tl.float32), 0.0))
+
+
+@triton.jit
 def norm_of(b_g):
     """Reciprocal norms from the diagonal of K K^T, or of a block of it."""
     o = tl.arange(0, b_g.shape[0])
