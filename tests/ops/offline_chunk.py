@@ -2,8 +2,8 @@
 and with a gate: `90:96:192:bf16:gated`.
 
 A process of its own, because in the tests' process the kernels belong to the interpreter. Prints a JSON object a line,
-for each argument: kernel -> [registers per thread, bytes of spilled registers, bytes of shared memory]. What is compiled are the launches of real calls, recorded without a GPU. Which Triton compiles is PYTHONPATH's
-business.
+for each argument: kernel -> [registers per thread, bytes of spilled registers, bytes of shared memory]. What is
+compiled are the launches of real calls, recorded without a GPU. Which Triton compiles is PYTHONPATH's business.
 """
 
 import json
