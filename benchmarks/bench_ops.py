@@ -3,10 +3,11 @@
     python benchmarks/bench_ops.py                           # the table of shapes, JSON beside this file in results/
     python benchmarks/bench_ops.py --shapes 8,4096,16,128    # one of them
     python benchmarks/bench_ops.py --lengths --plot lengths.svg    # by sequence length, with a plot
+    python benchmarks/bench_ops.py --gated                   # the gated rule at the sizes of published models
 
 Same inputs, same process, bf16, q/k norm in kernel; medians of triton.testing.do_bench. "forward" runs without
-gradients, "forward + backward" returns those of q, k, v and beta. Where flash-linear-attention is not installed its
-columns are empty.
+gradients, "forward + backward" returns those of q, k, v and beta (and g). Where flash-linear-attention is not
+installed its columns are empty.
 """
 
 import argparse
@@ -33,6 +34,15 @@ SHAPES = [
     (8, 4096, 32, 64),
     (8, 4096, 8, 256),
 ]
+GATED_SHAPES = [  # B, T, H, HV, K, V
+    (8, 4096, 16, 16, 128, 128),
+    (1, 32768, 16, 16, 128, 128),
+    (1, 32768, 16, 32, 128, 128),
+    (8, 4096, 30, 30, 96, 192),
+    (1, 4096, 16, 16, 128, 128),
+]
+# log decays from uniform numbers: as a model starts, and with tokens that forget everything
+GATES = {"slow": lambda x: -0.1 * x, "mixed": lambda x: torch.where(x < 0.05, -50.0, torch.where(x < 0.5, 0.0, -x))}
 ERROR_LENGTHS = 512, 4096  # the second is cut into segments
 COLD = """
 import time, torch
@@ -46,48 +56,59 @@ print("seconds", time.time() - t)
 """
 
 
-def candidates(names: list[str]) -> dict:
-    """name -> function of (q, k, v, beta); a peer that is not installed is left out, with a message."""
-    from deltanet_kernels import chunk_delta_rule, fused_recurrent_delta_rule
+def candidates(names: list[str], gated: bool = False) -> dict:
+    """name -> function of (q, k, v, beta), gated of (q, k, v, beta, g); a peer that is not installed is left out, with
+    a message.
+    """
+    import deltanet_kernels
 
     def delta(f, **kw):
-        return lambda q, k, v, beta: f(q, k, v, beta, use_qk_l2norm_in_kernel=True, **kw)[0]
+        def plain(q, k, v, beta):
+            return f(q, k, v, beta, use_qk_l2norm_in_kernel=True, **kw)[0]
+
+        return (lambda q, k, v, beta, g: f(q, k, v, g, beta, use_qk_l2norm_in_kernel=True)[0]) if gated else plain
 
     def sdpa(q, k, v, beta):
         return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
 
-    found = {
-        "ours": delta(chunk_delta_rule),
-        "sdpa": sdpa,
-        "token by token": delta(fused_recurrent_delta_rule),
-    }
+    name = "chunk_gated_delta_rule" if gated else "chunk_delta_rule"
+    found = {"ours": delta(getattr(deltanet_kernels, name))}
+    if not gated:
+        found |= {"sdpa": sdpa, "token by token": delta(deltanet_kernels.fused_recurrent_delta_rule)}
     try:
-        from fla.ops.delta_rule import chunk_delta_rule as fla
+        import fla.ops
 
-        found["fla"] = delta(fla)
+        found["fla"] = delta(getattr(fla.ops, name))
     except ImportError:
         print("flash-linear-attention is not installed: no fla column (pip install flash-linear-attention)")
     return {name: f for name, f in found.items() if name in names}
+
+
+def make_inputs(shape: tuple[int, ...], gate: str | None = None) -> list[torch.Tensor]:
+    """q, k, v, beta and, with a gate, g; `shape` is B, T, H, d or B, T, H, HV, K, V."""
+    B, T, H, HV, K, V = shape if len(shape) == 6 else (*shape[:3], *shape[2:], shape[3])
+    q, k, v = (torch.randn(B, T, *x, device="cuda", dtype=torch.bfloat16) for x in ((H, K), (H, K), (HV, V)))
+    inputs = [q, k, v, torch.rand(B, T, HV, device="cuda").bfloat16()]
+    return inputs if gate is None else [*inputs, GATES[gate](torch.rand(B, T, HV, device="cuda"))]
 
 
 def measure(f, shape: tuple[int, ...], rep: int) -> dict:
     from triton.testing import do_bench
 
     torch.manual_seed(0)
-    B, T, H, d = shape
-    q, k, v = (torch.randn(B, T, H, d, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv")
-    beta = torch.rand(B, T, H, device="cuda").bfloat16().requires_grad_()
-    out = f(q, k, v, beta)
+    inputs = [x.requires_grad_() for x in make_inputs(shape, "slow" if len(shape) == 6 else None)]
+    out = f(*inputs)
     do = torch.randn_like(out)
-    inputs = [q, k, v, beta] if torch.autograd.grad(out.sum(), beta, allow_unused=True)[0] is not None else [q, k, v]
-    del out
+    gradients = torch.autograd.grad(out.sum(), inputs, allow_unused=True)
+    used = [x for x, dx in zip(inputs, gradients, strict=True) if dx is not None]
+    del out, gradients
 
     def both():
-        return torch.autograd.grad(f(q, k, v, beta), inputs, do)
+        return torch.autograd.grad(f(*inputs), used, do)
 
     def forward():
         with torch.no_grad():
-            return f(q, k, v, beta)
+            return f(*inputs)
 
     both()
     torch.cuda.synchronize()
@@ -99,7 +120,7 @@ def measure(f, shape: tuple[int, ...], rep: int) -> dict:
     return {"fwd_ms": round(times[0], 4), "fwdbwd_ms": round(times[1], 4), "peak_extra_MB": round(peak / 1e6, 1)}
 
 
-def errors(functions: dict, shape: tuple[int, ...]) -> dict:
+def errors(functions: dict, shape: tuple[int, ...], gate: str | None = None) -> dict:
     """name -> ||x - ref|| / ||ref|| of the output and each gradient on one input; ref: torch's chunked form in
     fp64.
     """
@@ -111,16 +132,18 @@ def errors(functions: dict, shape: tuple[int, ...]) -> dict:
         return [out, *torch.autograd.grad(out, inputs, do.to(out.dtype))]
 
     torch.manual_seed(1)
-    B, T, H, d = shape
-    q, k, v, do = (torch.randn(B, T, H, d, device="cuda", dtype=torch.bfloat16) for _ in "qkvo")
-    inputs = [q, k, v, torch.rand(B, T, H, device="cuda").bfloat16()]
+    inputs = make_inputs(shape, gate)
+    if gate is not None:  # steps of all kinds
+        inputs[3][:, ::7], inputs[3][:, 1::5] = 0, 2
+    do = torch.randn_like(inputs[2])
     reference = both(
-        lambda *x: torch_chunk_delta_rule(*x, use_qk_l2norm_in_kernel=True)[0], [x.double() for x in inputs]
+        lambda q, k, v, beta, g=None: torch_chunk_delta_rule(q, k, v, beta, g=g, use_qk_l2norm_in_kernel=True)[0],
+        [x.double() for x in inputs],
     )
     found = {}
     for name in ("ours", "fla"):
         if name in functions:
-            pairs = zip(("o", "dq", "dk", "dv", "dbeta"), both(functions[name], inputs), reference, strict=True)
+            pairs = zip(("o", "dq", "dk", "dv", "dbeta", "dg"), both(functions[name], inputs), reference)
             found[name] = {key: float(f"{((x - y).norm() / y.norm()).item():.3e}") for key, x, y in pairs}
     if len(found) == 2:
         found["ratio"] = {key: round(x / found["fla"][key], 2) for key, x in found["ours"].items()}
@@ -158,7 +181,8 @@ def plot(rows: list[dict], path: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="*", help="B,T,H,d each; default: the table in kernels/README.md")
+    parser.add_argument("--shapes", nargs="*", help="B,T,H,d each, gated B,T,H,HV,K,V; default: the table")
+    parser.add_argument("--gated", action="store_true", help="the gated rule")
     parser.add_argument("--lengths", action="store_true", help="1 x T x 16 x 128 for T from 1024 to 131072 instead")
     parser.add_argument("--only", default="ours,fla,sdpa", help="names, separated by commas; also: token by token")
     parser.add_argument("--rep", type=int, default=60, help="milliseconds of repetition a figure")
@@ -166,15 +190,19 @@ def main() -> None:
     parser.add_argument(
         "--errors", action="store_true", help="also the errors against fp64, 1 x 512 and 1 x 4096 tokens of each size"
     )
-    parser.add_argument("--out", default=None, help="JSON file; default: results/<gpu>_ops.json")
+    parser.add_argument(
+        "--out", default=None, help="JSON file; default: results/<gpu>_ops.json, gated <gpu>_gated.json"
+    )
     parser.add_argument("--plot", default=None, help="PNG or SVG against sequence length")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(1, "bench_ops needs a CUDA GPU: there is nothing to measure in Triton's interpreter\n")
     import triton
 
-    functions = candidates(args.only.split(","))
-    shapes = [tuple(map(int, s.split(","))) for s in args.shapes] if args.shapes else SHAPES
+    functions = candidates(args.only.split(","), args.gated)
+    shapes = (
+        [tuple(map(int, s.split(","))) for s in args.shapes] if args.shapes else GATED_SHAPES if args.gated else SHAPES
+    )
     if args.lengths:
         shapes = [(1, 1024 * 4**i, 16, 128) for i in range(4)] + [(1, 131072, 16, 128)]
     gpu = torch.cuda.get_device_name()
@@ -192,7 +220,8 @@ def main() -> None:
         "timer": "triton.testing.do_bench median, bf16, use_qk_l2norm_in_kernel=True",
         "rows": rows,
     }
-    out = Path(args.out or Path(__file__).parent / "results" / f"{gpu.lower().replace(' ', '_')}_ops.json")
+    suffix = "_gated" if args.gated else "_ops"
+    out = Path(args.out or Path(__file__).parent / "results" / f"{gpu.lower().replace(' ', '_')}{suffix}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
 
     def save() -> None:  # after every figure: a run that is cut off keeps what it has
@@ -214,8 +243,9 @@ def main() -> None:
     if args.errors:
         record["errors"] = []
         sizes = sorted({shape[2:] for shape in shapes})
-        for shape in [(1, T, *size) for T in ERROR_LENGTHS for size in sizes]:
-            record["errors"].append({"shape": shape, **errors(functions, shape)})
+        gates = GATES if args.gated else [None]
+        for shape, gate in [((1, T, *size), gate) for T in ERROR_LENGTHS for size in sizes for gate in gates]:
+            record["errors"].append({"shape": shape, "gate": gate, **errors(functions, shape, gate)})
             save()
             print("errors", json.dumps(record["errors"][-1]), flush=True)
     if args.cold:
