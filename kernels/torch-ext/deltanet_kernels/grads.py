@@ -239,7 +239,7 @@ def grads(
     if t.n_chunks == 0 or call.T == 0:
         return
     if choice.gluon:
-        hopper_grads.grads(x, do, scratch, t, plan, scale, dv, ds, flags, dq, dk, dbeta)
+        hopper_grads.grads(x, do, scratch, t, plan, scale, dv, ds, flags, dq, dk, dbeta, dg)
         return
     a, _, rq, rk, u, s, gs = scratch
     r = None if gs is None else gs.new_empty(2, t.n_chunks, call.HV, CHUNK, dtype=torch.float32)

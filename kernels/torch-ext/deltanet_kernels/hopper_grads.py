@@ -20,7 +20,10 @@ from .hopper_beside import chunk_in_order, wait_for_chunk
 from .hopper_tiles import C, copy_tile, load_fragments, store_tile
 from .layout import Inputs, Scratch, Tables
 from .plan import Plan
-from .tiles import locate_chunk, norm_backward
+from .tiles import decay, locate_chunk, norm_backward
+
+
+LEAST = gl.constexpr(1e-20)  # factors by which what stands in an accumulator is divided and multiplied again
 
 
 # ---------------------------------------------------------------------------------------------------------- kernels
@@ -28,10 +31,11 @@ from .tiles import locate_chunk, norm_backward
 
 @gluon.jit
 def grads_kernel(
-    # inputs; dv as the reverse scan wrote it; rq and rk None without the L2 norm; flags where that scan still runs
-    q, k, do, a, u, dv, s, ds, rq, rk, flags,
-    # outputs
-    dq, dk, dbeta,
+    # inputs; dv as the reverse scan wrote it; rq and rk None without the L2 norm, gs without a gate; flags where that
+    # scan still runs
+    q, k, do, a, u, dv, s, ds, rq, rk, gs, flags,
+    # outputs; dg with a gate
+    dq, dk, dbeta, dg,
     # packed sequences
     cu_seqlens, chunks,
     # sizes and strides
@@ -40,7 +44,8 @@ def grads_kernel(
     # constants; G the value heads of a key head
     K: gl.constexpr, V: gl.constexpr, G: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
-    """One chunk and key head: dq, dk, dbeta. Tiles of values are halves of 64 columns, as the scans cut them.
+    """One chunk and key head: dq, dk, dbeta and, with a gate, dg. Tiles of values are halves of 64 columns, as the
+    scans cut them.
 
     With flags the reverse scan still runs (`hopper_beside.py`).
     """
@@ -98,6 +103,10 @@ def grads_kernel(
         b_rk_i = gl.load(rk + o_i)
     t_rq.store(b_rq)
     t_rk.store(b_rk)
+    if gs is not None:
+        gs += (chunk * HV + i_h * G) * C
+        b_q_sum = gl.zeros([C], gl.float32, gl.SliceLayout(1, wide))  # of a row of q times dq, as far as it is known
+        b_k_sum = gl.zeros([C], gl.float32, gl.SliceLayout(1, wide))
 
     b_dq = gl.zeros([C, K], gl.float32, wide)
     b_dk = gl.zeros([C, K], gl.float32, wide)
@@ -130,13 +139,29 @@ def grads_kernel(
             t_ds.index(0).store(b_ds0)
         p_a = a + ((chunk * HV + i_h * G + i_g) * C + o_i) * C + o_i
         b_a = gl.load(p_a, mask=o_i < length, other=1.0).to(gl.float32)
+        if gs is not None:
+            gs_w = gs + i_g * C + gl.arange(0, C, gl.SliceLayout(1, wide))
+            b_all = gl.load(gs + i_g * C + C - 1)
+            b_before = gl.maximum(gl.exp(gl.load(gs_w)), LEAST)
+            b_after = gl.maximum(gl.exp(b_all - gl.load(gs_w)), LEAST)
+            # <S, dS>, of the entering and the leaving state
+            b_through = gl.sum(gl.sum(b_s0.to(gl.float32) * b_ds0.to(gl.float32), 1), 0)
+            if NV == 2:
+                b_through += gl.sum(gl.sum(b_s1.to(gl.float32) * b_ds1.to(gl.float32), 1), 0)
+            b_through *= gl.exp(b_all)
         async_copy.wait_group(1)
         fence_async_shared()
 
         # 1. what needs the state: dq' = dO S^T, dk' = dV S^T, the latter alone carrying rk: what stands there is
         # divided by it
+        b_f = -b_rk
+        if gs is not None:
+            b_f *= b_before
+            b_h = b_rq * scale * b_before
         if G > 1:
-            b_dk *= (-1.0 / b_rk)[:, None]
+            b_dk *= (1.0 / b_f)[:, None]
+            if gs is not None:
+                b_dq *= (1.0 / b_h)[:, None]
         for h in gl.static_range(NV):
             b_dk = warpgroup_mma(t_dv.index(h), t_s.index(h), b_dk, is_async=True)
             b_dq = warpgroup_mma(t_do.index(h), t_s.index(h), b_dq, is_async=True)
@@ -145,7 +170,9 @@ def grads_kernel(
             t_ds.index(0).store(b_ds0)
             if NV == 2:
                 t_ds.index(1).store(b_ds1)
-        b_dk *= (-b_rk)[:, None]
+        b_dk *= b_f[:, None]
+        if gs is not None:
+            b_dq *= b_h[:, None]
 
         # 2. E = -strictly_lower(rk dV U^T); its diagonal is dbeta's
         b_e = gl.zeros([C, C], gl.float32, square)
@@ -157,27 +184,47 @@ def grads_kernel(
         b_g = gl.sum(gl.where(o_i[:, None] == o_j[None, :], b_e, 0.0), 1) / b_a * b_rk_i / b_a
         p_b = dbeta + (row + o_i) * HV + i_h * G + i_g
         gl.store(p_b, b_g.to(dbeta.dtype.element_ty), mask=o_i < length)
+        if gs is not None:
+            b_e *= decay(gl.load(gs + i_g * C + o_i)[:, None], gl.load(gs + i_g * C + o_j)[None, :])
         b_e = gl.where(o_i[:, None] > o_j[None, :], b_e * -b_rk_i[:, None], 0.0)
         b_el = gl.convert_layout(b_e.to(BF16), left)
+        if gs is not None:
+            async_copy.wait_group(0)
+            fence_async_shared()
+            b_dk = warpgroup_mma(b_el, t_k, b_dk, is_async=True)
         # E^T likewise, from the transposed product: turning a matrix costs more. After E, not beside it: where
         # registers run out, ptxas lets each product wait for the one before (0.404 ms, was 0.430)
         b_e = gl.zeros([C, C], gl.float32, square)
         for h in gl.static_range(NV):
             b_e = warpgroup_mma(t_u.index(h).permute([1, 0]), t_dv.index(h).permute([1, 0]), b_e, is_async=True)
-        b_e = warpgroup_mma_wait(0, deps=[b_e])
+        if gs is not None:
+            b_e, b_dk = warpgroup_mma_wait(0, deps=[b_e, b_dk])
+            b_in = gl.sum(t_k.load(wide).to(gl.float32) * b_dk, 1)  # what comes into a token, but for o's
+            b_e *= decay(gl.load(gs + i_g * C + o_j)[None, :], gl.load(gs + i_g * C + o_i)[:, None])
+        else:
+            b_e = warpgroup_mma_wait(0, deps=[b_e])
         b_e = gl.where(o_i[:, None] < o_j[None, :], b_e * -t_rk.load(gl.SliceLayout(0, square))[None, :], 0.0)
-        b_e = b_el + gl.convert_layout(b_e.to(BF16), left)
+        if gs is not None:
+            b_e = gl.convert_layout(b_e.to(BF16), left)
+            b_dk *= (1.0 / b_after)[:, None]
+        else:
+            b_e = b_el + gl.convert_layout(b_e.to(BF16), left)
+            async_copy.wait_group(0)
 
         # 3. R^T = upper(U dO^T), with the products that were waiting for the leaving state's gradient
-        async_copy.wait_group(0)
         fence_async_shared()
         b_r = gl.zeros([C, C], gl.float32, square)
         for h in gl.static_range(NV):
             t_ut = t_u.index(h).permute([1, 0])
             b_r = warpgroup_mma(t_ut, t_do.index(h).permute([1, 0]), b_r, is_async=True)
             b_dk = warpgroup_mma(t_ut, t_ds.index(h), b_dk, is_async=True)
-        b_dk = warpgroup_mma(b_e, t_k, b_dk, is_async=True)
+        if gs is None:
+            b_dk = warpgroup_mma(b_e, t_k, b_dk, is_async=True)
         b_r, b_dk = warpgroup_mma_wait(0, deps=[b_r, b_dk])
+        if gs is not None:
+            b_dk *= b_after[:, None]
+            b_through += gl.sum(gl.sum(t_k.load(wide).to(gl.float32) * b_dk, 1) - b_in, 0)
+            b_r *= decay(gl.load(gs + i_g * C + o_j)[None, :], gl.load(gs + i_g * C + o_i)[:, None])
         b_rq_j = t_rq.load(gl.SliceLayout(0, square))
         b_r = gl.where(o_i[:, None] <= o_j[None, :], b_r * (b_rq_j * scale)[None, :], 0.0)
         b_rt = gl.convert_layout(b_r.to(BF16), left)
@@ -187,14 +234,30 @@ def grads_kernel(
         for h in gl.static_range(NV):
             b_r = warpgroup_mma(t_do.index(h), t_u.index(h), b_r, is_async=True)
         b_dk = warpgroup_mma(b_rt, t_q, b_dk, is_async=True)
+        if gs is not None:
+            b_dk = warpgroup_mma(b_e, t_k, b_dk, is_async=True)
         b_r, b_dk = warpgroup_mma_wait(0, deps=[b_r, b_dk])
+        if gs is not None:
+            b_r *= decay(gl.load(gs + i_g * C + o_i)[:, None], gl.load(gs + i_g * C + o_j)[None, :])
+            b_r *= (t_rq.load(gl.SliceLayout(1, square)) * scale)[:, None]
         b_r = gl.where(o_i[:, None] >= o_j[None, :], b_r, 0.0)
         b_r = gl.convert_layout(b_r.to(BF16), left)
         b_dq = warpgroup_mma(b_r, t_k, b_dq)
+        if gs is not None:
+            b_out = gl.sum(t_k.load(wide).to(gl.float32) * b_dk, 1)
+            b_qq = gl.sum(t_q.load(wide).to(gl.float32) * b_dq, 1)
+            b_x = 2.0 * b_in - b_k_sum - b_out + b_qq - b_q_sum
+            b_k_sum = b_out
+            b_q_sum = b_qq
+            b_x = gl.convert_layout(b_x, gl.SliceLayout(1, square))
+            b_x = gl.sum(gl.where(o_i[:, None] >= o_j[None, :], b_x[:, None], 0.0), 0) + b_through
+            gl.store(dg + (row + o_j) * HV + i_h * G + i_g, b_x.to(dg.dtype.element_ty), mask=o_j < length)
 
     p_x = (row * H + i_h) * K
     b_dk = norm_backward(b_dk, t_k.load(wide), b_rk, rk is not None)
-    b_dq = norm_backward(b_dq * (b_rq * scale)[:, None], t_q.load(wide), b_rq, rk is not None)
+    if gs is None:
+        b_dq *= (b_rq * scale)[:, None]
+    b_dq = norm_backward(b_dq, t_q.load(wide), b_rq, rk is not None)
     t_k.store(b_dk.to(BF16))
     store_tile(dk + p_x, H * K, t_k, length, K, EVEN)
     t_q.store(b_dq.to(BF16))
@@ -206,15 +269,17 @@ def grads_kernel(
 # --------------------------------------------------------------------------------------------------------- launchers
 
 
-def grads(x: Inputs, do, scratch: Scratch, t: Tables, plan: Plan, scale: float, dv, ds, flags, dq, dk, dbeta) -> None:
-    """Writes dq, dk and dbeta. `flags` as `hopper_reverse.reverse` was given them."""
+def grads(
+    x: Inputs, do, scratch: Scratch, t: Tables, plan: Plan, scale: float, dv, ds, flags, dq, dk, dbeta, dg
+) -> None:
+    """Writes dq, dk, dbeta and, with a gate, dg. `flags` as `hopper_reverse.reverse` was given them."""
     q, k = x.q, x.k
     H, K = k.shape[2:]
     HV, V = do.shape[2:]
-    a, _, rq, rk, u, s, _ = scratch
+    a, _, rq, rk, u, s, gs = scratch
     launch(
         grads_kernel, (H, t.n_chunks),
-        (q, k, do, a, u, dv, s, ds, rq, rk, flags, dq, dk, dbeta, t.cu_seqlens, t.chunks),
+        (q, k, do, a, u, dv, s, ds, rq, rk, gs, flags, dq, dk, dbeta, dg, t.cu_seqlens, t.chunks),
         (scale, q.shape[1], t.nt, H, *q.stride()[:3], *k.stride()[:3], *do.stride()[:3]),
         {"K": K, "V": V, "G": HV // H, "EVEN": t.even},
         {"num_warps": plan.grads.num_warps, "maxnreg": plan.grads.maxnreg, "launch_pdl": flags is not None},

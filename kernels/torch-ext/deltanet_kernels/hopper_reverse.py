@@ -23,8 +23,8 @@ from .tiles import locate_sequence
 # with the one chunk as a constant Triton 3.6 fails an assertion
 @gluon.jit(do_not_specialize=["NT"])
 def reverse_kernel(
-    # inputs; a, rq and rk as forward left them, the latter None without the L2 norm
-    q, k, do, a, rq, rk, dht,
+    # inputs; a, rq, rk and gs as forward left them, rq and rk None without the L2 norm, gs without a gate
+    q, k, do, a, rq, rk, gs, dht,
     # outputs or None; ds, in tiles like s: gradient of the state leaving a chunk; flags: the gradients run meanwhile
     dv, ds, dh0, flags,
     # packed sequences
@@ -54,6 +54,8 @@ def reverse_kernel(
     FLAGS: gl.constexpr = HV * (V // BV)  # of a chunk
     if flags is not None:
         flags += chunk_0 * FLAGS + i_hv * (V // BV) + gl.program_id(0)
+    if gs is not None:
+        gs += (chunk_0 * HV + i_hv) * C
     if rk is not None:
         rk += (chunk_0 * H + i_h) * C
         rq += (chunk_0 * H + i_h) * C
@@ -72,6 +74,7 @@ def reverse_kernel(
     t_dv = gl.allocate_shared_memory(BF16, [C, BV], value_tile)
     t_rk = gl.allocate_shared_memory(gl.float32, [STAGES, C], line_tile)
     t_rq = gl.allocate_shared_memory(gl.float32, [STAGES, C], line_tile)
+    t_gs = gl.allocate_shared_memory(gl.float32, [STAGES, C], line_tile) if gs is not None else None
 
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
@@ -90,8 +93,8 @@ def reverse_kernel(
     for i in gl.static_range(STAGES - 1):
         if i < NT:
             load_stage(
-                t_q, t_k, t_do, t_a, t_rk, t_rq, q, k, do, a, rk, rq, NT - 1 - i, i, T, H, HV, q_st, k_st, d_st,
-                K, BV, EVEN, True,
+                t_q, t_k, t_do, t_a, t_rk, t_rq, t_gs, q, k, do, a, rk, rq, gs, NT - 1 - i, i,
+                T, H, HV, q_st, k_st, d_st, K, BV, EVEN, True,
             )  # fmt: skip
         async_copy.commit_group()
     if flags is not None:
@@ -100,7 +103,9 @@ def reverse_kernel(
     fence_async_shared()
     b_p = warpgroup_mma(t_q.index(0), t_k.index(0).permute([1, 0]), zero, use_acc=False, is_async=True)
     b_p = warpgroup_mma_wait(0, deps=[b_p])
-    store_scores(t_p.index(0), b_p, narrow)
+    store_scores(t_p.index(0), b_p, t_gs.index(0) if gs is not None else None, narrow)
+    if gs is not None:
+        b_all = gl.load(gs + (gl.to_tensor(NT) - 1).to(gl.int64) * HV * C + C - 1, mask=NT > 0, other=0.0)
 
     for i in range(NT):
         i_c = NT - 1 - i
@@ -123,31 +128,48 @@ def reverse_kernel(
             if rk is not None
             else b_do * scale
         )
-        b_do = b_do.to(BF16)
-        b_u = warpgroup_mma(b_do, t_p.index(i % 2), b_u, is_async=True)
+        if gs is not None:
+            b_gs = t_gs.index(slot).load(gl.SliceLayout(0, narrow))
+            b_after = gl.exp(b_all - b_gs)
+            b_before = gl.exp(b_gs)
+            b_s *= gl.exp(b_all)
+            b_all = gl.load(gs + gl.maximum(i_c - 1, 0).to(gl.int64) * HV * C + C - 1)
+            b_dq = (b_do * gl.exp(t_gs.index(slot).load(gl.SliceLayout(0, left)))[None, :]).to(BF16)
+            b_do = b_do.to(BF16)
+            b_y = warpgroup_mma(b_do, t_p.index(i % 2), zero, use_acc=False, is_async=True)
+        else:
+            b_do = b_do.to(BF16)
+            b_dq = b_do
+            b_u = warpgroup_mma(b_do, t_p.index(i % 2), b_u, is_async=True)
         # dS^T <- dS^T + dO'^T Q - (rk dV)^T K
-        b_s = warpgroup_mma(gl.convert_layout(b_do, left_w), t_q.index(slot), b_s, is_async=True)
+        b_s = warpgroup_mma(gl.convert_layout(b_dq, left_w), t_q.index(slot), b_s, is_async=True)
         if dv is not None:
             # dV of the chunk before; in the first turn whatever lies there, which the second replaces
             last = gl.minimum(i_c + 1, NT - 1)
             store_tile(dv + last.to(gl.int64) * C * HV * V, HV * V, t_dv, T - last * C, BV, EVEN)
         if i + STAGES - 1 < NT:
             load_stage(
-                t_q, t_k, t_do, t_a, t_rk, t_rq, q, k, do, a, rk, rq, i_c - STAGES + 1, (i + STAGES - 1) % STAGES,
-                T, H, HV, q_st, k_st, d_st, K, BV, EVEN, True,
+                t_q, t_k, t_do, t_a, t_rk, t_rq, t_gs, q, k, do, a, rk, rq, gs,
+                i_c - STAGES + 1, (i + STAGES - 1) % STAGES, T, H, HV, q_st, k_st, d_st, K, BV, EVEN, True,
             )  # fmt: skip
         async_copy.commit_group()
-        b_u = warpgroup_mma_wait(1, deps=[b_u])
+        if gs is not None:
+            b_u, b_y = warpgroup_mma_wait(1, deps=[b_u, b_y])
+            b_u = b_u * b_after[None, :] + b_y
+        else:
+            b_u = warpgroup_mma_wait(1, deps=[b_u])
         # dV^T = dU^T A
         b_v = warpgroup_mma(gl.convert_layout(b_u.to(BF16), left), t_a.index(slot), zero, use_acc=False, is_async=True)
         b_p = warpgroup_mma(t_q.index(after), t_k.index(after).permute([1, 0]), zero, use_acc=False, is_async=True)
         b_s, b_v = warpgroup_mma_wait(1, deps=[b_s, b_v])
         b_w = b_v * -t_rk.index(slot).load(gl.SliceLayout(0, narrow))[None, :] if rk is not None else -b_v
+        if gs is not None:
+            b_w *= b_before[None, :]
         b_s = warpgroup_mma(gl.convert_layout(b_w.to(BF16), left_w), t_k.index(slot), b_s, is_async=True)
         if dv is not None:
             t_dv.permute([1, 0]).store(b_v.to(BF16))
         b_p = warpgroup_mma_wait(1, deps=[b_p])
-        store_scores(t_p.index((i + 1) % 2), b_p, narrow)
+        store_scores(t_p.index((i + 1) % 2), b_p, t_gs.index(after) if gs is not None else None, narrow)
         b_s = warpgroup_mma_wait(0, deps=[b_s])
 
     if dv is not None and NT > 0:
@@ -170,7 +192,10 @@ def reverse(x: Inputs, do, scratch: Scratch, t: Tables, scale: float, choice: La
     HV, V = do.shape[2:]
     launch(
         reverse_kernel, (V // choice.columns, HV, t.n),
-        (q, k, do, scratch.a, scratch.rq, scratch.rk, dht, dv, ds, dh0, flags, t.cu_seqlens, t.chunk_offsets),
+        (
+            q, k, do, scratch.a, scratch.rq, scratch.rk, scratch.gs, dht, dv, ds, dh0, flags, t.cu_seqlens,
+            t.chunk_offsets,
+        ),
         (scale, k.shape[1], t.nt, q.stride(0), q.stride(2), k.stride(0), k.stride(2), do.stride(0), do.stride(2)),
         {
             "H": H, "HV": HV, "q_st": q.stride(1), "k_st": k.stride(1), "d_st": do.stride(1),

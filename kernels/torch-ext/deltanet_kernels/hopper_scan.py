@@ -5,6 +5,9 @@ result, so that the products off the chain S -> K S -> U -> S (P, Q S, A V) run 
 computed a chunk ahead and the output is stored a chunk later, so that one fence a chunk, at its start, covers all that
 the tensor cores read: a fence waits for every store on its way.
 
+With a gate what the state and what the chunk give to the output have accumulators of their own, since only the former
+fades over the whole way from the chunk's start.
+
 No product may be on its way from one turn of the loop to the next, and what a wait returned must be used up before its
 accumulator is written again: otherwise ptxas makes every product wait for the one before (C7514), or crashes.
 """
@@ -48,8 +51,8 @@ def store_query_norms(t_q, t_rq, rq, exists, K: gl.constexpr, SAVE: gl.constexpr
 # with the one chunk as a constant Triton 3.6 fails an assertion
 @gluon.jit(do_not_specialize=["NT"])
 def scan_kernel(
-    # inputs; a and rk as the prepare kernel wrote them; rk and rq None without the L2 norm
-    q, k, v, a, rk, h0,
+    # inputs; a, rk and gs as the prepare kernel wrote them; rk and rq None without the L2 norm, gs without a gate
+    q, k, v, a, rk, gs, h0,
     # outputs; u, s (in tiles, `store_fragments`) and ht may be None; rq is written with u
     o, u, s, rq, ht,
     # packed sequences
@@ -76,6 +79,8 @@ def scan_kernel(
     if u is not None:
         u += ((chunk_0 * HV + i_hv) * V + i_v) * C
         s += ((chunk_0 * HV + i_hv) * V + i_v) * K
+    if gs is not None:
+        gs += (chunk_0 * HV + i_hv) * C
     if rk is not None:
         rk += (chunk_0 * H + i_h) * C
         rq += (chunk_0 * H + i_h) * C
@@ -94,6 +99,7 @@ def scan_kernel(
     t_p = gl.allocate_shared_memory(BF16, [2, C, C], square_tile)
     t_rq = gl.allocate_shared_memory(gl.float32, [2, C], line_tile)
     t_o = gl.allocate_shared_memory(BF16, [C, BV], value_tile)
+    t_gs = gl.allocate_shared_memory(gl.float32, [STAGES, C], line_tile) if gs is not None else None
 
     GROUPS: gl.constexpr = BV // 64
     square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, C // GROUPS, 16])
@@ -116,7 +122,7 @@ def scan_kernel(
     for i_c in gl.static_range(STAGES - 1):
         if i_c < NT:
             load_stage(
-                t_q, t_k, t_v, t_a, t_rk, t_rq, q, k, v, a, rk, rq, i_c, i_c, T, H, HV, q_st, k_st, v_st,
+                t_q, t_k, t_v, t_a, t_rk, t_rq, t_gs, q, k, v, a, rk, rq, gs, i_c, i_c, T, H, HV, q_st, k_st, v_st,
                 K, BV, EVEN, False,
             )  # fmt: skip
         async_copy.commit_group()
@@ -126,7 +132,9 @@ def scan_kernel(
     if rk is not None:
         store_query_norms(t_q.index(0), t_rq.index(0), rq, NT > 0, K, u is not None)
     b_p = warpgroup_mma_wait(0, deps=[b_p])
-    store_scores(t_p.index(0), b_p, square)
+    store_scores(t_p.index(0), b_p, t_gs.index(0) if gs is not None else None, square)
+    if gs is not None:
+        b_all = gl.load(gs + C - 1, mask=NT > 0, other=0.0)
 
     for i_c in range(NT):
         slot = i_c % STAGES
@@ -141,33 +149,51 @@ def scan_kernel(
         b_u = warpgroup_mma(t_v.index(slot).permute([1, 0]), t_at, zero, use_acc=False, is_async=True)
         if u is not None:
             store_fragments(s, b_c, BV, K)
+        if gs is not None:
+            # exp of the sum up to each token, of what is left of the sum from there on, and of all
+            b_gs = t_gs.index(slot).load(columns)
+            b_before = gl.exp(b_gs)
+            b_after = gl.exp(b_all - b_gs)
+            b_s *= gl.exp(b_all)
+            b_all = gl.load(gs + gl.minimum(i_c + 1, NT - 1).to(gl.int64) * HV * C + C - 1)
         # the output of the chunk before; in the first turn whatever lies there, which the second replaces
         last = gl.maximum(i_c - 1, 0)
         store_tile(o + last.to(gl.int64) * C * HV * V, HV * V, t_o, T - last * C, BV, EVEN)
         if i_c + STAGES - 1 < NT:
             load_stage(
-                t_q, t_k, t_v, t_a, t_rk, t_rq, q, k, v, a, rk, rq, i_c + STAGES - 1, (i_c + STAGES - 1) % STAGES,
-                T, H, HV, q_st, k_st, v_st, K, BV, EVEN, False,
+                t_q, t_k, t_v, t_a, t_rk, t_rq, t_gs, q, k, v, a, rk, rq, gs,
+                i_c + STAGES - 1, (i_c + STAGES - 1) % STAGES, T, H, HV, q_st, k_st, v_st, K, BV, EVEN, False,
             )  # fmt: skip
         async_copy.commit_group()
         b_x = warpgroup_mma_wait(1, deps=[b_x])
         b_x = b_x * -t_rk.index(slot).load(columns)[None, :] if rk is not None else -b_x
+        if gs is not None:
+            b_x *= b_before[None, :]
         b_u = warpgroup_mma(gl.convert_layout(b_x.to(BF16), left), t_at, b_u, is_async=True)
         b_p = warpgroup_mma(t_q.index(after), t_k.index(after).permute([1, 0]), zero_p, use_acc=False, is_async=True)
         b_u = warpgroup_mma_wait(1, deps=[b_u])
+        b_w = (b_u * b_after[None, :]).to(BF16) if gs is not None else b_u.to(BF16)
         b_u = b_u.to(BF16)
         # S^T <- S^T + U^T K
-        b_s = warpgroup_mma(gl.convert_layout(b_u, left_w), t_k.index(slot), b_s, is_async=True)
+        b_s = warpgroup_mma(gl.convert_layout(b_w, left_w), t_k.index(slot), b_s, is_async=True)
         # O^T = scale rq (S^T Q^T + U^T lower(Q K^T)^T)
         b_o = warpgroup_mma(b_f, t_q.index(slot).permute([1, 0]), zero, use_acc=False, is_async=True)
-        b_o = warpgroup_mma(gl.convert_layout(b_u, left), t_p.index(i_c % 2).permute([1, 0]), b_o, is_async=True)
+        t_pt = t_p.index(i_c % 2).permute([1, 0])
+        if gs is not None:
+            b_y = warpgroup_mma(gl.convert_layout(b_u, left), t_pt, zero, use_acc=False, is_async=True)
+        else:
+            b_o = warpgroup_mma(gl.convert_layout(b_u, left), t_pt, b_o, is_async=True)
         if u is not None:
             store_fragments(u, b_u, BV, C)
         if rk is not None:
             store_query_norms(t_q.index(after), t_rq.index((i_c + 1) % 2), rq + C * H, i_c + 1 < NT, K, u is not None)
         b_p = warpgroup_mma_wait(3, deps=[b_p])
-        store_scores(t_p.index((i_c + 1) % 2), b_p, square)
-        b_s, b_o = warpgroup_mma_wait(0, deps=[b_s, b_o])
+        store_scores(t_p.index((i_c + 1) % 2), b_p, t_gs.index(after) if gs is not None else None, square)
+        if gs is not None:
+            b_s, b_o, b_y = warpgroup_mma_wait(0, deps=[b_s, b_o, b_y])
+            b_o = b_o * b_before[None, :] + b_y
+        else:
+            b_s, b_o = warpgroup_mma_wait(0, deps=[b_s, b_o])
         b_o *= (t_rq.index(i_c % 2).load(columns) * scale)[None, :] if rk is not None else scale
         t_o.permute([1, 0]).store(b_o.to(BF16))
         if u is not None:
@@ -194,7 +220,10 @@ def scan(x: Inputs, scratch: Scratch, t: Tables, scale: float, choice: Launch, o
     HV, V = v.shape[2:]
     launch(
         scan_kernel, (V // choice.columns, HV, t.n),
-        (q, k, v, scratch.a, scratch.rk, h0, o, scratch.u, scratch.s, scratch.rq, ht, t.cu_seqlens, t.chunk_offsets),
+        (
+            q, k, v, scratch.a, scratch.rk, scratch.gs, h0, o, scratch.u, scratch.s, scratch.rq, ht, t.cu_seqlens,
+            t.chunk_offsets,
+        ),
         (scale, k.shape[1], t.nt, q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2)),
         {
             "H": H, "HV": HV, "q_st": q.stride(1), "k_st": k.stride(1), "v_st": v.stride(1),

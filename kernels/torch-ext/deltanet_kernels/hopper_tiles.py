@@ -7,6 +7,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
 from .limits import CHUNK
+from .tiles import decay
 
 
 C = gl.constexpr(CHUNK)
@@ -83,7 +84,7 @@ def store_fragments(p, b, R: gl.constexpr, N: gl.constexpr):
 
 @gluon.jit
 def load_stage(
-    t_q, t_k, t_v, t_a, t_rk, t_rq, q, k, v, a, rk, rq, i_c, slot, T, H, HV, q_st, k_st, v_st,
+    t_q, t_k, t_v, t_a, t_rk, t_rq, t_gs, q, k, v, a, rk, rq, gs, i_c, slot, T, H, HV, q_st, k_st, v_st,
     K: gl.constexpr, V: gl.constexpr, EVEN: gl.constexpr, RQ: gl.constexpr,
 ):  # fmt: skip
     """Starts copying what a scan needs of chunk i_c; v is do in the reverse one."""
@@ -98,11 +99,17 @@ def load_stage(
         async_load(t_rk.index(slot), rk + i_c * H * C + o_c)
         if RQ:
             async_load(t_rq.index(slot), rq + i_c * H * C + o_c)
+    if gs is not None:
+        async_load(t_gs.index(slot), gs + i_c * HV * C + o_c)
 
 
 @gluon.jit
-def store_scores(t_p, b_p, layout: gl.constexpr):
-    """lower(Q K^T) to shared memory. Before the tensor cores read it there must be a fence."""
+def store_scores(t_p, b_p, t_gs, layout: gl.constexpr):
+    """lower(Q K^T) to shared memory, faded where there is a gate. Before the tensor cores read it there must be a
+    fence.
+    """
     o_i = gl.arange(0, C, gl.SliceLayout(1, layout))
     o_j = gl.arange(0, C, gl.SliceLayout(0, layout))
+    if t_gs is not None:
+        b_p *= decay(t_gs.load(gl.SliceLayout(1, layout))[:, None], t_gs.load(gl.SliceLayout(0, layout))[None, :])
     t_p.store(gl.where(o_i[:, None] >= o_j[None, :], b_p, 0.0).to(gl.bfloat16))

@@ -303,7 +303,7 @@ def plan_of(call: Call) -> Plan:
     segments = count_segments(call, blocks) if not call.packed and SEGMENTS else 1
     few = bool(call.sequences * segments * call.HV * blocks <= call.sms)
     tiles = launch_table(call.arch, K, V, wide, few)
-    might_be_beside = tiles.gluon and few and not call.gated
+    might_be_beside = tiles.gluon and few
     uncut = call.B * call.HV * blocks
     segments = segments if call.can_cut else 1
     backward = segments if segments > 1 and cuts_backward(call, uncut, might_be_beside) else 1
@@ -315,7 +315,7 @@ def plan_of(call: Call) -> Plan:
         x._replace(columns=value_tile) for x in (tiles.scan, tiles.reverse, tiles.reverse, tiles.entry)
     )
     grads = tiles.grads._replace(columns=min(value_tile, tiles.grads.columns))
-    gluon = tiles.gluon and call.aligned and not call.gated
+    gluon = tiles.gluon and call.aligned
     if gluon:
         # two warp groups per program share q, k, A and P; where few run, one each (0.115 ms, was 0.170, at 1 x 4096 x
         # 16 x 128)
@@ -362,8 +362,6 @@ def explain(plan: Plan) -> str:
     lines = [f"{name}: {shape}, {dtype}{packed}, sm_{call.arch}, {call.sms} SMs"]
     if plan.scan.gluon:
         why = "heads of 64 and 128 in bf16 on sm_90, rows aligned to 16 bytes"
-    elif call.gated:
-        why = "Gluon has no gate"
     elif not GLUON:
         why = f"no Gluon: Triton {triton.__version__}, or DELTANET_KERNELS"
     elif not call.aligned and call.arch == 90:
