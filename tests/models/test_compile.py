@@ -3,7 +3,7 @@
 import deltanet_kernels
 import pytest
 import torch
-from tiny import FULL, LINEAR, SLIDING, tiny_model, tokens
+from tiny import FULL, LINEAR, SLIDING, output_and_gradients, tiny_model, tokens
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, StaticCache
@@ -28,12 +28,10 @@ def test_a_training_step_is_one_graph(case):
         model = tiny_model(**CASES[case]).train()
         forward = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
         for _ in range(2):
-            model.zero_grad()
-            loss = forward(input_ids=x, labels=x, use_cache=False).loss
-            loss.backward()
-        results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
+            result = output_and_gradients(model, forward, input_ids=x, labels=x)
+        results.append(result)
     assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 1
-    torch.testing.assert_close(*(loss for loss, _ in results))
+    torch.testing.assert_close(*(output.loss for output, _ in results))
     for name, gradient in results[0][1].items():
         torch.testing.assert_close(gradient, results[1][1][name], atol=1e-5, rtol=1e-4, msg=name)
 

@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from tiny import FULL, LINEAR, VARIANTS, tiny_model, tokens
+from tiny import FULL, LINEAR, VARIANTS, output_and_gradients, tiny_model, tokens
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
@@ -111,13 +111,13 @@ def use(model) -> dict:
     with torch.no_grad():
         logits = model.eval()(**inputs, past_key_values=cache).logits
         generated = [model.generate(**inputs, max_new_tokens=6, do_sample=False, num_beams=n) for n in (1, 3)]
-    loss = model.train()(**inputs, labels=x.masked_fill(mask == 0, -100), use_cache=False).loss
-    loss.backward()
+    labels = x.masked_fill(mask == 0, -100)
+    output, gradients = output_and_gradients(model.train(), **inputs, labels=labels)
     return {
         "logits": logits,
         "generated": generated,
-        "loss": loss.detach(),
-        "gradients": {name: full(p.grad) for name, p in model.named_parameters()},
+        "loss": output.loss.detach(),
+        "gradients": {name: full(gradient) for name, gradient in gradients.items()},
         "held": held(model),
         "states": [tuple(cache.layers[i].recurrent_states[0].shape) for i in linear_layers(model)],
     }

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from tiny import output_and_gradients
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
@@ -56,13 +57,6 @@ def relative(got, wanted):
     return ((got.double() - wanted.double()).norm() / wanted.double().norm()).item()
 
 
-def loss_and_gradients(model, **inputs):
-    model.zero_grad()
-    output = model(**inputs, use_cache=False)
-    output.loss.backward()
-    return output.logits, {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
 @pytest.mark.parametrize("layer_types", [HYBRID, ["linear_attention"] * 2], ids=["hybrid", "linear"])
 @pytest.mark.parametrize("case", ["plain", "left padding", "right padding", "packed", "checkpointed"])
 def test_training_step_equals_the_torch_path(case, layer_types, on_torch):
@@ -78,12 +72,12 @@ def test_training_step_equals_the_torch_path(case, layer_types, on_torch):
         lengths = [100, 1, 64, 168]
         position_ids = torch.cat([torch.arange(n) for n in lengths]).expand(2, -1).cuda()
         inputs["position_ids"] = position_ids
-    wanted_logits, wanted = on_torch(lambda: loss_and_gradients(model, **inputs))
+    wanted_output, wanted = on_torch(lambda: output_and_gradients(model, **inputs))
     if case == "checkpointed":
         model.gradient_checkpointing_enable()
-    logits, gradients = loss_and_gradients(model, **inputs)
+    output, gradients = output_and_gradients(model, **inputs)
     real = inputs["labels"] != -100
-    assert relative(logits[real], wanted_logits[real]) < 1e-4
+    assert relative(output.logits[real], wanted_output.logits[real]) < 1e-4
     for name in wanted:
         assert relative(gradients[name], wanted[name]) < 2e-3, name
 
@@ -100,10 +94,10 @@ def test_flex_attention_equals_sdpa(case):
     if case == "packed":
         inputs["position_ids"] = torch.cat([torch.arange(n) for n in (100, 1, 232)]).expand(2, -1).cuda()
     inputs["labels"] = ids.masked_fill(mask == 0, -100)
-    wanted_logits, wanted = loss_and_gradients(model, **inputs)
+    wanted_output, wanted = output_and_gradients(model, **inputs)
     model.set_attn_implementation("flex_attention")
-    logits, gradients = loss_and_gradients(model, **inputs)
-    assert relative(logits[mask.bool()], wanted_logits[mask.bool()]) < 1e-4
+    output, gradients = output_and_gradients(model, **inputs)
+    assert relative(output.logits[mask.bool()], wanted_output.logits[mask.bool()]) < 1e-4
     for name in wanted:
         assert relative(gradients[name], wanted[name]) < 2e-3, name
 

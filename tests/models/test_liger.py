@@ -2,19 +2,13 @@
 
 import pytest
 import torch
-from tiny import LINEAR, tiny_model, tokens
+from tiny import LINEAR, output_and_gradients, tiny_model, tokens
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.liger import apply_liger_kernel
 
 
 # Liger's norm and SwiGLU do not run in Triton's interpreter (0.8.5: 'float' object has no attribute 'to').
 WITHOUT_GPU = {"rms_norm": False, "swiglu": False}
-
-
-def loss_and_gradients(model, x, **options):
-    output = model(input_ids=x, labels=x, use_cache=False, **options)
-    output.loss.backward()
-    return output, {name: p.grad for name, p in model.named_parameters()}
 
 
 def assert_same(results, other, tolerance):
@@ -27,10 +21,10 @@ def assert_same(results, other, tolerance):
 def test_the_loss_without_logits_is_the_loss(options):
     """Training with Liger would learn something else, or still hold the logits of every token."""
     x = tokens(2, 20)
-    plain = loss_and_gradients(tiny_model().train(), x, **options)
+    plain = output_and_gradients(tiny_model().train(), input_ids=x, labels=x, **options)
     model = tiny_model().train()
     apply_liger_kernel(model, WITHOUT_GPU)
-    fused = loss_and_gradients(model, x, **options)
+    fused = output_and_gradients(model, input_ids=x, labels=x, **options)
     assert plain[0].logits is not None and fused[0].logits is None
     assert_same(plain, fused, 1e-5)
     with torch.no_grad():  # evaluation and generation still have logits
@@ -84,7 +78,7 @@ def test_all_of_liger_on_a_gpu(dtype, tolerance):
         model = tiny_model(hidden_size=128, intermediate_size=256, linear_num_key_heads=2).to("cuda", dtype).train()
         if liger:
             apply_liger_kernel(model, {})
-        output, gradients = loss_and_gradients(model, x)
+        output, gradients = output_and_gradients(model, input_ids=x, labels=x)
         results.append((output.loss, gradients))
     torch.testing.assert_close(results[0][0].float(), results[1][0].float(), atol=tolerance, rtol=tolerance)
     for name, gradient in results[0][1].items():

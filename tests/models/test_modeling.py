@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tiny import FULL, LINEAR, SLIDING, VARIANTS, VOCAB, redraw, tiny_config, tiny_model, tokens
+from tiny import FULL, LINEAR, SLIDING, VARIANTS, VOCAB, output_and_gradients, redraw, tiny_config, tiny_model, tokens
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -356,15 +356,13 @@ def test_packed_training_equals_separate_training(attention):
     batch = collate([{"input_ids": document} for document in documents])
     model = tiny_model(attn_implementation=attention)
     num_items = sum(length - 1 for length in LENGTHS)
-    model(**batch, num_items_in_batch=num_items).loss.backward()
-    packed = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    for document in documents:
-        if len(document) > 1:  # one token predicts nothing
-            ids = torch.tensor([document])
-            model(ids, labels=ids, num_items_in_batch=num_items).loss.backward()
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(packed[name], parameter.grad, atol=1e-5, rtol=1e-3, msg=name)
+    options = {"num_items_in_batch": num_items, "use_cache": None}
+    _, packed = output_and_gradients(model, **batch, **options)
+    ids = [torch.tensor([document]) for document in documents if len(document) > 1]  # one token predicts nothing
+    separate = [output_and_gradients(model, input_ids=x, labels=x, **options)[1] for x in ids]
+    for name, gradient in packed.items():
+        wanted = sum(gradients[name] for gradients in separate)
+        torch.testing.assert_close(gradient, wanted, atol=1e-5, rtol=1e-3, msg=name)
 
 
 @torch.no_grad()
@@ -412,8 +410,8 @@ def test_gradient_checkpointing_changes_nothing(variant):
         if checkpointing:
             model.activation_checkpointing_enable()
             assert model.is_activation_checkpointing
-        model(x, attention_mask=mask, labels=x).loss.backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters()})
+        inputs = {"input_ids": x, "attention_mask": mask, "labels": x}
+        gradients.append(output_and_gradients(model, **inputs, use_cache=None)[1])
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], msg=name)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from tiny import FULL, LINEAR, SLIDING, tiny_model, tiny_tokenizer, tokens
+from tiny import FULL, LINEAR, SLIDING, output_and_gradients, tiny_model, tiny_tokenizer, tokens
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -24,13 +24,9 @@ def documents() -> list[list[int]]:
 
 def loss_and_gradients(model, batches, num_items):
     """Of a loss that is summed over `batches` and divided by the number of predicted tokens."""
-    model.zero_grad()
-    losses = []
-    for batch in batches:
-        loss = model(**batch, num_items_in_batch=num_items, use_cache=False).loss
-        loss.backward()
-        losses.append(loss.detach())
-    return sum(losses), {name: p.grad.clone() for name, p in model.named_parameters()}
+    results = [output_and_gradients(model, **batch, num_items_in_batch=num_items) for batch in batches]
+    loss = sum(output.loss.detach() for output, _ in results)
+    return loss, {name: sum(gradients[name] for _, gradients in results) for name in results[0][1]}
 
 
 @pytest.mark.parametrize("layers", LAYERS)

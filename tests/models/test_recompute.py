@@ -10,7 +10,7 @@ import pytest
 import torch
 from deltanet_kernels import passes
 from peft import LoraConfig, get_peft_model
-from tiny import FULL, LINEAR, SLIDING, VARIANTS, tiny_model, tokens
+from tiny import FULL, LINEAR, SLIDING, VARIANTS, output_and_gradients, tiny_model, tokens
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -32,16 +32,8 @@ def recomputing(monkeypatch):
     return switch
 
 
-def loss_and_gradients(model, **inputs):
-    model.zero_grad()
-    torch.manual_seed(1)
-    loss = model(**inputs, use_cache=False).loss
-    loss.backward()
-    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
 def assert_bit_equal(results, other):
-    assert torch.equal(results[0], other[0])
+    assert torch.equal(results[0].loss, other[0].loss)
     assert results[1].keys() == other[1].keys()
     for name, gradient in results[1].items():
         assert torch.equal(gradient, other[1][name]), name
@@ -138,7 +130,7 @@ def test_the_scan_runs_once(recomputing, on_kernels, case, monkeypatch):
     for on in (False, True):
         recomputing(on)
         launched.clear()
-        results.append(loss_and_gradients(model, **inputs))
+        results.append(output_and_gradients(model, **inputs))
         assert len(launched) == model.config.num_hidden_layers
     assert_bit_equal(*results)
 
@@ -179,7 +171,7 @@ def test_gradients_are_the_same_bits(recomputing, variant):
         results = []
         for on in (False, True):
             recomputing(on)
-            results.append(loss_and_gradients(model, **inputs))
+            results.append(output_and_gradients(model, **inputs))
         assert_bit_equal(*results)
 
 
@@ -188,11 +180,8 @@ def test_gradients_are_the_same_bits_under_autocast(recomputing):
     model, x, results = tiny_model().train(), tokens(2, 20), []
     for on in (False, True):
         recomputing(on)
-        model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=x, labels=x, use_cache=False).loss
-        loss.backward()
-        results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
+        forward = torch.autocast("cpu", torch.bfloat16)(model.__call__)  # and not backward
+        results.append(output_and_gradients(model, forward, input_ids=x, labels=x))
     assert_bit_equal(*results)
 
 
@@ -203,7 +192,7 @@ def test_dropout_of_adapters_is_drawn_once(recomputing):
     model = get_peft_model(model, LoraConfig(r=4, lora_dropout=0.5, init_lora_weights=False, task_type="CAUSAL_LM"))
     for on in (False, True):
         recomputing(on)
-        results.append(loss_and_gradients(model, input_ids=x, labels=x))
+        results.append(output_and_gradients(model, input_ids=x, labels=x))
     assert len(results[0][1]) == len([name for name, _ in model.named_parameters() if "lora_" in name])
     assert_bit_equal(*results)
 
@@ -216,7 +205,7 @@ def test_no_projection_is_computed_again(recomputing):
     for on in (False, True):
         recomputing(on)
         with FlopCounterMode(display=False) as counter:
-            loss_and_gradients(model, input_ids=x, labels=x)
+            output_and_gradients(model, input_ids=x, labels=x)
         work.append(counter.get_total_flops())
         with FlopCounterMode(display=False) as counter:
             mixer(hidden_states, recompute=on).sum().backward()
@@ -241,7 +230,7 @@ def test_a_checkpointed_layer_is_computed_again_once(recomputing, every_n_layers
         if on:
             model.activation_checkpointing_enable(every_n_layers=every_n_layers)
         calls.clear()
-        results.append(loss_and_gradients(model, input_ids=x, labels=x))
+        results.append(output_and_gradients(model, input_ids=x, labels=x))
         assert len(calls) == (6 if on else 3)
     assert_bit_equal(*results)
 
@@ -272,10 +261,7 @@ def test_a_compiled_step_keeps_as_little(recomputing, on_kernels):
     recomputing(True)
     backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
     for forward in (model, torch.compile(model, fullgraph=True, backend=backend)):
-        model.zero_grad()
-        loss = forward(input_ids=x, labels=x, use_cache=False).loss
-        loss.backward()
-        results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
+        results.append(output_and_gradients(model, forward, input_ids=x, labels=x))
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     for name, gradient in results[0][1].items():
         torch.testing.assert_close(gradient, results[1][1][name], atol=1e-5, rtol=1e-4, msg=name)

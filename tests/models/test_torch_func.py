@@ -4,7 +4,7 @@ them.
 
 import pytest
 import torch
-from tiny import FULL, LINEAR, tiny_model, tokens
+from tiny import FULL, LINEAR, output_and_gradients, tiny_model, tokens
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
 
 from modeling_deltanet.delta_rule import torch_chunk_delta_rule
@@ -26,12 +26,6 @@ def setup(layers="all_linear"):
     return model, parameters, loss
 
 
-def gradients(model, ids):
-    model.zero_grad()
-    model(ids[None], labels=ids[None]).loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("layers", LAYERS)
 def test_per_sample_gradients(layers, length):
@@ -40,7 +34,8 @@ def test_per_sample_gradients(layers, length):
     x = tokens(3, length)
     together = vmap(grad(loss), in_dims=(None, 0))(parameters, x)
     for i, ids in enumerate(x):
-        for name, gradient in gradients(model, ids).items():
+        _, gradients = output_and_gradients(model, input_ids=ids[None], labels=ids[None], use_cache=None)
+        for name, gradient in gradients.items():
             torch.testing.assert_close(together[name][i], gradient, msg=name)
 
 

@@ -104,6 +104,21 @@ def tiny_llama(hidden_size: int = 32) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
+def output_and_gradients(model, forward=None, use_cache=False, **inputs):
+    """What one training step has: the output, and each trained parameter's gradient by name.
+
+    `forward` is what to call in the model's place, such as the compiled model. Dropout is the same in every call.
+    """
+    model.zero_grad()
+    torch.manual_seed(1)
+    output = (model if forward is None else forward)(**inputs, use_cache=use_cache)
+    output.loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    without = [name for name, gradient in gradients.items() if gradient is None]
+    assert not without, f"no gradient for {without}"
+    return output, gradients
+
+
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     """Random token ids, none of them the padding token."""
     return torch.randint(1, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
