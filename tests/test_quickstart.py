@@ -41,7 +41,7 @@ def test_leaves_a_folder_that_could_be_pushed(tmp_path, monkeypatch, capsys):
     assert names >= {
         "README.md", "loss.png", "evaluation.json", "config.json", "model.safetensors", "tokenizer.json", "lora",
         "merged", "modeling_deltanet.py", "configuration_deltanet.py", "delta_rule.py", "kernel_switch.py",
-        "cache_deltanet.py", "short_conv.py",
+        "cache_deltanet.py", "short_conv.py", "linear_attention_deltanet.py", "norm_deltanet.py", "rotary_deltanet.py",
     }  # fmt: skip
     card = (folder / "README.md").read_text()
     assert "| documentation, held out | perplexity |" in card

@@ -37,7 +37,7 @@ from modeling_deltanet import DeltaNetForCausalLM, register_remote_code
 CODE = {
     "modeling_deltanet.py", "configuration_deltanet.py", "delta_rule.py", "kernel_switch.py", "cache_deltanet.py",
     "packing_deltanet.py", "short_conv.py", "cuda_graph.py", "liger_deltanet.py", "versions_deltanet.py",
-    "after_import.py",
+    "after_import.py", "linear_attention_deltanet.py", "norm_deltanet.py", "rotary_deltanet.py",
 }  # fmt: skip
 CLI = "from deltanet_conversion.cli import main; main()"
 PULL = """

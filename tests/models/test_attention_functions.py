@@ -9,7 +9,7 @@ show that it is asked the right question, not that it answers.
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import FULL, LINEAR, SLIDING, tiny_model, tokens
+from tiny import FULL, LINEAR, SLIDING, output_and_gradients, tiny_model, tokens
 from torch.nn.attention import flex_attention as torch_flex
 from transformers import AttentionInterface, AttentionMaskInterface, modeling_flash_attention_utils
 from transformers.integrations import flex_attention

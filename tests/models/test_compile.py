@@ -3,7 +3,7 @@
 import deltanet_kernels
 import pytest
 import torch
-from tiny import FULL, LINEAR, SLIDING, tiny_model, tokens
+from tiny import FULL, LINEAR, SLIDING, output_and_gradients, tiny_model, tokens
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, StaticCache

@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from tiny import FULL, LINEAR, VARIANTS, tiny_model, tokens
+from tiny import FULL, LINEAR, VARIANTS, output_and_gradients, tiny_model, tokens
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig

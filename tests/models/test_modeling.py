@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tiny import FULL, LINEAR, SLIDING, VARIANTS, VOCAB, redraw, tiny_config, tiny_model, tokens
+from tiny import FULL, LINEAR, SLIDING, VARIANTS, VOCAB, output_and_gradients, redraw, tiny_config, tiny_model, tokens
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,

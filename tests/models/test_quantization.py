@@ -4,7 +4,7 @@ import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import LINEAR, SLIDING, tiny_model, tokens
+from tiny import LINEAR, SLIDING, output_and_gradients, tiny_model, tokens
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 

@@ -217,13 +217,13 @@ def test_no_projection_is_computed_again(recomputing):
 @pytest.mark.parametrize("every_n_layers", [1, 2])
 def test_a_checkpointed_layer_is_computed_again_once(recomputing, every_n_layers, monkeypatch):
     """Gradient checkpointing of whole layers would run each delta rule three times."""
-    calls, rule = [], modeling_deltanet.modeling_deltanet.delta_rule
+    calls, rule = [], modeling_deltanet.linear_attention_deltanet.delta_rule
 
     def counted(*args, **kwargs):
         calls.append(1)
         return rule(*args, **kwargs)
 
-    monkeypatch.setattr("modeling_deltanet.modeling_deltanet.delta_rule", counted)
+    monkeypatch.setattr("modeling_deltanet.linear_attention_deltanet.delta_rule", counted)
     model, x, results = tiny_model(layer_types=[LINEAR] * 3).train(), tokens(2, 20), []
     for on in (False, True):
         recomputing(on)

@@ -34,7 +34,7 @@ def test_per_sample_gradients(layers, length):
     x = tokens(3, length)
     together = vmap(grad(loss), in_dims=(None, 0))(parameters, x)
     for i, ids in enumerate(x):
-        _, gradients = output_and_gradients(model, input_ids=ids[None], labels=ids[None], use_cache=True)
+        _, gradients = output_and_gradients(model, input_ids=ids[None], labels=ids[None], use_cache=None)
         for name, gradient in gradients.items():
             torch.testing.assert_close(together[name][i], gradient, msg=name)
 

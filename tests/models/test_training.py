@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from tiny import FULL, LINEAR, tiny_config, tiny_llama, tiny_model, tokens
+from tiny import FULL, LINEAR, output_and_gradients, tiny_config, tiny_llama, tiny_model, tokens
 from transformers import Trainer, TrainingArguments
 
 from modeling_deltanet import DeltaNetForCausalLM

@@ -111,7 +111,7 @@ def output_and_gradients(model, forward=None, use_cache=False, **inputs):
     """
     model.zero_grad()
     torch.manual_seed(1)
-    output = (forward or model)(**inputs, use_cache=use_cache)
+    output = (model if forward is None else forward)(**inputs, use_cache=use_cache)
     output.loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     without = [name for name, gradient in gradients.items() if gradient is None]
