@@ -151,6 +151,7 @@ def full(sizes=ALL_SIZES, dtypes=DTYPES) -> Iterator[Case]:
 def _others(sizes, dtypes) -> Iterator[Case]:
     yield from cases(sizes, dtypes, ("step", "convolution", "plain", *LENGTHS))
     yield from cases(sizes, dtypes, ("few",), ("silu", "repeated", "beta"))
+    yield from cases(sizes, dtypes, BASIC, GATES)
 
 
 # -------------------------------------------------------------------------------------------------------- the inputs
@@ -180,13 +181,19 @@ def _beta(q, k, v, beta):
     return q, k, v, beta
 
 
-INPUTS = {"random": _random, "silu": _silu, "repeated": _repeated, "beta": _beta}
+# The gated rule: g from numbers uniform in [0, 1], as of a model that begins to learn, and where a twentieth of all
+# tokens forgets everything and half of them nothing.
+GATES = {
+    "gated": lambda x: -0.1 * x,
+    "forgetful": lambda x: torch.where(x < 0.05, -50.0, torch.where(x < 0.5, 0.0, -x)),
+}
+INPUTS = {"random": _random, "silu": _silu, "repeated": _repeated, "beta": _beta} | dict.fromkeys(GATES, _beta)
 SMALL_BETA = 1e-4
 
 
 @dataclass
 class Inputs:
-    tensors: dict[str, torch.Tensor]  # q, k, v, beta and, with states, initial_state
+    tensors: dict[str, torch.Tensor]  # q, k, v, beta, with a gate g, with states initial_state
     gradients: list[torch.Tensor]  # of the output and, with states, of the final state
     l2norm: bool
     cu_seqlens: torch.Tensor | None
@@ -228,6 +235,8 @@ def _make_inputs(case: Case, shape: Layout, device: torch.device, seed: int) -> 
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     q, k, v, beta = (x.to(dtype).contiguous() for x in INPUTS[case.inputs](q, k, v, beta))
     tensors = {"q": q, "k": k, "v": v, "beta": beta}
+    if case.inputs in GATES:
+        tensors["g"] = GATES[case.inputs](torch.special.ndtr(randn(7, B, T, columns=HV))).contiguous()
     gradients = [randn(4, B, T, HV, columns=case.V).to(dtype).contiguous()]
     if shape.states:
         tensors["initial_state"] = states(5)
@@ -241,10 +250,10 @@ def _make_inputs(case: Case, shape: Layout, device: torch.device, seed: int) -> 
 def run_case(case: Case, device: torch.device, function: Callable, seed: int = 0, again: int = 0) -> dict[str, float]:
     """Errors by quantity of one route in one case.
 
-    `function` has the signature of `chunk_delta_rule`, of `delta_rule_step` for the layout "step", of `short_conv` for
-    "convolution". A quantity is "output", "final state", "dq", "dk", "dv", "dbeta", "dh0" (those that the layout has),
-    "output without gradients", and "dbeta of small beta" for the inputs "beta", which a norm over all tokens would
-    hide.
+    `function` has the signature of `chunk_delta_rule` (and takes g by name, where cases have a gate), of
+    `delta_rule_step` for the layout "step", of `short_conv` for "convolution". A quantity is "output", "final state",
+    "dq", "dk", "dv", "dbeta", "dg", "dh0" (those that the case has), "output without gradients", and "dbeta of small
+    beta" for the inputs "beta", which a norm over all tokens would hide.
 
     With `again` there is "between calls", too: the largest difference of any quantity from the first call in as many
     more, zero where all bits are equal. A kernel that does not wait for its memory may be right nine times in ten.
@@ -297,7 +306,7 @@ def _run_rule(case: Case, device, function, seed: int, dtype=None) -> dict[str, 
             without = function(**leaves, **options)[0]
     gradients = [g.to(dtype or g.dtype) for g in x.gradients]
     grads = torch.autograd.grad(outputs, list(leaves.values()), gradients)
-    names = ("dq", "dk", "dv", "dbeta", "dh0")
+    names = ("dh0" if name == "initial_state" else f"d{name}" for name in leaves)
     got = {"output without gradients": without, **dict(zip(("output", "final state"), outputs))}
     got |= dict(zip(names, grads))
     if case.inputs == "beta":
