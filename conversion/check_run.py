@@ -71,11 +71,10 @@ def routes(device: torch.device, peer: str | None = None) -> tuple[Route, ...]:
             Route("kernels, chunks", partial(_by_gate, kernels, "chunk"), RULE, dtypes=dtypes),
             Route(
                 "kernels, token by token",
-                kernels.fused_recurrent_delta_rule,
+                partial(_by_gate, kernels, "fused_recurrent"),
                 SHORT,
                 dtypes=dtypes,
                 is_slow=True,
-                is_gated=False,
             ),
             Route("kernels, step", kernels.delta_rule_step, ("step",), dtypes=dtypes),
             Route("kernels, convolution", kernels.short_conv, ("convolution",), dtypes=dtypes),

@@ -249,6 +249,41 @@ def test_gated_operators_trace():
         assert error(x, y) < 1e-5
 
 
+@pytest.mark.parametrize("gate", GATES)
+def test_kernels_token_by_token(gate):
+    """The rule as it is defined, on a GPU: gradients, too, which fla's function of this name has not."""
+    name = "fused_recurrent_gated_delta_rule"
+    compare(make_inputs(2, 11, 1, 20, 2, 16, gate=gate), name=name)
+    borders = torch.tensor([0, 3, 3, 4, 11])
+    compare(make_inputs(1, 11, 1, 16, 2, 16, N=4, gate=gate), name=name, cu_seqlens=borders)
+
+
+def test_tokens_outside_of_all_sequences_have_no_gradient():
+    """Neither have sequences before or after a part in them."""
+    inputs = [x.float().to(DEVICE).requires_grad_() for x in make_inputs(1, 11, 1, 16, 2, 16)[:5]]
+    q, k, v, beta, g = inputs
+    o, _ = on_kernels("fused_recurrent_gated_delta_rule")(q, k, v, g, beta=beta, cu_seqlens=torch.tensor([2, 5, 9]))
+    for x in (o, *torch.autograd.grad(o.sum(), inputs)):
+        assert x[:, :2].eq(0).all() and x[:, 9:].eq(0).all() and x.isfinite().all()
+
+
+def test_decays_per_channel_are_refused():
+    """They are another rule's: ignored, they would give another model."""
+    q, k, v, beta, g, _ = (x.float() for x in make_inputs(1, 5, 1, 16, 2, 16))
+    with pytest.raises(ValueError, match="gk and gv, decays per channel"):
+        deltanet_kernels.fused_recurrent_gated_delta_rule(q, k, v, g, k)
+
+
+def test_gated_step_kernel():
+    """A step of decoding is the recurrence's next token, in place."""
+    q, k, v, beta, g, state = (x.float() for x in make_inputs(2, 1, 1, 32, 2, 16, gate="fast"))
+    wanted = delta_rule_fp64(q, k, v, beta, initial_state=state, l2norm=True, g=g)
+    state = state.to(DEVICE)
+    o = on_kernels("gated_delta_rule_step")(q, k, v, g, beta, state, use_qk_l2norm_in_kernel=True)
+    assert error(o, wanted[0]) < 1e-6
+    assert error(state, wanted[1]) < 1e-6
+
+
 def test_kernels_name_a_gate_of_another_shape():
     """g per key head would broadcast."""
     q, k, v, beta, g, _ = (x.float() for x in make_inputs(1, 5, 1, 16, 2, 16))

@@ -4,8 +4,8 @@ from . import layers, limits  # noqa: F401 (`kernels` looks layers up in the for
 from .chunk import chunk_delta_rule, chunk_gated_delta_rule, explain
 from .convolution import short_conv, short_conv_step
 from .keep import keep_results, keep_results_compiled
-from .recurrent import fused_recurrent_delta_rule
-from .step import delta_rule_step
+from .recurrent import fused_recurrent_delta_rule, fused_recurrent_gated_delta_rule
+from .step import delta_rule_step, gated_delta_rule_step
 
 
 __all__ = [
@@ -14,6 +14,8 @@ __all__ = [
     "delta_rule_step",
     "explain",
     "fused_recurrent_delta_rule",
+    "fused_recurrent_gated_delta_rule",
+    "gated_delta_rule_step",
     "keep_results",
     "keep_results_compiled",
     "short_conv",
