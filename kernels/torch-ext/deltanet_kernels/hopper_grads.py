@@ -23,7 +23,7 @@ from .plan import Plan
 from .tiles import decay, locate_chunk, norm_backward
 
 
-LEAST = gl.constexpr(1e-20)  # factors by which what stands in an accumulator is divided and multiplied again
+LEAST = gl.constexpr(1e-20)  # as in `grads.py`
 
 
 # ---------------------------------------------------------------------------------------------------------- kernels

@@ -216,6 +216,13 @@ def prepare_kernel(
     b_b1 = _load_beta(p_b, 1, o_t, t_0, b_st, T)
     b_b2 = _load_beta(p_b, 2, o_t, t_0, b_st, T)
     b_b3 = _load_beta(p_b, 3, o_t, t_0, b_st, T)
+    if gs is not None:
+        gs += (i_t.to(tl.int64) * HV + i_hv) * C
+        p_g = g + (i_b * T_all + bos + t_0) * HV + i_hv
+        d0 = _running_sum(p_g, 0, o_t, t_0, HV, T, gs, 0.0)
+        d1 = _running_sum(p_g, 1, o_t, t_0, HV, T, gs, _last(d0))
+        d2 = _running_sum(p_g, 2, o_t, t_0, HV, T, gs, _last(d1))
+        d3 = _running_sum(p_g, 3, o_t, t_0, HV, T, gs, _last(d2))
     g00, g10, g11, g20, g21, g22, g30, g31, g32, g33 = _gram(p_k, k_st, t_0, T, K, BK, EVEN, FULL_K, CT, PRECISION)
     r0 = tl.full([16], 1.0, tl.float32)
     r1 = r0
@@ -293,12 +300,6 @@ def prepare_kernel(
     t32 = t32.to(tl.float32) * p3[:, None] * q2[None, :]
     t33 = t33.to(tl.float32) * p3[:, None] * q3[None, :]
     if gs is not None:
-        gs += (i_t.to(tl.int64) * HV + i_hv) * C
-        p_g = g + (i_b * T_all + bos + t_0) * HV + i_hv
-        d0 = _running_sum(p_g, 0, o_t, t_0, HV, T, gs, 0.0)
-        d1 = _running_sum(p_g, 1, o_t, t_0, HV, T, gs, _last(d0))
-        d2 = _running_sum(p_g, 2, o_t, t_0, HV, T, gs, _last(d1))
-        d3 = _running_sum(p_g, 3, o_t, t_0, HV, T, gs, _last(d2))
         t00 *= decay(d0[:, None], d0[None, :])
         t10 *= decay(d1[:, None], d0[None, :])
         t11 *= decay(d1[:, None], d1[None, :])
