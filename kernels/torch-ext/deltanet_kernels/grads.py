@@ -96,7 +96,7 @@ def grads_kernel(
             if gs is not None:
                 # what has another factor is divided by it meanwhile
                 b_gs = tl.load(gs + i_g * C + o_c)
-                b_f = tl.maximum(tl.exp(b_gs.to(tl.float32)), LEAST) * b_sq
+                b_f = tl.maximum(tl.exp2(b_gs.to(tl.float32)), LEAST) * b_sq
                 b_dq *= (1.0 / b_f)[:, None]
             b_r = tl.zeros([C, C], tl.float32)
             for i_v in range(0, V, W):
@@ -134,7 +134,7 @@ def grads_kernel(
             if gs is not None:
                 b_gs = tl.load(gs + i_g * C + o_c)
                 b_all = tl.load(gs + i_g * C + C - 1)
-                b_f = tl.maximum(tl.exp(b_gs.to(tl.float32)), LEAST) * -b_rk
+                b_f = tl.maximum(tl.exp2(b_gs.to(tl.float32)), LEAST) * -b_rk
                 b_dk *= (1.0 / b_f)[:, None]
             else:
                 # of the four terms only dV S^T carries rk: what stands in the accumulator is divided by it meanwhile
@@ -185,7 +185,7 @@ def grads_kernel(
                 b_dk *= b_f[:, None]
                 b_k = load_tile(k, o_c, k_st, o_k, m_t, m_k).to(CT)
                 b_leaving = tl.sum(tl.sum(b_k.to(tl.float32) * b_dk, 1) - b_in, 0)
-                b_leaving += tl.sum(b_through, 0) * tl.exp(b_all.to(tl.float32))
+                b_leaving += tl.sum(b_through, 0) * tl.exp2(b_all.to(tl.float32))
                 b_dk = tl.dot(tl.trans(b_e), b_k, b_dk, input_precision=PRECISION)
                 b_r *= decay(b_gs[None, :], b_gs[:, None])
             b_q = load_tile(q, o_c, q_st, o_k, m_t, m_k).to(CT)

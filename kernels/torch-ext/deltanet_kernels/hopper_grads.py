@@ -142,13 +142,13 @@ def grads_kernel(
         if gs is not None:
             gs_w = gs + i_g * C + gl.arange(0, C, gl.SliceLayout(1, wide))
             b_all = gl.load(gs + i_g * C + C - 1)
-            b_before = gl.maximum(gl.exp(gl.load(gs_w)), LEAST)
-            b_after = gl.maximum(gl.exp(b_all - gl.load(gs_w)), LEAST)
+            b_before = gl.maximum(gl.exp2(gl.load(gs_w)), LEAST)
+            b_after = gl.maximum(gl.exp2(b_all - gl.load(gs_w)), LEAST)
             # <S, dS>, of the entering and the leaving state
             b_through = gl.sum(gl.sum(b_s0.to(gl.float32) * b_ds0.to(gl.float32), 1), 0)
             if NV == 2:
                 b_through += gl.sum(gl.sum(b_s1.to(gl.float32) * b_ds1.to(gl.float32), 1), 0)
-            b_through *= gl.exp(b_all)
+            b_through *= gl.exp2(b_all)
         async_copy.wait_group(1)
         fence_async_shared()
 

@@ -132,11 +132,10 @@ def reverse_kernel(
         )
         if gs is not None:
             b_gs = t_gs.index(slot).load(gl.SliceLayout(0, narrow))
-            b_after = gl.exp(b_all - b_gs)
-            b_before = gl.exp(b_gs)
-            b_s *= gl.exp(b_all)
+            b_after = gl.exp2(b_all - b_gs)
+            b_s *= gl.exp2(b_all)
             b_all = gl.load(gs + gl.maximum(i_c - 1, 0).to(gl.int64) * HV * C + C - 1)
-            b_dq = (b_do * gl.exp(t_gs.index(slot).load(gl.SliceLayout(0, left)))[None, :]).to(BF16)
+            b_dq = (b_do * gl.exp2(t_gs.index(slot).load(gl.SliceLayout(0, left)))[None, :]).to(BF16)
             b_do = b_do.to(BF16)
             b_y = warpgroup_mma(b_do, t_p.index(i % 2), zero, use_acc=False, is_async=True)
         else:
@@ -163,6 +162,8 @@ def reverse_kernel(
         # dV^T = dU^T A
         b_v = warpgroup_mma(gl.convert_layout(b_u.to(BF16), left), t_a.index(slot), zero, use_acc=False, is_async=True)
         b_p = warpgroup_mma(t_q.index(after), t_k.index(after).permute([1, 0]), zero, use_acc=False, is_async=True)
+        if gs is not None:
+            b_before = gl.exp2(t_gs.index(slot).load(gl.SliceLayout(0, narrow)))
         b_s, b_v = warpgroup_mma_wait(1, deps=[b_s, b_v])
         b_w = b_v * -t_rk.index(slot).load(gl.SliceLayout(0, narrow))[None, :] if rk is not None else -b_v
         if gs is not None:

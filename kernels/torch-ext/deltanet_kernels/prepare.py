@@ -16,6 +16,7 @@ from .plan import Plan
 from .tiles import C, below, decay, load_tile, locate_chunk, norm_of
 
 
+LOG2_E = tl.constexpr(1.4426950408889634)  # a power of 2 is one instruction, of e five
 BETA_MIN = tl.constexpr(2.0**-28)  # beta is kept this far from zero: its root is the smallest normal fp16 number
 
 
@@ -71,12 +72,12 @@ def _load_beta(p, i_b: tl.constexpr, o_t, t_0, stride, T):
 
 @triton.jit
 def _running_sum(p, i_b: tl.constexpr, o_t, t_0, stride, T, gs, start):
-    """Sums of g from the chunk's start to each token of block i_b, which `start` begins; also stored. Beyond the end g
-    is 0, so that the last of all is the chunk's sum.
+    """Sums of g from the chunk's start to each token of block i_b, which `start` begins, for powers of 2; also stored.
+    Beyond the end g is 0, so that the last of all is the chunk's sum.
     """
     o = i_b * 16 + o_t
     b_g = tl.load(p + o * stride, mask=t_0 + o < T, other=0.0).to(gs.dtype.element_ty)
-    b_g = tl.cumsum(b_g, 0) + start
+    b_g = tl.cumsum(b_g * LOG2_E, 0) + start
     tl.store(gs + o, b_g)
     return b_g
 

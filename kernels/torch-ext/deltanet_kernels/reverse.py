@@ -93,9 +93,9 @@ def reverse_kernel(
     for i_r in range(NT):
         m_t = below(o_c + (NT - 1 - i_r) * C, T, EVEN)
         if gs is not None:
-            b_before = tl.exp(b_gs.to(tl.float32))
+            b_before = tl.exp2(b_gs.to(tl.float32))
             b_after = decay(b_all, b_gs)
-            b_whole = tl.exp(b_all.to(tl.float32))
+            b_whole = tl.exp2(b_all.to(tl.float32))
             gs -= C * HV
             b_gs = tl.load(gs + o_c, mask=o_c < (NT - 1 - i_r) * C, other=0.0)
             b_all = tl.load(gs + C - 1, mask=i_r + 1 < NT, other=0.0)
