@@ -70,7 +70,7 @@ PACKED = (0, 1, 63, 64, 65, 130, 17, 99)  # 439 tokens; borders inside of chunks
 # not, value heads per key head (gradients alone), with gradients or without (scan alone), and for sizes that are 1 or
 # a multiple of 16. `few` and `segmented` agree in all that: the scans are compiled once for both.
 LAYOUTS = {
-    # few heads · one sequence a row · whole chunks · one value head per key head
+    # few heads · one sequence per row · whole chunks · one value head per key head
     "few": Layout(2, 2, 2, 192),
     # more programs than multiprocessors · packed · value heads in groups. 48 sequences, 2634 tokens
     "many": Layout(1, 2, 4, PACKED * 6),
@@ -91,7 +91,7 @@ LAYOUTS = {
 BASIC = ("few", "many", "segmented")  # the table of sizes
 LENGTHS = tuple(name for name in LAYOUTS if name.startswith("length"))
 # Elsewhere nothing is cut and nothing depends on the number of programs: shorter, so that a CPU needs a minute.
-# Triton's interpreter takes a second a chunk.
+# Triton's interpreter takes a second per chunk (2026-11-27).
 SMALLER = {
     "cpu": {"many": replace(LAYOUTS["many"], lengths=PACKED), "segmented": replace(LAYOUTS["segmented"], lengths=450)},
     "interpreter": {
@@ -380,7 +380,8 @@ def check_reference(device: torch.device, seed: int = 0) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------- the tolerances
 
 # Largest error of any quantity, by kind of route. torch computes in fp32 and rounds once; the kernels multiply bf16 in
-# bf16, fp16 in tf32 (0.0051 at most over all sizes on an H100, dbeta of 8192 tokens) and fp32 in three tf32 products.
+# bf16, fp16 in tf32 (0.0051 at most over all sizes on an H100, dbeta of 8192 tokens, commit 0888461) and fp32 in
+# three tf32 products.
 TOLERANCES = {
     "torch": {"bfloat16": 4e-3, "float16": 5e-4, "float32": 1e-5},
     "kernels": {"bfloat16": 1.5e-2, "float16": 6e-3, "float32": 2e-5},
