@@ -19,7 +19,9 @@ from modeling_deltanet.delta_rule import (
 
 
 deltanet_kernels = pytest.importorskip("deltanet_kernels")
-from tests.ops._plans import decide_anew  # noqa: E402
+from deltanet_kernels import plan  # noqa: E402
+
+from tests.ops._plans import change_plans, decide_anew  # noqa: E402
 
 
 RULES = [torch_chunk_delta_rule, torch_recurrent_delta_rule]
@@ -200,6 +202,14 @@ def test_chunked_kernels(K, V, HV, gate):
 def test_chunked_kernels_in_half_precision(dtype, gate):
     """What everybody trains with."""
     compare(make_inputs(1, 100, 1, 64, 2, 32, gate=gate), dtype)
+
+
+@pytest.mark.parametrize("stored, deep", [(False, False), (False, True), (True, True)])
+def test_every_form_of_the_scans_fades(stored, deep, monkeypatch):
+    """Which form runs depends on the chip's size and the head's: P with its decays stored, or made by each scan."""
+    change_plans(monkeypatch, scores=plan.Launch(32, 4, 1) if stored else None, deep=deep)
+    compare(make_inputs(1, 100, 1, 48, 2, 32))
+    compare(make_inputs(1, 70, 1, 160, 1, 16))
 
 
 def test_packed_documents_fade_alone():

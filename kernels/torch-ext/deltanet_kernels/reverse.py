@@ -86,19 +86,20 @@ def reverse_kernel(
 
     if gs is not None:
         # a chunk ahead, since the chain waits for them
-        b_gs = tl.load(gs + o_c, mask=o_c < NT * C, other=0.0)
-        b_all = tl.load(gs + C - 1, mask=NT > 0, other=0.0)
+        n_gs = tl.load(gs + o_c, mask=o_c < NT * C, other=0.0)
+        n_all = tl.load(gs + C - 1, mask=NT > 0, other=0.0)
     if DEEP:
         b_i = (o_c[:, None] == o_c[None, :]).to(CT)
     for i_r in range(NT):
         m_t = below(o_c + (NT - 1 - i_r) * C, T, EVEN)
         if gs is not None:
+            b_gs = n_gs
             b_before = tl.exp2(b_gs.to(tl.float32))
-            b_after = decay(b_all, b_gs)
-            b_whole = tl.exp2(b_all.to(tl.float32))
+            b_after = decay(n_all, b_gs)
+            b_whole = tl.exp2(n_all.to(tl.float32))
             gs -= C * HV
-            b_gs = tl.load(gs + o_c, mask=o_c < (NT - 1 - i_r) * C, other=0.0)
-            b_all = tl.load(gs + C - 1, mask=i_r + 1 < NT, other=0.0)
+            n_gs = tl.load(gs + o_c, mask=o_c < (NT - 1 - i_r) * C, other=0.0)
+            n_all = tl.load(gs + C - 1, mask=i_r + 1 < NT, other=0.0)
         b_k1 = load_tile(k, o_c, k_st, o_k1, m_t, m_k1).to(CT)
         b_q1 = load_tile(q, o_c, q_st, o_k1, m_t, m_k1).to(CT)
         if NK > 1:
@@ -116,14 +117,16 @@ def reverse_kernel(
             b_p = tl.dot(b_q1, tl.trans(b_k1), input_precision=PRECISION)
             if NK > 1:
                 b_p = tl.dot(b_q2, tl.trans(b_k2), b_p, input_precision=PRECISION)
+            if gs is not None:
+                b_p *= decay(b_gs[:, None], b_gs[None, :])
             b_p = tl.where(o_c[:, None] >= o_c[None, :], b_p, 0.0).to(CT)
         # dO' = scale rq dO; a stored P holds the factor, so there dO itself meets P
         b_do = tl.dot(b_do, b_i, input_precision="ieee") if DEEP else b_do.to(tl.float32)
         b_dq = b_do * (tl.load(rq + o_c) * scale)[None, :] if rk is not None else b_do * scale
+        b_do = b_do.to(CT) if p is not None else b_dq.to(CT)
         if gs is not None:
             b_dq *= b_before[None, :]
         b_dq = b_dq.to(CT)
-        b_do = b_do.to(CT) if p is not None else b_dq
         b_c1 = b_s1.to(CT)
         if dv is not None:
             store_fragments(ds, b_c1, BV, BK)
