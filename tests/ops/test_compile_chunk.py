@@ -28,6 +28,17 @@ ACCEPTED = {
     (90, 256): {"scan": 224, "reverse": 80, "grads": 96, "prepare": 64},
     (120, 64): {"prepare": 64},
 }
+# With a gate every scan holds decays beside its state, and gradients sums beside theirs; not tuned off Gluon
+ACCEPTED_GATED = {
+    "scan": 456,
+    "reverse": 368,
+    "grads": 552,
+    "first scan": 56,
+    "first reverse": 112,
+    "prepare": 48,
+    "scores": 48,
+}
+ACCEPTED_GATED_GLUON = {"scan": 88, "reverse": 88, "grads": 80}
 SMALL = 48
 # Triton 3.8 alone spills this much in the chain of wide keys, whatever the warps and columns: a launch of 30 us
 CHAIN_OF_3_8 = 600
@@ -39,7 +50,9 @@ HERE = [
 ]  # fmt: skip
 WIDE = [(86, 256, 256, "fp32")]  # of least shared memory; fp16 takes as much
 OTHERS = sorted(Path(sys.prefix).glob("triton-*"))
+GATED = [(90, 128, 128), (90, 96, 192), (80, 128, 128), (86, 256, 256), (100, 128, 128)]
 CASES = [(None, *case, "bf16") for case in EVERYWHERE + HERE] + [(None, *case) for case in WIDE]
+CASES += [(None, *case, "bf16:gated") for case in GATED]
 CASES += [(other, *case, "bf16") for other in OTHERS for case in EVERYWHERE if case[0] != 100]
 
 
@@ -59,12 +72,16 @@ def test_launch_table(other, arch, K, V, dtype, tmp_path):
         assert isinstance(found, list), (name, found)
         registers, spilled, shared = found
         assert shared <= plan.shared_memory_limit(arch), (name, shared)
-        assert 32 - (dtype == "fp32") < registers <= 255, (name, "a kernel of few registers is empty")
         kernel = name.partition(",")[0]
-        accepted = ACCEPTED.get((arch, triton.next_power_of_2(max(K, V))), {}).get(kernel, SMALL)
+        few = 16 if kernel == "decay" else 32 - (dtype == "fp32")
+        assert few < registers <= 255, (name, "a kernel of few registers is empty")
+        accepted = ACCEPTED.get((arch, triton.next_power_of_2(max(K, V))), {})
+        if dtype.endswith("gated"):
+            accepted = ACCEPTED_GATED_GLUON if "Gluon" in name else ACCEPTED_GATED
+        accepted = accepted.get(kernel, SMALL)
         if version.startswith("3.8.") and K > 128 and name.startswith("chain"):
             accepted = CHAIN_OF_3_8
-        assert spilled <= accepted or dtype != "bf16", (name, spilled)
+        assert spilled <= accepted or dtype == "fp32", (name, spilled)
 
 
 def test_a_lost_base_is_found():

@@ -41,7 +41,7 @@ def grads_kernel(
     # inputs; dv as the reverse scan wrote it, in the scratch type; without the L2 norm rq and rk are None, without a
     # gate gs
     q, k, do, a, u, dv, s, ds, rq, rk, gs,
-    # outputs; r [2, chunks, HV, C] with a gate
+    # outputs; r [3, chunks, HV, C] with a gate: of q, of k, and what goes from each token to the leaving state
     dq, dk, dbeta, r,
     # packed sequences
     cu_seqlens, chunks,
@@ -184,8 +184,11 @@ def grads_kernel(
             if gs is not None:
                 b_dk *= b_f[:, None]
                 b_k = load_tile(k, o_c, k_st, o_k, m_t, m_k).to(CT)
-                b_leaving = tl.sum(tl.sum(b_k.to(tl.float32) * b_dk, 1) - b_in, 0)
-                b_leaving += tl.sum(b_through, 0) * tl.exp2(b_all.to(tl.float32))
+                # summed by `decay_kernel`: here Triton 3.7 fails on the sum of a sum, for sm_100
+                b_leaving = tl.sum(b_k.to(tl.float32) * b_dk, 1) - b_in
+                b_through = tl.sum(b_through, 0) * tl.exp2(b_all.to(tl.float32))
+                b_leaving += tl.where(o_c == C - 1, b_through, 0.0)
+                tl.store(r + tl.num_programs(1).to(tl.int64) * HV * C + i_g * C + o_c, b_leaving)
                 b_dk = tl.dot(tl.trans(b_e), b_k, b_dk, input_precision=PRECISION)
                 b_r *= decay(b_gs[None, :], b_gs[:, None])
             b_q = load_tile(q, o_c, q_st, o_k, m_t, m_k).to(CT)
@@ -194,8 +197,7 @@ def grads_kernel(
             if gs is not None:
                 b_k = load_tile(k, o_c, k_st, o_k, m_t, m_k).to(tl.float32)
                 b_x = tl.sum(b_k * b_dk, 1)
-                b_leaving = tl.where(o_c == C - 1, b_leaving, 0.0)
-                tl.store(r + i_g * C + o_c, 2.0 * b_in - b_known - b_x + b_leaving)
+                tl.store(r + i_g * C + o_c, 2.0 * b_in - b_known - b_x)
                 b_known = b_x
             p_b = dbeta + (row + o_c) * HV + i_h * G + i_g
             tl.store(p_b, b_g.to(dbeta.dtype.element_ty), mask=m_t)
@@ -213,7 +215,7 @@ def decay_kernel(
     T, NT, N_CHUNKS,
     HV: tl.constexpr,
 ):  # fmt: skip
-    """dg of one chunk and value head: sums of r from each token to the chunk's end."""
+    """dg of one chunk and value head: sums of r from each token to the chunk's end, and what leaves it."""
     i_hv = tl.program_id(0)
     i_t = tl.program_id(1)
     T_all = T
@@ -222,9 +224,10 @@ def decay_kernel(
         return
     o_c = tl.arange(0, C)
     p = (i_t.to(tl.int64) * HV + i_hv) * C + o_c
-    b_r = tl.load(r + p) + tl.load(r + (i_t * 0 + N_CHUNKS).to(tl.int64) * HV * C + p)
+    part = (i_t * 0 + N_CHUNKS).to(tl.int64) * HV * C
+    b_r = tl.cumsum(tl.load(r + p) + tl.load(r + part + p), 0, reverse=True) + tl.sum(tl.load(r + 2 * part + p), 0)
     p_g = dg + (i_b * T_all + bos + i_c * C + o_c) * HV + i_hv
-    tl.store(p_g, tl.cumsum(b_r, 0, reverse=True).to(dg.dtype.element_ty), mask=i_c * C + o_c < T)
+    tl.store(p_g, b_r.to(dg.dtype.element_ty), mask=i_c * C + o_c < T)
 
 
 def grads(
@@ -251,7 +254,7 @@ def grads(
         hopper_grads.grads(x, do, scratch, t, plan, scale, dv, ds, flags, dq, dk, dbeta, dg)
         return
     a, _, rq, rk, u, s, gs = scratch
-    r = None if gs is None else gs.new_empty(2, t.n_chunks, call.HV, CHUNK, dtype=torch.float32)
+    r = None if gs is None else gs.new_empty(3, t.n_chunks, call.HV, CHUNK, dtype=torch.float32)
     launch(
         grads_kernel, (2 * call.H, t.n_chunks),
         (x.q, x.k, do, a, u, dv, s, ds, rq, rk, gs, dq, dk, dbeta, r, t.cu_seqlens, t.chunks),
