@@ -233,6 +233,12 @@ class DeltaNetPreTrainedModel(PreTrainedModel):
         "hidden_states": DeltaNetDecoderLayer,
         "attentions": DeltaNetAttention,
     }
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DeltaNetLinearAttention) and module.a_proj is not None:
+            module.draw_decay()
 
     def _resolve_parallel_plans(self, distributed_config):
         # Transformers splits a projection at any column, also within a head.
@@ -456,7 +462,9 @@ class DeltaNetForTokenClassification(GenericForTokenClassification, DeltaNetPreT
         self.post_init()
 
 
-LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "b_proj", "g_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA_TARGETS = [
+    "q_proj", "k_proj", "v_proj", "b_proj", "a_proj", "g_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+]  # fmt: skip
 
 
 def _register_with_peft(constants) -> None:
