@@ -284,10 +284,13 @@ class DeltaNetConfig(PreTrainedConfig):
         self.auto_map = getattr(self, "auto_map", None) or {}
 
     def to_dict(self) -> dict[str, Any]:
-        """As [`PreTrainedConfig.to_dict`], without the `auto_map` of a model that is no remote code."""
+        """As [`PreTrainedConfig.to_dict`], without the `auto_map` of a model that is no remote code, and without the
+        `linear_use_decay` of one that has none, of which older versions would warn.
+        """
         fields = super().to_dict()
-        if not fields["auto_map"]:
-            del fields["auto_map"]
+        for name in ("auto_map", "linear_use_decay"):
+            if not fields[name]:
+                del fields[name]
         return fields
 
     def _check_inherited(self, kwargs: dict) -> None:

@@ -187,8 +187,8 @@ class DeltaNetLinearAttention(nn.Module):
         """log alpha = -A softplus(a + dt_bias), `[B, T, HV]` in fp32: at most 0, and 0 for padding."""
         wide = torch.promote_types(a.dtype, torch.float32)
         A, dt_bias = _local(self.A_log).to(wide).exp(), _local(self.dt_bias).to(wide)
-        # -softplus(x) is log sigmoid(-x), whose backward also compiles without Inductor: that of softplus stumbles over
-        # strides there (torch 2.13).
+        # -softplus(x) is log sigmoid(-x). The backward of softplus fails on strides when it is compiled by anything but
+        # Inductor (torch 2.13).
         g = A * F.logsigmoid(-(a.to(wide) + dt_bias))
         return g if attention_mask is None else g * attention_mask.unsqueeze(-1).to(g.dtype)
 
