@@ -57,7 +57,7 @@ class DeltaNetLinearAttention(nn.Module):
         self.a_proj = nn.Linear(config.hidden_size, self.num_v_heads, bias=False) if config.linear_use_decay else None
         self.g_proj = nn.Linear(config.hidden_size, value_dim, bias=False) if config.linear_use_output_gate else None
         if config.linear_use_decay:
-            # In fp32 whatever dtype the model is made in; `_apply` keeps them there.
+            # In fp32 whatever dtype the model is made or loaded in (a loader takes a parameter's); `_apply` keeps them so.
             self.A_log, self.dt_bias = (nn.Parameter(torch.empty(self.num_v_heads, dtype=torch.float32)) for _ in "Ad")
             self.draw_decay()
         self.conv_size = config.linear_conv_kernel_dim
@@ -187,8 +187,8 @@ class DeltaNetLinearAttention(nn.Module):
         """log alpha = -A softplus(a + dt_bias), `[B, T, HV]` in fp32: at most 0, and 0 for padding."""
         wide = torch.promote_types(a.dtype, torch.float32)
         A, dt_bias = _local(self.A_log).to(wide).exp(), _local(self.dt_bias).to(wide)
-        # -softplus(x) is log sigmoid(-x). The backward of softplus fails on strides when it is compiled by anything but
-        # Inductor (torch 2.13).
+        # -softplus(x) is log sigmoid(-x). Compiled by anything but Inductor, the backward of softplus fails on strides
+        # (torch 2.13).
         g = A * F.logsigmoid(-(a.to(wide) + dt_bias))
         return g if attention_mask is None else g * attention_mask.unsqueeze(-1).to(g.dtype)
 

@@ -233,7 +233,6 @@ class DeltaNetPreTrainedModel(PreTrainedModel):
         "hidden_states": DeltaNetDecoderLayer,
         "attentions": DeltaNetAttention,
     }
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
