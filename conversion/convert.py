@@ -8,7 +8,7 @@ import torch
 from huggingface_hub.serialization._base import parse_size_to_int
 
 from .checkpoint import CONFIG, Checkpoint, fetch
-from .fla import convert_from_fla, convert_to_fla
+from .fla import MODEL_TYPES, convert_from_fla, convert_to_fla
 from .inspect import inspect_checkpoint
 from .llama import TEACHERS, convert_from_llama
 from .verify import logit_difference
@@ -51,7 +51,7 @@ def convert_checkpoint(
         raise ValueError(f"keep ({keep!r}) is for {', '.join(TEACHERS)}; {source} is {model_type!r}")
     if to == "fla":
         convert_to_fla(folder, target, **options)
-    elif model_type == "delta_net":
+    elif model_type in MODEL_TYPES:
         convert_from_fla(folder, target, **options)
     elif model_type in TEACHERS:
         if keep is None:
@@ -59,7 +59,8 @@ def convert_checkpoint(
         name = Path(source).name if Path(source).is_dir() else str(source)
         convert_from_llama(folder, target, keep, linear_use_rope, **options, teacher_name=name)
     else:
-        raise ValueError(f"{source} is {model_type!r}; what can be converted is delta_net and {', '.join(TEACHERS)}")
+        known = ", ".join((*MODEL_TYPES, *TEACHERS))
+        raise ValueError(f"{source} is {model_type!r}; what can be converted is {known}")
     summary = inspect_checkpoint(target)
     result = {
         "from": model_type,

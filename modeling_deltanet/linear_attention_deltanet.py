@@ -57,7 +57,7 @@ class DeltaNetLinearAttention(nn.Module):
         self.a_proj = nn.Linear(config.hidden_size, self.num_v_heads, bias=False) if config.linear_use_decay else None
         self.g_proj = nn.Linear(config.hidden_size, value_dim, bias=False) if config.linear_use_output_gate else None
         if config.linear_use_decay:
-            # In fp32 whatever dtype the model is made or loaded in (a loader takes a parameter's); `_apply` keeps them so.
+            # In fp32 whatever dtype the model is made or loaded in, and `_apply` keeps them there.
             self.A_log, self.dt_bias = (nn.Parameter(torch.empty(self.num_v_heads, dtype=torch.float32)) for _ in "Ad")
             self.draw_decay()
         self.conv_size = config.linear_conv_kernel_dim
