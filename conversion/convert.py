@@ -24,6 +24,7 @@ def convert_checkpoint(
     max_shard_size: int | str | None = None,
     verify: bool = False,
     revision: str | None = None,
+    linear_use_decay: bool = False,
 ) -> dict:
     """Convert a local folder or a repository on the Hub, by what its `config.json` says it is.
 
@@ -31,6 +32,7 @@ def convert_checkpoint(
         to: `"fla"` for one of our checkpoints in fla's form.
         keep: for a Llama-like source, and required there: which layers keep softmax attention, see `choose_layers`.
         linear_use_rope: for a Llama-like source: whether converted layers keep the rotary embedding.
+        linear_use_decay: for a Llama-like source: whether converted layers get a decay, which starts open.
         dtype: what to cast the weights to; by default they stay as they are.
         max_shard_size: bytes, or a size such as `"2GB"`; the source's largest file by default.
         verify: also compare logits, see `logit_difference`. That every written tensor is right is always checked.
@@ -49,6 +51,8 @@ def convert_checkpoint(
     model_type = Checkpoint(folder).config.get("model_type")
     if keep is not None and model_type not in TEACHERS:
         raise ValueError(f"keep ({keep!r}) is for {', '.join(TEACHERS)}; {source} is {model_type!r}")
+    if linear_use_decay and model_type not in TEACHERS:
+        raise ValueError(f"linear_use_decay is for {', '.join(TEACHERS)}; {source} is {model_type!r}")
     if to == "fla":
         convert_to_fla(folder, target, **options)
     elif model_type in MODEL_TYPES:
@@ -57,7 +61,9 @@ def convert_checkpoint(
         if keep is None:
             raise ValueError(f"{source} is {model_type!r}: say by keep which layers keep softmax attention")
         name = Path(source).name if Path(source).is_dir() else str(source)
-        convert_from_llama(folder, target, keep, linear_use_rope, **options, teacher_name=name)
+        convert_from_llama(
+            folder, target, keep, linear_use_rope, **options, linear_use_decay=linear_use_decay, teacher_name=name
+        )
     else:
         known = ", ".join((*MODEL_TYPES, *TEACHERS))
         raise ValueError(f"{source} is {model_type!r}; what can be converted is {known}")

@@ -152,6 +152,44 @@ def test_linear_layers_without_rotation(tmp_path):
     assert student(tokens(1, 20)).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@torch.no_grad()
+def test_a_decay_starts_open(tmp_path, kind):
+    """With `--linear-decay` the student would begin by forgetting, and alignment have to undo that first."""
+    make_teacher(kind, tmp_path / "teacher")
+    logits = []
+    for decay in (False, True):
+        folder = tmp_path / f"student-{decay}"
+        convert_checkpoint(tmp_path / "teacher", folder, keep="0,2", linear_use_decay=decay)
+        student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        assert student.config.linear_use_decay == decay
+        logits.append(student(tokens(2, 100)).logits)
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
+    assert logits[0].std() > 0.5
+    assert json.loads((folder / "conversion.json").read_text())["linear_use_decay"]
+
+
+def test_a_decay_can_close(tmp_path):
+    """A decay that starts open would stay so, whatever the data says."""
+    make_teacher("llama", tmp_path / "teacher")
+    convert_from_llama(tmp_path / "teacher", tmp_path / "student", keep="none", linear_use_decay=True)
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    decay = [p for name, p in student.named_parameters() if name.endswith(("a_proj.weight", "A_log", "dt_bias"))]
+    x = tokens(2, 20)
+    student(x, labels=x).loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in decay)
+
+
+def test_a_decay_is_for_transformers_only(tmp_path):
+    """`--linear-decay` would be accepted for a DeltaNet and do nothing."""
+    make_teacher("llama", tmp_path / "teacher")
+    convert_from_llama(tmp_path / "teacher", tmp_path / "student", keep="none")
+    with pytest.raises(ValueError, match="linear_use_decay is for llama.*'deltanet'"):
+        convert_checkpoint(tmp_path / "student", tmp_path / "fla", to="fla", linear_use_decay=True)
+    all_kept = convert_from_llama(tmp_path / "teacher", tmp_path / "kept", keep="all", linear_use_decay=True)
+    assert not all_kept.linear_use_decay
+
+
 @pytest.mark.parametrize(
     "keep, layers",
     [
