@@ -14,6 +14,14 @@ from .llama import TEACHERS, convert_from_llama
 from .verify import logit_difference
 
 
+# Models whose linear layers are ours and whose other layers are not.
+REFUSED = {
+    "olmo_hybrid": "its softmax layers have their norms after the attention and the MLP (post_attention_layernorm, "
+    "post_feedforward_layernorm) and norm q and k over all heads at once (q_norm, k_norm); ours have them before, and "
+    "norm each head",
+}
+
+
 def convert_checkpoint(
     source: str | Path,
     target: str | Path,
@@ -40,7 +48,8 @@ def convert_checkpoint(
     Returns a summary that JSON can hold: source and target type, layers, parameters, and `logits` with `verify`.
 
     Raises:
-        ValueError: what does not fit, see the three functions that this one chooses from; nothing is written.
+        ValueError: what does not fit, see the three functions that this one chooses from, or a model whose layers
+        ours are not; nothing is written.
         OSError: the disk is full; nothing is left.
     """
     folder = fetch(source, revision)
@@ -65,6 +74,8 @@ def convert_checkpoint(
             folder, target, keep, linear_use_rope, **options, linear_use_decay=linear_use_decay, teacher_name=name
         )
     else:
+        if model_type in REFUSED:
+            raise ValueError(f"{source} is {model_type!r}, which cannot be converted: {REFUSED[model_type]}")
         known = ", ".join((*MODEL_TYPES, *TEACHERS))
         raise ValueError(f"{source} is {model_type!r}; what can be converted is {known}")
     summary = inspect_checkpoint(target)

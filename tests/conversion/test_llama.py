@@ -1,6 +1,7 @@
 """Llama-like transformers as hybrids: kept layers to the bit, new mixers from a useful start."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    OlmoHybridConfig,
     Qwen2Config,
     Qwen3Config,
 )
@@ -188,6 +190,23 @@ def test_a_decay_is_for_transformers_only(tmp_path):
         convert_checkpoint(tmp_path / "student", tmp_path / "fla", to="fla", linear_use_decay=True)
     all_kept = convert_from_llama(tmp_path / "teacher", tmp_path / "kept", keep="all", linear_use_decay=True)
     assert not all_kept.linear_use_decay
+
+
+def test_what_an_olmo_hybrid_has_that_ours_have_not_is_named(tmp_path):
+    """Its linear layers are ours: a user would take a refusal without a reason for a mistake in the command."""
+    config = OlmoHybridConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        pad_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    olmo = AutoModelForCausalLM.from_config(config)
+    olmo.save_pretrained(tmp_path / "olmo")
+    with pytest.raises(ValueError, match="olmo_hybrid.*post_feedforward_layernorm.*q_norm") as error:
+        convert_checkpoint(tmp_path / "olmo", tmp_path / "out")
+    softmax = dict(olmo.model.layers[3].named_modules())
+    named = re.findall(r"\w+_norm|post_\w+_layernorm", str(error.value))
+    assert len(named) == 4 and all(name in softmax or f"self_attn.{name}" in softmax for name in named)
+    assert "input_layernorm" not in softmax and softmax["self_attn.q_norm"].weight.shape == (32,)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
