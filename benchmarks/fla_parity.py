@@ -56,6 +56,14 @@ CASES = {
     "legacy MLP": {},
     "legacy norms": {},
     "tied": {"tie_word_embeddings": True},
+    # Gated DeltaNet, by its own fields; 8 heads of 64 too, but for what the case is about.
+    "gated": {"head_dim": 64, "expand_v": 1.0},
+    "gated, no output gate": {"head_dim": 64, "expand_v": 1.0, "use_gate": False},
+    "gated, negative eigenvalues": {"head_dim": 64, "expand_v": 1.0, "allow_neg_eigval": True},
+    "gated, grouped values": {"head_dim": 64, "expand_v": 1.0, "num_heads": 4, "num_v_heads": 8},
+    "gated, 128 and 256": {"head_dim": 128, "expand_v": 2.0, "num_heads": 3},
+    "gated, 96 and 192": {"head_dim": 96, "expand_v": 2.0, "num_heads": 4, "allow_neg_eigval": True},
+    "gated, hybrid sliding, tied": {"head_dim": 64, "expand_v": 1.0, "attn": SLIDING, "tie_word_embeddings": True},
 }
 console = Console(width=140)
 
@@ -76,16 +84,17 @@ def flash_attn_varlen_func(*args, **kwargs):
 
 
 def import_fla():
-    """fla's config and model classes; `(Config, Model, version, what computes its softmax layers)`."""
+    """fla's config and model classes by whether they are gated, its version, and what computes its softmax layers."""
     import fla
     from fla.layers import attn
-    from fla.models import DeltaNetConfig, DeltaNetForCausalLM
+    from fla.models import DeltaNetConfig, DeltaNetForCausalLM, GatedDeltaNetConfig, GatedDeltaNetForCausalLM
 
     attention = "flash-attn"
     if attn.flash_attn_func is None:
         attn.flash_attn_func, attn.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
         attention = "torch's attention in flash-attn's place"
-    return DeltaNetConfig, DeltaNetForCausalLM, fla.__version__, attention
+    classes = {False: (DeltaNetConfig, DeltaNetForCausalLM), True: (GatedDeltaNetConfig, GatedDeltaNetForCausalLM)}
+    return classes, fla.__version__, attention
 
 
 @torch.no_grad()
@@ -95,6 +104,8 @@ def draw(model, seed: int) -> None:
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.uniform_(0.7, 1.3)
+        elif name.endswith(("A_log", "dt_bias")):
+            parameter.uniform_(-3.0, 0.0)
         elif "conv1d" in name or "b_proj" in name or name.endswith("bias"):
             parameter.normal_(std=0.5)
         elif "embeddings" in name:
@@ -141,8 +152,9 @@ def distance(logits: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def compare(case: str, fla_config, fla_model, folder: Path) -> dict:
+def compare(case: str, classes: dict, folder: Path) -> dict:
     """One case: convert, compare in fp32, compare in bf16."""
+    fla_config, fla_model = classes[case.startswith("gated")]
     theirs = fla_model(fla_config(**SIZES | CASES[case]))
     draw(theirs, seed=len(case))
     theirs.save_pretrained(folder / "fla")
@@ -181,7 +193,7 @@ def main():
     if not torch.cuda.is_available():
         parser.error("this comparison needs a CUDA device")
     try:
-        fla_config, fla_model, version, attention = import_fla()
+        classes, version, attention = import_fla()
     except ImportError as error:
         parser.error(f"this comparison needs fla 0.6.0: {error}")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -200,7 +212,7 @@ def main():
     }
     for case in args.only:
         with tempfile.TemporaryDirectory() as folder:
-            results["cases"].append(compare(case, fla_config, fla_model, Path(folder)))
+            results["cases"].append(compare(case, classes, Path(folder)))
         console.print({k: f"{v:.3g}" if isinstance(v, float) else v for k, v in results["cases"][-1].items()})
         if args.out:
             write(args.out, results)

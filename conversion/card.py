@@ -258,6 +258,8 @@ def _architecture(folder: Path) -> tuple[list[tuple[str, str]], str, str]:
         linear += "; step size 1"
     if config.linear_allow_neg_eigval:
         linear += "; step sizes up to 2"
+    if config.linear_use_decay:
+        linear += "; a decay per value head"
     if config.linear_use_output_gate:
         linear += "; output gate"
     if config.linear_use_rope:

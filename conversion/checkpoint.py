@@ -27,6 +27,8 @@ from .files import INDEX, check_named_files, own_file, read_index, read_json
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FACTS = "conversion.json"  # what a converted model came from and went through, which its card tells
+# What the model computes with in fp32, whatever dtype the rest of it has (a linear layer's decay).
+KEPT_WIDE = (".A_log", ".dt_bias")
 # What travels unchanged to the converted folder.
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*",
@@ -269,7 +271,8 @@ def write_checkpoint(
 ) -> None:
     """Make every output and write it, with `config`, the index and the tokenizer's files.
 
-    The configuration names the dtype: `dtype` if tensors are cast to it, otherwise what the source's says.
+    The configuration names the dtype: `dtype` if tensors are cast to it, otherwise what the source's says. A linear
+    layer's decay is cast to wider dtypes only.
 
     Memory holds the outputs of one shard. Shards take at most `max_shard_size` bytes, by default what the source's
     largest takes. Outputs are made in the order in which the source's files hold their inputs.
@@ -316,7 +319,10 @@ def write_checkpoint(
 
 def _made(output: Output, source: Checkpoint, dtype: torch.dtype | None) -> torch.Tensor:
     tensor = output.make(*(source.read(name) for name in output.sources))
-    return tensor.to(tensor.dtype if dtype is None else dtype).contiguous()
+    if dtype is not None:
+        wide = output.name.endswith(KEPT_WIDE)
+        tensor = tensor.to(torch.promote_types(tensor.dtype, dtype) if wide else dtype)
+    return tensor.contiguous()
 
 
 def compare(source: Checkpoint, outputs: list[Output], target: Checkpoint, dtype: torch.dtype | None = None) -> None:

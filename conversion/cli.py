@@ -75,7 +75,7 @@ def show(result: dict, as_json: bool, title: str) -> None:
 @app.command()
 def convert(
     source: Annotated[
-        str, typer.Argument(help="Folder, or repository on the Hub: fla's DeltaNet, ours, or a Llama-like.")
+        str, typer.Argument(help="Folder, or repository on the Hub: one of fla's DeltaNets, ours, or a Llama-like.")
     ],
     output: Annotated[Path, typer.Argument(help="Folder to make.")],
     to: Annotated[Target, typer.Option(help="'fla' writes one of our checkpoints in fla's form.")] = Target.DELTANET,
@@ -84,6 +84,9 @@ def convert(
         typer.Option(help="Llama-like: layers that keep softmax attention: 'all', 'none', '0.25', '25%' or '3,7'."),
     ] = None,
     linear_rope: Annotated[bool, typer.Option(help="Llama-like: converted layers keep the rotary embedding.")] = True,
+    linear_decay: Annotated[
+        bool, typer.Option(help="Llama-like: converted layers get a decay (Gated DeltaNet), which starts open.")
+    ] = False,
     dtype: Annotated[DType | None, typer.Option(help="Cast the weights; by default they stay as they are.")] = None,
     max_shard_size: Annotated[
         str | None, typer.Option(help="Of a file of weights, such as '2GB'; by default the source's largest.")
@@ -106,7 +109,7 @@ def convert(
 
     result = convert_checkpoint(
         source, output, to=to.value, keep=keep, linear_use_rope=linear_rope, dtype=dtype and dtype.value,
-        max_shard_size=max_shard_size, verify=verify, revision=revision,
+        max_shard_size=max_shard_size, verify=verify, revision=revision, linear_use_decay=linear_decay,
     )  # fmt: skip
     show(result, as_json, f"{output}")
 

@@ -8,10 +8,18 @@ import torch
 from huggingface_hub.serialization._base import parse_size_to_int
 
 from .checkpoint import CONFIG, Checkpoint, fetch
-from .fla import convert_from_fla, convert_to_fla
+from .fla import MODEL_TYPES, convert_from_fla, convert_to_fla
 from .inspect import inspect_checkpoint
 from .llama import TEACHERS, convert_from_llama
 from .verify import logit_difference
+
+
+# Models whose linear layers are ours and whose other layers are not.
+REFUSED = {
+    "olmo_hybrid": "its softmax layers have their norms after the attention and the MLP (post_attention_layernorm, "
+    "post_feedforward_layernorm) and norm q and k over all heads at once (q_norm, k_norm); ours have them before, and "
+    "norm each head",
+}
 
 
 def convert_checkpoint(
@@ -24,6 +32,7 @@ def convert_checkpoint(
     max_shard_size: int | str | None = None,
     verify: bool = False,
     revision: str | None = None,
+    linear_use_decay: bool = False,
 ) -> dict:
     """Convert a local folder or a repository on the Hub, by what its `config.json` says it is.
 
@@ -31,6 +40,7 @@ def convert_checkpoint(
         to: `"fla"` for one of our checkpoints in fla's form.
         keep: for a Llama-like source, and required there: which layers keep softmax attention, see `choose_layers`.
         linear_use_rope: for a Llama-like source: whether converted layers keep the rotary embedding.
+        linear_use_decay: for a Llama-like source: whether converted layers get a decay, which starts open.
         dtype: what to cast the weights to; by default they stay as they are.
         max_shard_size: bytes, or a size such as `"2GB"`; the source's largest file by default.
         verify: also compare logits, see `logit_difference`. That every written tensor is right is always checked.
@@ -38,7 +48,8 @@ def convert_checkpoint(
     Returns a summary that JSON can hold: source and target type, layers, parameters, and `logits` with `verify`.
 
     Raises:
-        ValueError: what does not fit, see the three functions that this one chooses from; nothing is written.
+        ValueError: what does not fit, see the three functions that this one chooses from, or a model whose layers
+        ours are not; nothing is written.
         OSError: the disk is full; nothing is left.
     """
     folder = fetch(source, revision)
@@ -49,17 +60,24 @@ def convert_checkpoint(
     model_type = Checkpoint(folder).config.get("model_type")
     if keep is not None and model_type not in TEACHERS:
         raise ValueError(f"keep ({keep!r}) is for {', '.join(TEACHERS)}; {source} is {model_type!r}")
+    if linear_use_decay and model_type not in TEACHERS:
+        raise ValueError(f"linear_use_decay is for {', '.join(TEACHERS)}; {source} is {model_type!r}")
     if to == "fla":
         convert_to_fla(folder, target, **options)
-    elif model_type == "delta_net":
+    elif model_type in MODEL_TYPES:
         convert_from_fla(folder, target, **options)
     elif model_type in TEACHERS:
         if keep is None:
             raise ValueError(f"{source} is {model_type!r}: say by keep which layers keep softmax attention")
         name = Path(source).name if Path(source).is_dir() else str(source)
-        convert_from_llama(folder, target, keep, linear_use_rope, **options, teacher_name=name)
+        convert_from_llama(
+            folder, target, keep, linear_use_rope, **options, linear_use_decay=linear_use_decay, teacher_name=name
+        )
     else:
-        raise ValueError(f"{source} is {model_type!r}; what can be converted is delta_net and {', '.join(TEACHERS)}")
+        if model_type in REFUSED:
+            raise ValueError(f"{source} is {model_type!r}, which cannot be converted: {REFUSED[model_type]}")
+        known = ", ".join((*MODEL_TYPES, *TEACHERS))
+        raise ValueError(f"{source} is {model_type!r}; what can be converted is {known}")
     summary = inspect_checkpoint(target)
     result = {
         "from": model_type,

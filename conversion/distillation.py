@@ -63,7 +63,7 @@ def distill(stage: Distillation) -> dict:
             model = get_peft_model(student, lora)
             trained = [p for p in model.parameters() if p.requires_grad]
             groups = [{"params": trained, "lr": stage.mixer_learning_rate}]
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(groups, eps=trainer_arguments["args"].adam_epsilon, weight_decay=0.0)
         return DistillationTrainer(teacher, model=model, optimizers=(optimizer, None), **trainer_arguments)
 
     def merged(trainer):

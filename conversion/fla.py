@@ -1,5 +1,5 @@
-"""flash-linear-attention's DeltaNet checkpoints (`model_type: delta_net`) and ours: one table, read in both
-directions.
+"""flash-linear-attention's DeltaNet and Gated DeltaNet checkpoints (`model_type: delta_net` and `gated_deltanet`) and
+ours: a table for each, read in both directions.
 
 What a tensor holds is the same on both sides, so that only names differ, and a round trip is exact to the bit. Two old
 forms are read as well: norms inside the mixer and the MLP (`norm_first`), and an MLP whose gate and up projection are
@@ -31,17 +31,14 @@ NAMES = (
 # The same in checkpoints with norms inside (`norm_first: true`), fla's name of today first.
 OLD_NAMES = ((".attn_norm.", ".attn.norm."), (".mlp_norm.", ".mlp.norm."))
 
+DELTA_NET, GATED = MODEL_TYPES = "delta_net", "gated_deltanet"
+ARCHITECTURES = {DELTA_NET: "DeltaNetForCausalLM", GATED: "GatedDeltaNetForCausalLM"}
+
 # Config fields, ours and fla's, that hold the same value; fla's default stands for a field that a config.json lacks.
-FIELDS = (
+SHARED_FIELDS = (
     ("vocab_size", "vocab_size", 32000),
     ("hidden_size", "hidden_size", 2048),
-    ("num_hidden_layers", "num_hidden_layers", 24),
-    ("linear_num_key_heads", "num_heads", 16),
-    ("linear_qk_activation", "qk_activation", "silu"),
-    ("linear_qk_norm", "qk_norm", "l2"),
-    ("linear_use_beta", "use_beta", True),
     ("linear_allow_neg_eigval", "allow_neg_eigval", False),
-    ("linear_use_output_gate", "use_gate", False),
     ("max_position_embeddings", "max_position_embeddings", 2048),
     ("rms_norm_eps", "norm_eps", 1e-6),
     ("initializer_range", "initializer_range", 0.02),
@@ -51,21 +48,39 @@ FIELDS = (
     ("bos_token_id", "bos_token_id", 1),
     ("eos_token_id", "eos_token_id", 2),
 )
-# Fields that choose among models which we do not have all of: the value that ours is, which is also fla's default.
-FIXED = {
-    "hidden_act": "swish",
-    "attnres_block_size": None,
-    "conv_bias": False,
-    "elementwise_affine": True,
-    "share_conv_kernel": False,
-    "use_elu": False,
-    "use_output_norm": True,
-}
-# Fields that are read below, or that say how fla computes and not what.
-OTHER_FIELDS = {
-    "attn", "attn_mode", "conv_size", "expand_k", "expand_v", "fuse_cross_entropy", "fuse_linear_cross_entropy",
-    "fuse_norm", "fuse_swiglu", "hidden_ratio", "intermediate_size", "norm_first", "use_l2warp", "use_short_conv",
+FIELDS = {
+    DELTA_NET: SHARED_FIELDS + (
+        ("num_hidden_layers", "num_hidden_layers", 24),
+        ("linear_num_key_heads", "num_heads", 16),
+        ("linear_qk_activation", "qk_activation", "silu"),
+        ("linear_qk_norm", "qk_norm", "l2"),
+        ("linear_use_beta", "use_beta", True),
+        ("linear_use_output_gate", "use_gate", False),
+    ),
+    GATED: SHARED_FIELDS + (
+        ("num_hidden_layers", "num_hidden_layers", 21),
+        ("linear_num_key_heads", "num_heads", 6),
+        ("linear_key_head_dim", "head_dim", 256),
+        ("linear_use_output_gate", "use_gate", True),
+    ),
 }  # fmt: skip
+# Fields that choose among models which we do not have all of: the values that are ours, fla's default first.
+SHARED_FIXED = {"hidden_act": ("swish",), "attnres_block_size": (None,), "conv_bias": (False,)}
+FIXED = {
+    DELTA_NET: SHARED_FIXED | {
+        "elementwise_affine": (True,),
+        "share_conv_kernel": (False,),
+        "use_elu": (False,),
+        "use_output_norm": (True,),
+    },
+    GATED: SHARED_FIXED | {"output_gate_activation": ("swish", "silu")},
+}  # fmt: skip
+# Fields that are read below, or that say how fla computes and not what.
+SHARED_OTHERS = {
+    "attn", "attn_mode", "conv_size", "expand_v", "fuse_cross_entropy", "fuse_linear_cross_entropy", "fuse_norm",
+    "fuse_swiglu", "hidden_ratio", "intermediate_size", "norm_first", "use_l2warp", "use_short_conv",
+}  # fmt: skip
+OTHER_FIELDS = {DELTA_NET: SHARED_OTHERS | {"expand_k"}, GATED: SHARED_OTHERS | {"num_v_heads"}}
 # What Transformers writes into any config.json, today's and older ones.
 TRANSFORMERS_FIELDS = PreTrainedConfig().to_dict().keys() | {"auto_map", "torch_dtype", "use_bfloat16"}
 ATTN_FIELDS = {"layers", "num_heads", "num_kv_heads", "qkv_bias", "window_size", "rope_theta"}
@@ -74,7 +89,8 @@ ATTN_FIELDS = {"layers", "num_heads", "num_kv_heads", "qkv_bias", "window_size",
 def convert_from_fla(
     source: str | Path, target: str | Path, dtype: torch.dtype | None = None, max_shard_size: int | None = None
 ) -> DeltaNetConfig:
-    """Convert a folder with fla's DeltaNet into one with ours, in the source's dtypes unless `dtype` is given.
+    """Convert a folder with fla's DeltaNet or Gated DeltaNet into one with ours, in the source's dtypes unless `dtype`
+    is given.
 
     Returns the new configuration.
 
@@ -148,23 +164,33 @@ def config_from_fla(theirs: dict, tensor_names=()) -> DeltaNetConfig:
     Raises:
         ValueError: a field or a combination that our model does not have, with its value.
     """
-    if theirs.get("model_type") != "delta_net":
-        raise ValueError(f"model_type must be 'delta_net', fla's DeltaNet, got {theirs.get('model_type')!r}")
-    known = {name for _, name, _ in FIELDS} | FIXED.keys() | OTHER_FIELDS | TRANSFORMERS_FIELDS
+    model_type = theirs.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise ValueError(f"model_type must be {' or '.join(MODEL_TYPES)}, fla's DeltaNets, got {model_type!r}")
+    fixed = FIXED[model_type]
+    known = {name for _, name, _ in FIELDS[model_type]} | fixed.keys() | OTHER_FIELDS[model_type] | TRANSFORMERS_FIELDS
     for name, value in theirs.items():
         if name not in known and not name.startswith("_"):
             raise ValueError(
-                f"config.json has a field {name!r} ({value!r}) that fla 0.6.0 does not have either; "
+                f"config.json has a field {name!r} ({value!r}) that {model_type} of fla 0.6.0 does not have either; "
                 "if the model does not depend on it, remove it"
             )
-        if name in FIXED and value != FIXED[name]:
-            raise ValueError(f"config.json has {name}: {value!r}; only {FIXED[name]!r} can be converted")
+        if name in fixed and value not in fixed[name]:
+            wanted = " or ".join(map(repr, fixed[name]))
+            raise ValueError(f"config.json has {name}: {value!r}; only {wanted} can be converted")
 
     _check_numbers(theirs)
-    fields = {ours: theirs.get(name, default) for ours, name, default in FIELDS}
+    fields = {ours: theirs.get(name, default) for ours, name, default in FIELDS[model_type]}
     hidden_size, heads = fields["hidden_size"], fields["linear_num_key_heads"]
-    fields["linear_key_head_dim"] = round(hidden_size * theirs.get("expand_k", 1.0)) // heads
-    fields["linear_value_head_dim"] = round(hidden_size * theirs.get("expand_v", 1.0)) // heads
+    if model_type == GATED:
+        fields["linear_use_decay"] = True
+        fields["linear_num_value_heads"] = theirs.get("num_v_heads")
+        fields["linear_value_head_dim"] = int(
+            fields["linear_key_head_dim"] * theirs.get("expand_v", 2.0)
+        )  # as fla does
+    else:
+        fields["linear_key_head_dim"] = round(hidden_size * theirs.get("expand_k", 1.0)) // heads
+        fields["linear_value_head_dim"] = round(hidden_size * theirs.get("expand_v", 1.0)) // heads
     fields["linear_conv_kernel_dim"] = theirs.get("conv_size", 4) if theirs.get("use_short_conv", True) else None
     fields["intermediate_size"] = theirs.get("intermediate_size")
     if fields["intermediate_size"] is None:
@@ -184,7 +210,7 @@ def config_from_fla(theirs: dict, tensor_names=()) -> DeltaNetConfig:
 
 
 # What the other fields are computed from. DeltaNetConfig looks at those that are only handed on.
-WHOLE_NUMBERS = {"hidden_size": 2**31, "num_hidden_layers": 1_000_000, "num_heads": 2**31}
+WHOLE_NUMBERS = {"hidden_size": 2**31, "num_hidden_layers": 1_000_000, "num_heads": 2**31, "head_dim": 2**31}
 RATIOS = ("expand_k", "expand_v", "hidden_ratio")
 
 
@@ -249,13 +275,13 @@ def config_to_fla(config: DeltaNetConfig) -> dict:
     Raises:
         ValueError: fla's DeltaNet has no such model; the message names the fields.
     """
-    theirs = {name: getattr(config, ours) for ours, name, _ in FIELDS} | {
-        "model_type": "delta_net",
-        "architectures": ["DeltaNetForCausalLM"],
+    model_type = GATED if config.linear_use_decay else DELTA_NET
+    theirs = {name: getattr(config, ours) for ours, name, _ in FIELDS[model_type]} | {
+        "model_type": model_type,
+        "architectures": [ARCHITECTURES[model_type]],
         "hidden_act": "swish",
         "intermediate_size": config.intermediate_size,
-        "expand_k": config.linear_num_key_heads * config.linear_key_head_dim / config.hidden_size,
-        "expand_v": config.linear_num_key_heads * config.linear_value_head_dim / config.hidden_size,
+        **_expansions(config),
         "use_short_conv": config.linear_conv_kernel_dim is not None,
         "conv_size": config.linear_conv_kernel_dim or 4,
         "attn": _attn(config),
@@ -265,8 +291,20 @@ def config_to_fla(config: DeltaNetConfig) -> dict:
     lost = [name for name in DeltaNetConfig.__annotations__ if _meaning(config, name) != _meaning(back, name)]
     if lost:
         fields = ", ".join(f"{name} = {getattr(config, name)!r}" for name in lost)
-        raise ValueError(f"fla's DeltaNet has no model with {fields}")
+        raise ValueError(f"fla's {'Gated ' * config.linear_use_decay}DeltaNet has no model with {fields}")
     return theirs
+
+
+def _expansions(config: DeltaNetConfig) -> dict[str, float]:
+    """Head sizes as fla has them: of all heads by the hidden size or, gated, of a value head by the key head's."""
+    K, V = config.linear_key_head_dim, config.linear_value_head_dim
+    if not config.linear_use_decay:
+        heads, hidden_size = config.linear_num_key_heads, config.hidden_size
+        return {"expand_k": heads * K / hidden_size, "expand_v": heads * V / hidden_size}
+    expand_v = V / K
+    if int(K * expand_v) != V:  # fla cuts off what follows the point
+        expand_v = math.nextafter(expand_v, math.inf)
+    return {"num_v_heads": config.linear_num_value_heads, "expand_v": expand_v}
 
 
 def _attn(config: DeltaNetConfig) -> list[dict] | dict | None:

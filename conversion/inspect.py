@@ -9,7 +9,7 @@ from modeling_deltanet import DeltaNetConfig
 
 from .checkpoint import CONFIG, Checkpoint, reads_config
 from .files import read_json
-from .fla import config_from_fla
+from .fla import MODEL_TYPES, config_from_fla
 from .llama import TEACHERS, config_from_llama
 
 
@@ -74,6 +74,7 @@ def inspect_checkpoint(source: str | Path, revision: str | None = None) -> dict:
             "value_heads": config.linear_num_value_heads,
             "key_dim": config.linear_key_head_dim,
             "value_dim": config.linear_value_head_dim,
+            "decay": config.linear_use_decay,
         },
         "softmax_heads": None if set(counts) == {"linear_attention"} else {
             "heads": config.num_attention_heads,
@@ -93,11 +94,12 @@ def _our_config(raw: dict, tensor_names) -> DeltaNetConfig:
     if model_type == DeltaNetConfig.model_type:
         with reads_config():
             return DeltaNetConfig.from_dict(raw)
-    if model_type == "delta_net":
+    if model_type in MODEL_TYPES:
         return config_from_fla(raw, tensor_names)
     if model_type in TEACHERS:
         return config_from_llama(raw, keep="all")
-    raise ValueError(f"model_type must be deltanet, delta_net or one of {', '.join(TEACHERS)}, got {model_type!r}")
+    known = ", ".join((DeltaNetConfig.model_type, *MODEL_TYPES, *TEACHERS))
+    raise ValueError(f"model_type must be one of {known}, got {model_type!r}")
 
 
 def _memory(config: DeltaNetConfig, counts: dict[str, int], element: int) -> dict[str, int]:

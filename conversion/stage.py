@@ -35,6 +35,7 @@ from .text import blocks, load_text
 
 HELD_OUT = 0.02  # of the blocks, at most 64, never trained on
 SETTINGS = "settings.json"
+OPEN_DECAY_EPSILON = 1e-15  # of Adam, to which the gradient of a decay that starts open would be nothing beside 1e-8
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Stage:
                 f"{', '.join(self.data)} gives {len(text)} block of {self.length} tokens: too little to train on"
             )
         trainer_arguments = {
-            "args": self._training_arguments(work, on_gpu),
+            "args": self._training_arguments(work, on_gpu, student.config),
             "train_dataset": text.select(range(held_out, len(text))),
             "eval_dataset": text.select(range(held_out)),
             "callbacks": [SaveOnInterrupt()],
@@ -156,7 +157,7 @@ class Stage:
     def _tokens_a_step(self, processes: int) -> int:
         return self.length * self.batch_size * self.accumulation * processes
 
-    def _training_arguments(self, work: Path, on_gpu: bool) -> TrainingArguments:
+    def _training_arguments(self, work: Path, on_gpu: bool, config: DeltaNetConfig) -> TrainingArguments:
         args = TrainingArguments(
             output_dir=str(work),
             max_steps=1,
@@ -174,6 +175,8 @@ class Stage:
             seed=self.seed,
             dataloader_pin_memory=on_gpu,
         )
+        if config.linear_use_decay:
+            args.adam_epsilon = OPEN_DECAY_EPSILON
         args.max_steps = math.ceil(self.tokens / self._tokens_a_step(args.world_size))
         args.warmup_steps = args.max_steps // 20
         args.logging_steps = max(1, args.max_steps // 50)

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from .checkpoint import Checkpoint
+from .fla import MODEL_TYPES
 
 
 TOKENS = 64  # fla computes in fp32 on up to 64 tokens only
@@ -18,7 +19,7 @@ def logit_difference(source: str | Path, target: str | Path, seed: int = 0) -> d
     with. fla's models run on a GPU and with fla installed only: without, the reason is returned as `skipped`.
     """
     source, target = Path(source), Path(target)
-    is_fla = "delta_net" in (Checkpoint(folder).config.get("model_type") for folder in (source, target))
+    is_fla = any(Checkpoint(folder).config.get("model_type") in MODEL_TYPES for folder in (source, target))
     if is_fla:
         try:
             import fla  # noqa: F401  it registers its models

@@ -22,11 +22,23 @@ logger = logging.get_logger(__name__)
 
 LAYER_TYPES = ("linear_attention", "sliding_attention", "full_attention")
 
-# The published sizes ("Parallelizing Linear Transformers with the Delta Rule over Sequence Length", NeurIPS 2024).
+# The published sizes ("Parallelizing Linear Transformers with the Delta Rule over Sequence Length", NeurIPS 2024), and
+# those of Gated DeltaNet ("Gated Delta Networks: Improving Mamba2 with Delta Rule", ICLR 2025): keys of 3/4 and values
+# of 3/2 of the hidden size. The smaller is the authors' (0.47B without embeddings and head), the larger
+# flash-linear-attention's default, whose 6 heads of 256 and 512 are 12 of 128 and 256 here: the kernels take heads of
+# at most 256.
+GATED_HEADS = {
+    "linear_use_decay": True, "linear_use_output_gate": True, "linear_key_head_dim": 128, "linear_value_head_dim": 256,
+}  # fmt: skip
 PRESETS = {
     "340M": {"hidden_size": 1024, "num_hidden_layers": 24, "linear_num_key_heads": 8, "num_attention_heads": 8},
     "1.3B": {"hidden_size": 2048, "num_hidden_layers": 24, "linear_num_key_heads": 16, "num_attention_heads": 16},
-}
+    "0.4B-gated": GATED_HEADS | {
+        "hidden_size": 1536, "num_hidden_layers": 11, "intermediate_size": 6144, "linear_num_key_heads": 9,
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 4096,
+    },
+    "1.3B-gated": GATED_HEADS | {"hidden_size": 2048, "num_hidden_layers": 21, "linear_num_key_heads": 12},
+}  # fmt: skip
 
 # What Transformers itself writes into a config.json, or takes out of one, besides declared fields and the parameters
 # of generation. Everything else is a spelling mistake or belongs to another model: the constructor refuses it. In a
@@ -96,6 +108,10 @@ class DeltaNetConfig(PreTrainedConfig):
             Whether the step size beta is learned, a sigmoid per token and value head; otherwise it is 1.
         linear_allow_neg_eigval (`bool`, *optional*, defaults to `False`):
             Double beta, to a range of (0, 2): negative eigenvalues, which learn parity and permutations.
+        linear_use_decay (`bool`, *optional*, defaults to `False`):
+            Let the memory fade before each token writes (Gated DeltaNet): every value head multiplies its state by
+            alpha = exp(-exp(`A_log`) * softplus(`a_proj`(x) + `dt_bias`)), learned per token. Not to be confused with
+            `linear_use_output_gate`; the published Gated DeltaNet has both.
         linear_use_output_gate (`bool`, *optional*, defaults to `False`):
             Multiply a linear layer's normalised output by SiLU of a projection.
         linear_attention_bias (`bool`, *optional*, defaults to `False`):
@@ -173,6 +189,7 @@ class DeltaNetConfig(PreTrainedConfig):
     linear_qk_norm: Literal["l2", "sum"] = "l2"
     linear_use_beta: bool = True
     linear_allow_neg_eigval: bool = False
+    linear_use_decay: bool = False
     linear_use_output_gate: bool = False
     linear_attention_bias: bool = False
     linear_use_rope: bool = False
@@ -197,9 +214,14 @@ class DeltaNetConfig(PreTrainedConfig):
 
     @classmethod
     def preset(
-        cls, size: Literal["340M", "1.3B"], hybrid: Literal["sliding", "global"] | None = None, **overrides
+        cls,
+        size: Literal["340M", "1.3B", "0.4B-gated", "1.3B-gated"],
+        hybrid: Literal["sliding", "global"] | None = None,
+        **overrides,
     ) -> "DeltaNetConfig":
-        """The published `"340M"` or `"1.3B"` model, pure or one of its two hybrids; `overrides` are config fields."""
+        """The published `"340M"` or `"1.3B"` DeltaNet, or the `"0.4B-gated"` or `"1.3B-gated"` Gated DeltaNet, pure or
+        as one of DeltaNet's two hybrids; `overrides` are config fields.
+        """
         if size not in PRESETS:
             raise ValueError(f"there is no preset {size!r}, only {', '.join(PRESETS)}")
         fields = dict(PRESETS[size])
@@ -262,10 +284,13 @@ class DeltaNetConfig(PreTrainedConfig):
         self.auto_map = getattr(self, "auto_map", None) or {}
 
     def to_dict(self) -> dict[str, Any]:
-        """As [`PreTrainedConfig.to_dict`], without the `auto_map` of a model that is no remote code."""
+        """As [`PreTrainedConfig.to_dict`], without the `auto_map` of a model that is no remote code, and without the
+        `linear_use_decay` of one that has none, of which older versions would warn.
+        """
         fields = super().to_dict()
-        if not fields["auto_map"]:
-            del fields["auto_map"]
+        for name in ("auto_map", "linear_use_decay"):
+            if not fields[name]:
+                del fields[name]
         return fields
 
     def _check_inherited(self, kwargs: dict) -> None:
@@ -432,6 +457,7 @@ class DeltaNetConfig(PreTrainedConfig):
         if "linear_attention" in self.layer_types:
             columns = ["q_proj", "k_proj", "v_proj"]
             columns += ["b_proj"] * self.linear_use_beta + ["g_proj"] * self.linear_use_output_gate
+            columns += ["a_proj", "A_log", "dt_bias"] * self.linear_use_decay
             plan |= {f"linear_attn.{name}": "colwise" for name in columns}
             if self.linear_conv_kernel_dim is not None:
                 # The style that splits the first dimension of any weight; colwise splits a convolution's second.

@@ -3,9 +3,12 @@
 Letters in shapes: B batch, T time, D hidden size, K key head size, W taps of the convolution.
 """
 
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.integrations import use_kernel_forward_from_hub, use_kernelized_func
 from transformers.integrations.accelerate import force_accelerate_hooks
@@ -30,8 +33,8 @@ short_conv_step = use_kernel_forward_from_hub("ShortConvStep")(short_conv_step)
 
 @use_kernelized_func([delta_rule, delta_rule_step, short_conv, short_conv_step])
 class DeltaNetLinearAttention(nn.Module):
-    """The delta-rule mixer: project, convolve, feature map (and rotation) on q and k, delta rule, norm (and gate),
-    project.
+    """The delta-rule mixer: project, convolve, feature map (and rotation) on q and k, delta rule (with or without
+    decay), norm (and gate), project.
     """
 
     def __init__(self, config: DeltaNetConfig, layer_idx: int):
@@ -51,7 +54,12 @@ class DeltaNetLinearAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_dim, bias=config.linear_attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, value_dim, bias=config.linear_attention_bias)
         self.b_proj = nn.Linear(config.hidden_size, self.num_v_heads, bias=False) if config.linear_use_beta else None
+        self.a_proj = nn.Linear(config.hidden_size, self.num_v_heads, bias=False) if config.linear_use_decay else None
         self.g_proj = nn.Linear(config.hidden_size, value_dim, bias=False) if config.linear_use_output_gate else None
+        if config.linear_use_decay:
+            # In fp32 whatever dtype the model is made or loaded in, and `_apply` keeps them there.
+            self.A_log, self.dt_bias = (nn.Parameter(torch.empty(self.num_v_heads, dtype=torch.float32)) for _ in "Ad")
+            self.draw_decay()
         self.conv_size = config.linear_conv_kernel_dim
         if self.conv_size is not None:
             self.q_conv1d, self.k_conv1d, self.v_conv1d = (
@@ -59,6 +67,35 @@ class DeltaNetLinearAttention(nn.Module):
             )
         self.o_norm = DeltaNetRMSNorm(self.head_v_dim, config.rms_norm_eps)
         self.o_proj = nn.Linear(value_dim, config.hidden_size, bias=False)
+
+    @torch.no_grad()
+    def draw_decay(self) -> None:
+        """Draw the decay's parameters as published: A uniform in (0, 16], and dt_bias such that the softplus of it is
+        log-uniform in [0.001, 0.1].
+        """
+        dt = (math.log(0.001) + math.log(100) * torch.rand_like(self.dt_bias)).exp()
+        init.copy_(self.A_log, (16 - 16 * torch.rand_like(self.A_log)).log())
+        init.copy_(self.dt_bias, dt + (-torch.expm1(-dt)).log())
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        # The parameters of the module itself are the decay's. Optimizers that look for this mark do not decay them;
+        # it has to be renewed because loading a checkpoint replaces parameters.
+        super().register_parameter(name, param)
+        if param is not None:
+            param._no_weight_decay = True
+
+    def _apply(self, fn, recurse=True):
+        # `model.bfloat16()`, `.half()` and `.to(dtype)` leave the decay's parameters in fp32: exp(A_log) in bf16 would
+        # be off by up to 1 %, which a memory of hundreds of tokens multiplies.
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+
+        def moved(x):
+            y = fn(x)
+            return x.to(y.device) if y.dtype != x.dtype and torch.finfo(y.dtype).bits < 32 else y
+
+        return super()._apply(moved, recurse=False)
 
     def forward(
         self,
@@ -71,29 +108,32 @@ class DeltaNetLinearAttention(nn.Module):
     ) -> torch.Tensor:
         """Mix `[B, T, D]` along time.
 
-        `attention_mask` `[B, T]` is 0 where a token is padding: such a token writes nothing, and no convolution sees
-        it. `cu_seqlens` `[N + 1]` holds the borders of packed documents on the flattened time axis of all B rows.
-        `position_embeddings` are the rotary cosines and sines, `[B, T, K]`, which only `linear_use_rope` reads.
-        `recompute`, without a cache: backward computes again what lies between the projections, but for the delta
-        rule's kernels (see the layer).
+        `attention_mask` `[B, T]` is 0 where a token is padding: such a token writes nothing, lets nothing decay, and
+        no convolution sees it. `cu_seqlens` `[N + 1]` holds the borders of packed documents on the flattened time axis
+        of all B rows. `position_embeddings` are the rotary cosines and sines, `[B, T, K]`, which only
+        `linear_use_rope` reads. `recompute`, without a cache: backward computes again what lies between the
+        projections, but for the delta rule's kernels (see the layer).
         """
         B, T, _ = hidden_states.shape
         if cu_seqlens is not None:
             hidden_states = hidden_states.flatten(0, 1).unsqueeze(0)
         qkv = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         b = None if self.b_proj is None else self.b_proj(hidden_states)
-        g = None if self.g_proj is None else self.g_proj(hidden_states)
+        a = None if self.a_proj is None else self.a_proj(hidden_states)
+        gate = None if self.g_proj is None else self.g_proj(hidden_states)
         if self.use_rope:
             # As many rows of angles as there are rows of q, which packing has flattened into one.
             position_embeddings = tuple(
                 x.expand(B, -1, -1).reshape(*hidden_states.shape[:2], -1) for x in position_embeddings
             )
-        inputs = *qkv, b, g, attention_mask, past_key_values, cu_seqlens, position_embeddings
+        inputs = *qkv, b, a, gate, attention_mask, past_key_values, cu_seqlens, position_embeddings
         # With the last projection in it: what that one reads is computed again too, not its product (see the MLP).
         o = checkpoint_but_for_rule(self._mix, *inputs) if recompute else self._mix(*inputs)
         return o.view(B, T, -1)
 
-    def _mix(self, q, k, v, b, g, attention_mask, past_key_values, cu_seqlens, position_embeddings) -> torch.Tensor:
+    def _mix(
+        self, q, k, v, b, a, gate, attention_mask, past_key_values, cu_seqlens, position_embeddings
+    ) -> torch.Tensor:
         """What comes after the projections of the input."""
         T = q.shape[1]
         state = None if past_key_values is None else past_key_values.get_recurrent_state(self.layer_idx)
@@ -119,9 +159,11 @@ class DeltaNetLinearAttention(nn.Module):
         if attention_mask is not None:
             beta = beta * attention_mask.unsqueeze(-1).to(beta.dtype)
 
-        l2norm = self.qk_norm == "l2"
+        options = {"use_qk_l2norm_in_kernel": self.qk_norm == "l2"}
+        if a is not None:
+            options["g"] = self._log_decay(a, attention_mask)
         if _is_decoding(state, T, attention_mask):
-            o = delta_rule_step(q, k, v, beta, state, use_qk_l2norm_in_kernel=l2norm)
+            o = delta_rule_step(q, k, v, beta, state, **options)
         else:
             o, state = delta_rule(
                 q,
@@ -130,16 +172,25 @@ class DeltaNetLinearAttention(nn.Module):
                 beta,
                 initial_state=state,
                 output_final_state=past_key_values is not None,
-                use_qk_l2norm_in_kernel=l2norm,
                 cu_seqlens=cu_seqlens,
+                **options,
             )
         if past_key_values is not None:
             past_key_values.update_recurrent_state(state, self.layer_idx, new_tokens=T)
 
         o = self.o_norm(o)
-        if g is not None:
-            o = o * F.silu(g.unflatten(-1, (-1, self.head_v_dim)))
+        if gate is not None:
+            o = o * F.silu(gate.unflatten(-1, (-1, self.head_v_dim)))
         return self.o_proj(o.flatten(-2))
+
+    def _log_decay(self, a: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """log alpha = -A softplus(a + dt_bias), `[B, T, HV]` in fp32: at most 0, and 0 for padding."""
+        wide = torch.promote_types(a.dtype, torch.float32)
+        A, dt_bias = _local(self.A_log).to(wide).exp(), _local(self.dt_bias).to(wide)
+        # -softplus(x) is log sigmoid(-x). Compiled by anything but Inductor, the backward of softplus fails on strides
+        # (torch 2.13).
+        g = A * F.logsigmoid(-(a.to(wide) + dt_bias))
+        return g if attention_mask is None else g * attention_mask.unsqueeze(-1).to(g.dtype)
 
     @force_accelerate_hooks(["q_conv1d", "k_conv1d", "v_conv1d"])
     def _convolve(self, xs, activation, attention_mask, past_key_values, cu_seqlens):

@@ -234,6 +234,11 @@ class DeltaNetPreTrainedModel(PreTrainedModel):
         "attentions": DeltaNetAttention,
     }
 
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DeltaNetLinearAttention) and module.a_proj is not None:
+            module.draw_decay()
+
     def _resolve_parallel_plans(self, distributed_config):
         # Transformers splits a projection at any column, also within a head.
         for layers, name in (("linear_attn", "linear_num_key_heads"), ("self_attn", "num_key_value_heads")):
@@ -456,7 +461,9 @@ class DeltaNetForTokenClassification(GenericForTokenClassification, DeltaNetPreT
         self.post_init()
 
 
-LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "b_proj", "g_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA_TARGETS = [
+    "q_proj", "k_proj", "v_proj", "b_proj", "a_proj", "g_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+]  # fmt: skip
 
 
 def _register_with_peft(constants) -> None:

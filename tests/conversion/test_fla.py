@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import FULL, LINEAR, SLIDING, tiny_config, tiny_model
+from tiny import FULL, LINEAR, SLIDING, VARIANTS, tiny_config, tiny_model
 
 from deltanet_conversion import Checkpoint, convert_from_fla, convert_to_fla
 from deltanet_conversion.checkpoint import expected_tensors
@@ -15,11 +15,21 @@ from modeling_deltanet import DeltaNetConfig
 
 
 PURE = {"layer_types": [LINEAR] * 2}
+DECAY = VARIANTS["decay"]
 CASES = {
     "pure": PURE,
     "narrow heads": PURE | {"linear_num_key_heads": 4},
     "wide values": PURE | {"linear_key_head_dim": 8, "linear_value_head_dim": 32},
     "gate": PURE | {"linear_use_output_gate": True},
+    "decay": PURE | DECAY,
+    "decay, no output gate, no convolution": PURE
+    | {
+        "linear_use_decay": True,
+        "linear_conv_kernel_dim": None,
+        "linear_key_head_dim": 11,
+        "linear_value_head_dim": 15,  # int(11 * (15 / 11)) is 14
+    },
+    "decay, sliding attention": DECAY | {"layer_types": [LINEAR, SLIDING, LINEAR], "tie_word_embeddings": True},
     "negative eigenvalues": PURE | {"linear_allow_neg_eigval": True},
     "sum norm": PURE | {"linear_qk_activation": "elu", "linear_qk_norm": "sum"},
     "relu": PURE | {"linear_qk_activation": "relu"},
@@ -67,7 +77,7 @@ def test_a_round_trip_is_exact_to_the_bit(tmp_path, case, dtype, max_shard_size)
         for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
             del ours[name], back[name]
     assert ours == back
-    assert theirs["model_type"] == "delta_net" and model.num_parameters() > 0
+    assert theirs["model_type"] == ("gated_deltanet" if model.config.linear_use_decay else "delta_net")
 
 
 def test_the_published_size_has_the_published_tensors():
@@ -103,6 +113,59 @@ def test_fields_that_a_config_leaves_out_have_flas_defaults():
     odd = config_from_fla({"model_type": "delta_net", "hidden_size": 1000, "num_heads": 8, "hidden_ratio": 3})
     assert odd.intermediate_size == 2048  # int(1000 * 3 * 2 / 3) = 2000, to the next multiple of 256
     assert config_from_fla({"model_type": "delta_net", "use_short_conv": False}).linear_conv_kernel_dim is None
+
+
+def test_fields_that_a_gated_config_leaves_out_have_flas_defaults():
+    """As above, where fla's defaults are others: the output gate is on, and a value head twice a key head."""
+    config = config_from_fla({"model_type": "gated_deltanet"})
+    heads = {"linear_num_key_heads": 6, "linear_key_head_dim": 256, "linear_value_head_dim": 512}
+    preset = DeltaNetConfig.preset("1.3B-gated", **heads, architectures=config.architectures)
+    softmax = {"num_attention_heads", "num_key_value_heads", "head_dim"}  # of layers that are not there
+    ours, wanted = ({n: x for n, x in c.to_dict().items() if n not in softmax} for c in (config, preset))
+    assert ours == wanted
+    grouped = config_from_fla({"model_type": "gated_deltanet", "num_heads": 4, "num_v_heads": 8, "expand_v": 0.5})
+    assert (grouped.linear_num_value_heads, grouped.linear_value_head_dim) == (8, 128)
+    assert not config_from_fla({"model_type": "gated_deltanet", "use_gate": False}).linear_use_output_gate
+
+
+def test_a_gated_layer_has_flas_tensors():
+    """The checkpoint would be refused, or written under names that fla does not read."""
+    config = DeltaNetConfig.preset("1.3B-gated", num_hidden_layers=1)
+    layer = {
+        fla_name(name).removeprefix("model.layers.0.attn."): shape
+        for name, shape in expected_tensors(config).items()
+        if ".linear_attn." in name
+    }
+    H, keys, values, heads = 2048, 1536, 3072, 12
+    assert layer == {
+        "q_proj.weight": (keys, H),
+        "k_proj.weight": (keys, H),
+        "v_proj.weight": (values, H),
+        "a_proj.weight": (heads, H),
+        "b_proj.weight": (heads, H),
+        "g_proj.weight": (values, H),
+        "o_proj.weight": (H, values),
+        "A_log": (heads,),
+        "dt_bias": (heads,),
+        "q_conv1d.weight": (keys, 1, 4),
+        "k_conv1d.weight": (keys, 1, 4),
+        "v_conv1d.weight": (values, 1, 4),
+        "o_norm.weight": (256,),
+    }
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_cast_leaves_the_decay_as_wide_as_it_was(tmp_path, stored):
+    """`--dtype bfloat16` would change how long every head remembers."""
+    model = saved(tmp_path / "ours", **CASES["decay"])
+    tensors = {n: x.to(stored) for n, x in load_file(tmp_path / "ours" / "model.safetensors").items()}
+    save_file(tensors, tmp_path / "ours" / "model.safetensors", metadata={"format": "pt"})
+    convert_to_fla(tmp_path / "ours", tmp_path / "fla", dtype=torch.bfloat16)
+    convert_from_fla(tmp_path / "fla", tmp_path / "back", dtype=torch.float16)
+    for name, tensor in all_tensors(tmp_path / "back").items():
+        kept = name.endswith(("A_log", "dt_bias"))
+        assert tensor.dtype == (torch.float32 if kept else torch.float16), name
+        assert not kept or torch.equal(tensor, model.state_dict()[name].to(stored).float()), name
 
 
 def test_softmax_layers_as_a_dict_and_as_a_list():
@@ -197,6 +260,9 @@ def change_config(folder, **fields):
 
 UNKNOWN_TO_US = {
     "another architecture": ({"model_type": "gla"}, ["gla", "delta_net"]),
+    "another output gate": (
+        {"output_gate_activation": "sigmoid"}, ["output_gate_activation", "sigmoid", "swish"]
+    ),
     "another activation": ({"hidden_act": "powlu"}, ["hidden_act", "powlu", "swish"]),
     "residual attention": ({"attnres_block_size": 4}, ["attnres_block_size", "4"]),
     "a field that nobody knows": ({"use_magic": True}, ["use_magic", "True"]),
@@ -211,7 +277,7 @@ UNKNOWN_TO_US = {
 @pytest.mark.parametrize("fields, words", UNKNOWN_TO_US.values(), ids=UNKNOWN_TO_US)
 def test_what_ours_does_not_compute_is_refused(tmp_path, fields, words):
     """A model that computes something else would be converted, and be wrong without a word."""
-    saved(tmp_path / "ours", **CASES["pure"])
+    saved(tmp_path / "ours", **CASES["decay" if "output_gate_activation" in fields else "pure"])
     convert_to_fla(tmp_path / "ours", tmp_path / "fla")
     change_config(tmp_path / "fla", **fields)
     with pytest.raises(ValueError) as error:
@@ -231,6 +297,9 @@ def test_what_ours_does_not_compute_is_refused(tmp_path, fields, words):
         {"linear_use_rope": True, "head_dim": 16},
         {"linear_attention_bias": True},
         {"hidden_act": "gelu"},
+        {"linear_use_decay": True, "linear_use_beta": False},
+        {"linear_use_decay": True, "linear_qk_activation": "relu"},
+        {"linear_use_decay": True, "linear_qk_norm": "sum", "linear_qk_activation": "elu"},
     ],
 )
 def test_what_fla_does_not_compute_is_refused(fields):
@@ -238,5 +307,9 @@ def test_what_fla_does_not_compute_is_refused(fields):
     fields = PURE | fields
     with pytest.raises(ValueError) as error:
         config_to_fla(tiny_config(**fields))
-    names = [name for name in fields if name not in ("layer_types", "linear_value_head_dim") or len(fields) == 1]
+    names = [
+        name
+        for name in fields
+        if name not in ("layer_types", "linear_value_head_dim", "linear_use_decay") or len(fields) == 1
+    ]
     assert any(name in str(error.value) for name in names), error.value

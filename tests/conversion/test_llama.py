@@ -1,6 +1,7 @@
 """Llama-like transformers as hybrids: kept layers to the bit, new mixers from a useful start."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    OlmoHybridConfig,
     Qwen2Config,
     Qwen3Config,
 )
@@ -150,6 +152,61 @@ def test_linear_layers_without_rotation(tmp_path):
     assert not config.linear_use_rope and not config.uses_rope and set(config.layer_types) == {LINEAR}
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     assert student(tokens(1, 20)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@torch.no_grad()
+def test_a_decay_starts_open(tmp_path, kind):
+    """With `--linear-decay` the student would begin by forgetting, and alignment have to undo that first."""
+    make_teacher(kind, tmp_path / "teacher")
+    logits = []
+    for decay in (False, True):
+        folder = tmp_path / f"student-{decay}"
+        convert_checkpoint(tmp_path / "teacher", folder, keep="0,2", linear_use_decay=decay)
+        student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        assert student.config.linear_use_decay == decay
+        logits.append(student(tokens(2, 100)).logits)
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
+    assert logits[0].std() > 0.5
+    assert json.loads((folder / "conversion.json").read_text())["linear_use_decay"]
+
+
+def test_a_decay_can_close(tmp_path):
+    """A decay that starts open would stay so, whatever the data says."""
+    make_teacher("llama", tmp_path / "teacher")
+    convert_from_llama(tmp_path / "teacher", tmp_path / "student", keep="none", linear_use_decay=True)
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    decay = [p for name, p in student.named_parameters() if name.endswith(("a_proj.weight", "A_log", "dt_bias"))]
+    x = tokens(2, 20)
+    student(x, labels=x).loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in decay)
+
+
+def test_a_decay_is_for_transformers_only(tmp_path):
+    """`--linear-decay` would be accepted for a DeltaNet and do nothing."""
+    make_teacher("llama", tmp_path / "teacher")
+    convert_from_llama(tmp_path / "teacher", tmp_path / "student", keep="none")
+    with pytest.raises(ValueError, match="linear_use_decay is for llama.*'deltanet'"):
+        convert_checkpoint(tmp_path / "student", tmp_path / "fla", to="fla", linear_use_decay=True)
+    all_kept = convert_from_llama(tmp_path / "teacher", tmp_path / "kept", keep="all", linear_use_decay=True)
+    assert not all_kept.linear_use_decay
+
+
+def test_what_an_olmo_hybrid_has_that_ours_have_not_is_named(tmp_path):
+    """Its linear layers are ours: a user would take a refusal without a reason for a mistake in the command."""
+    config = OlmoHybridConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        pad_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    olmo = AutoModelForCausalLM.from_config(config)
+    olmo.save_pretrained(tmp_path / "olmo")
+    with pytest.raises(ValueError, match="olmo_hybrid.*post_feedforward_layernorm.*q_norm") as error:
+        convert_checkpoint(tmp_path / "olmo", tmp_path / "out")
+    softmax = dict(olmo.model.layers[3].named_modules())
+    named = re.findall(r"\w+_norm|post_\w+_layernorm", str(error.value))
+    assert len(named) == 4 and all(name in softmax or f"self_attn.{name}" in softmax for name in named)
+    assert "input_layernorm" not in softmax and softmax["self_attn.q_norm"].weight.shape == (32,)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,23 @@ def test_alignment_teaches_the_mixers_and_nothing_else(pair, tmp_path):
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
+@pytest.mark.parametrize("stage", ["align", "distill"])
+def test_a_decay_that_starts_open_learns_like_the_rest(pair, tmp_path, stage):
+    """What `convert --linear-decay` adds would stay as it began: its gradient is below Adam's usual epsilon."""
+    pair["student"] = str(tmp_path / "gated")
+    convert_from_llama(tmp_path / "teacher", pair["student"], keep="0.25", linear_use_decay=True, dtype=torch.bfloat16)
+    pair["tokens"] //= 2
+    run, make, rate = (
+        (align, Stage, "learning_rate") if stage == "align" else (distill, Distillation, "mixer_learning_rate")
+    )
+    run(make(**pair, **{rate: 1e-2}))
+    before, after = weights(tmp_path / "gated"), weights(tmp_path / "out")
+    for name in before:
+        if name.endswith(("A_log", "dt_bias", "a_proj.weight")):
+            assert (after[name].float() - before[name].float()).abs().max() > 0.02, name  # 10 steps of up to 0.01
+            assert after[name].dtype == (torch.bfloat16 if "a_proj" in name else torch.float32)
+
+
 @torch.no_grad()
 def test_a_mixer_is_compared_with_its_own_layers_attention(pair):
     """Inputs, rotations or outputs of another layer would be learned, and the loss would still fall."""

@@ -3,7 +3,7 @@
 import deltanet_kernels
 import pytest
 import torch
-from tiny import FULL, LINEAR, SLIDING, output_and_gradients, tiny_model, tokens
+from tiny import FULL, LINEAR, SLIDING, VARIANTS, output_and_gradients, tiny_model, tokens
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, StaticCache
@@ -11,7 +11,11 @@ from transformers import CompileConfig, StaticCache
 from modeling_deltanet.modeling_deltanet import DeltaNetRMSNorm
 
 
-CASES = {"hybrid": {"layer_types": [LINEAR, SLIDING, FULL]}, "all_linear": {"layer_types": [LINEAR] * 2}}
+CASES = {
+    "hybrid": {"layer_types": [LINEAR, SLIDING, FULL]},
+    "all_linear": {"layer_types": [LINEAR] * 2},
+    "decay": VARIANTS["decay"] | {"layer_types": [LINEAR] * 2},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -37,19 +41,19 @@ def test_a_training_step_is_one_graph(case):
 
 
 @pytest.mark.parametrize(
-    "layer_types, graphs_wanted",
+    "fields, graphs_wanted",
     [
-        ([LINEAR] * 3, 1),
-        ([LINEAR, FULL], 1),
+        ({"layer_types": [LINEAR] * 3}, 1),
+        ({"layer_types": [LINEAR, FULL]}, 1),
         # Transformers' window has a graph for filling up, one for the token that fills it and one for being full.
-        ([LINEAR, SLIDING], 3),
+        ({"layer_types": [LINEAR, SLIDING], "sliding_window": 16}, 3),
+        (CASES["decay"], 1),
     ],
-    ids=["all_linear", "full", "sliding"],
+    ids=["all_linear", "full", "sliding", "decay"],
 )
-def test_generate_with_a_static_cache_compiles_once(layer_types, graphs_wanted):
+def test_generate_with_a_static_cache_compiles_once(fields, graphs_wanted):
     """`generate` would compile again for every token, layer or call: minutes instead of milliseconds."""
-    fields = {"sliding_window": 16} if SLIDING in layer_types else {}
-    model, prompt, graphs = tiny_model(layer_types=layer_types, **fields), tokens(2, 7), []
+    model, prompt, graphs = tiny_model(**fields), tokens(2, 7), []
 
     def keep(graph, inputs):
         graphs.append(graph)

@@ -41,7 +41,10 @@ def test_no_rope_survives_a_round_trip(tmp_path):
     assert not DeltaNetConfig.from_pretrained(tmp_path).uses_rope
 
 
-@pytest.mark.parametrize("size, parameters", [("1.3B", 1_365_677_056), ("340M", 374_362_112)])
+@pytest.mark.parametrize(
+    "size, parameters",
+    [("1.3B", 1_365_677_056), ("340M", 374_362_112), ("0.4B-gated", 565_989_830), ("1.3B-gated", 1_387_859_704)],
+)
 def test_presets_have_the_published_size(size, parameters):
     """A user who asks for the published model would get another one (weights of it would not load)."""
     with torch.device("meta"):
@@ -278,6 +281,7 @@ OTHER_VALUES = {
     "linear_qk_norm": {"linear_qk_norm": "sum", "linear_qk_activation": "relu"},
     "linear_use_beta": False,
     "linear_allow_neg_eigval": True,
+    "linear_use_decay": True,
     "linear_use_output_gate": True,
     "linear_attention_bias": True,
     "linear_use_rope": {"linear_use_rope": True, "head_dim": 16},

@@ -92,6 +92,7 @@ TENSOR_PARALLEL = {
     "hybrid": {},
     "all_linear": {"layer_types": [LINEAR] * 3, "linear_use_output_gate": True, "tie_word_embeddings": True},
     "grouped_value_heads": VARIANTS["grouped_value_heads"] | {"linear_use_output_gate": True},
+    "decay": VARIANTS["decay"],
     "fixed_beta": {"layer_types": [LINEAR] * 2, "linear_use_beta": False},
     "no_convolution": {"layer_types": [LINEAR, FULL], "linear_conv_kernel_dim": None},
     "softmax_extras": VARIANTS["softmax_extras"],
@@ -244,7 +245,7 @@ def two_steps(
     return torch.stack(losses)
 
 
-DATA_PARALLEL = {"linear_use_output_gate": True, "use_qk_norm": True}
+DATA_PARALLEL = {"linear_use_decay": True, "linear_use_output_gate": True, "use_qk_norm": True}
 
 
 def learned(losses, model) -> tuple:

@@ -5,7 +5,12 @@ import torch
 from tiny import FULL, LINEAR, SLIDING, tiny_model, tokens
 
 
-LAYERS = {"all_linear": [LINEAR] * 2, "hybrid": [LINEAR, SLIDING, FULL]}
+LAYERS = {
+    "all_linear": {"layer_types": [LINEAR] * 2},
+    "hybrid": {"layer_types": [LINEAR, SLIDING, FULL]},
+    "decay": {"layer_types": [LINEAR], "linear_use_decay": True},
+}
+layers = pytest.mark.parametrize("layers, has_mask", [("all_linear", False), ("hybrid", True), ("decay", True)])
 BATCH, TIME = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("time", min=3, max=512)
 
 
@@ -28,20 +33,20 @@ def assert_same(program, model, x, has_mask):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layers, has_mask", [("all_linear", False), ("hybrid", True)])
+@layers
 def test_a_program_for_any_batch(layers, has_mask):
     """A deployed program would serve only as many requests at once as it was traced with."""
-    model = tiny_model(layer_types=LAYERS[layers])
+    model = tiny_model(**LAYERS[layers])
     program = export(model, tokens(3, 70), has_mask, {0: BATCH})
     for batch in (1, 4):
         assert_same(program, model, tokens(batch, 70, seed=batch), has_mask)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layers, has_mask", [("all_linear", False), ("hybrid", True)])
+@layers
 def test_a_program_for_any_length(layers, has_mask):
     """Every prompt would have to be padded to one length."""
-    model = tiny_model(layer_types=LAYERS[layers])
+    model = tiny_model(**LAYERS[layers])
     program = export(model, tokens(3, 20), has_mask, {0: BATCH, 1: TIME})
     for batch, length in ((1, 3), (2, 200)):
         assert_same(program, model, tokens(batch, length, seed=batch), has_mask)

@@ -13,6 +13,7 @@ VARIANTS = {
     "all_linear": {"layer_types": [LINEAR] * 2},
     "wide_convolution": {"layer_types": [LINEAR] * 2, "linear_conv_kernel_dim": 7},
     "no_convolution": {"linear_conv_kernel_dim": None},
+    "decay": {"layer_types": [LINEAR] * 2, "linear_use_decay": True},
 }
 # The second have pieces shorter than the convolution looks back, down to a single token.
 SEGMENTS = [[8, 12], [9, 1, 2, 8]]

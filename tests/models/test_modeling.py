@@ -73,12 +73,17 @@ def reference_mixer(mixer, config, x):
     if config.linear_use_beta:
         beta = (x @ mixer.b_proj.weight.T).sigmoid() * (2 if config.linear_allow_neg_eigval else 1)
 
+    alpha = torch.ones(T, G, dtype=x.dtype)
+    if config.linear_use_decay:
+        alpha = (-mixer.A_log.exp() * F.softplus(x @ mixer.a_proj.weight.T + mixer.dt_bias)).exp()
+
     S = torch.zeros(G, q.shape[-1], v.shape[-1], dtype=x.dtype)
     outputs = []
     for t in range(T):
         heads = []
         for g in range(G):
             q_t, k_t = q[t, g * H // G], k[t, g * H // G]
+            S[g] = alpha[t, g] * S[g]
             S[g] = S[g] + beta[t, g] * torch.outer(k_t, v[t, g] - k_t @ S[g])
             heads.append(q_t @ S[g] / len(q_t) ** 0.5)
         outputs.append(torch.stack(heads))

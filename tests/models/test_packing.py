@@ -12,6 +12,7 @@ LENGTHS = [5, 1, 9, 2, 13]
 LAYERS = {
     "linear": {"layer_types": [LINEAR] * 2},
     "linear, no convolution": {"layer_types": [LINEAR] * 2, "linear_conv_kernel_dim": None},
+    "decay": {"layer_types": [LINEAR] * 2, "linear_use_decay": True},
     "sliding": {"layer_types": [SLIDING] * 2},
     "full": {"layer_types": [FULL] * 2},
     "hybrid": {},

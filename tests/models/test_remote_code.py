@@ -23,7 +23,10 @@ from modeling_deltanet import DeltaNetForSequenceClassification
 
 OWN = ("modeling_deltanet", "modeling-deltanet", "deltanet_kernels", "deltanet_conversion")
 
-PUBLISHED = {"hybrid": {"linear_use_output_gate": True}, "all_linear": {"layer_types": [LINEAR] * 2}}
+PUBLISHED = {
+    "hybrid": {"linear_use_decay": True, "linear_use_output_gate": True},
+    "all_linear": {"layer_types": [LINEAR] * 2},
+}
 
 # What runs the scripts in the clean environment, and what each of them begins with.
 CLEAN = """
@@ -138,7 +141,7 @@ x = wanted["x"]
 base = AutoModelForCausalLM.from_pretrained("hybrid", trust_remote_code=True)
 adapted = get_peft_model(base, LoraConfig(r=4, task_type="CAUSAL_LM"))  # no targets: the defaults come with the code
 adapted_names = {name.split(".")[-2] for name, _ in adapted.named_modules() if name.endswith(".lora_A")}
-assert {"b_proj", "g_proj", "down_proj", "q_proj"} <= adapted_names, adapted_names
+assert {"a_proj", "b_proj", "g_proj", "down_proj", "q_proj"} <= adapted_names, adapted_names
 trainer = Trainer(
     model=adapted,
     args=TrainingArguments(

@@ -10,14 +10,18 @@ from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, v
 from modeling_deltanet.delta_rule import torch_chunk_delta_rule
 
 
-LAYERS = {"all_linear": [LINEAR] * 2, "hybrid": [LINEAR, FULL]}
+LAYERS = {
+    "all_linear": {"layer_types": [LINEAR] * 2},
+    "hybrid": {"layer_types": [LINEAR, FULL]},
+    "decay": {"layer_types": [LINEAR], "linear_use_decay": True},
+}
 LENGTHS = [70, 3]  # two chunks; token by token
 # torch says so of its own attention under vmap on a CPU.
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
 
 def setup(layers="all_linear"):
-    model = tiny_model(layer_types=LAYERS[layers]).double()
+    model = tiny_model(**LAYERS[layers]).double()
     parameters = {name: p.detach() for name, p in model.named_parameters()}
 
     def loss(parameters, ids):
@@ -41,7 +45,7 @@ def test_per_sample_gradients(layers, length):
 
 def test_an_ensemble_in_one_call():
     """Several models of one shape could not be run side by side."""
-    models = [tiny_model(layer_types=LAYERS["all_linear"], seed=seed).double() for seed in range(2)]
+    models = [tiny_model(**LAYERS["all_linear"], seed=seed).double() for seed in range(2)]
     x = tokens(1, 70)
     parameters, buffers = stack_module_state(models)
 

@@ -11,8 +11,10 @@ from transformers import Trainer, TrainingArguments
 from modeling_deltanet import DeltaNetForCausalLM
 
 
-LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "b_proj", "g_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-GATED = {"linear_use_output_gate": True}
+LORA_TARGETS = [
+    "q_proj", "k_proj", "v_proj", "b_proj", "a_proj", "g_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+]  # fmt: skip
+GATED = {"linear_use_decay": True, "linear_use_output_gate": True}
 
 
 # Trainer

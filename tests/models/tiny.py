@@ -30,6 +30,10 @@ VARIANTS = {
     },
     "identity": {"linear_qk_activation": "identity"},
     "output_gate": {"linear_use_output_gate": True},
+    "decay": {
+        "linear_use_decay": True, "linear_use_output_gate": True, "linear_allow_neg_eigval": True,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 12, "linear_value_head_dim": 16,
+    },
     "fixed_beta": {"linear_use_beta": False},
     "negative_eigenvalues": {"linear_allow_neg_eigval": True},
     "grouped_value_heads": {
@@ -80,6 +84,8 @@ def redraw(model):
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.uniform_(0.7, 1.3)
+        elif name.endswith(("A_log", "dt_bias")):
+            parameter.uniform_(-2.0, 0.0)  # half of the memory is left after 1 to 50 tokens
         elif "conv1d" in name or "b_proj" in name or name.endswith("bias"):
             parameter.normal_(std=0.5)
         elif "embed_tokens" in name:
