@@ -1,5 +1,5 @@
-"""`register_with_fla` makes these kernels a backend of flash-linear-attention (fla): its layers, and what else calls its
-`chunk_gated_delta_rule`, run on them without a change of theirs.
+"""`register_with_fla` makes these kernels a backend of flash-linear-attention (fla): its layers, and what else
+calls its `chunk_gated_delta_rule`, run on them without a change of theirs.
 
 fla asks a backend about each call (`chunk_gated_delta_rule_verifier`) and computes what is turned down by itself. In
 0.6 it dispatches the chunked gated rule; the rule without a gate and the token-by-token one it does not.
