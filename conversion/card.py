@@ -360,7 +360,7 @@ def _training(text: str | None, file: Path | None) -> str:
             form.format(_number(f"{file}: {key}", state[key]))
             for key, form in (
                 ("global_step", "{:,} steps"),
-                ("train_batch_size", "{} sequences a step and device"),
+                ("train_batch_size", "{} sequences per step and device"),
                 ("epoch", "{:.2f} epochs"),
                 ("num_input_tokens_seen", "{:,} tokens"),
             )

@@ -70,7 +70,7 @@ PACKED = (0, 1, 63, 64, 65, 130, 17, 99)  # 439 tokens; borders inside of chunks
 # not, value heads per key head (gradients alone), with gradients or without (scan alone), and for sizes that are 1 or
 # a multiple of 16. `few` and `segmented` agree in all that: the scans are compiled once for both.
 LAYOUTS = {
-    # few heads · one sequence a row · whole chunks · one value head per key head
+    # few heads · one sequence per row · whole chunks · one value head per key head
     "few": Layout(2, 2, 2, 192),
     # more programs than multiprocessors · packed · value heads in groups. 48 sequences, 2634 tokens
     "many": Layout(1, 2, 4, PACKED * 6),
@@ -91,7 +91,7 @@ LAYOUTS = {
 BASIC = ("few", "many", "segmented")  # the table of sizes
 LENGTHS = tuple(name for name in LAYOUTS if name.startswith("length"))
 # Elsewhere nothing is cut and nothing depends on the number of programs: shorter, so that a CPU needs a minute.
-# Triton's interpreter takes a second a chunk.
+# Triton's interpreter takes a second per chunk (2026-11-27).
 SMALLER = {
     "cpu": {"many": replace(LAYOUTS["many"], lengths=PACKED), "segmented": replace(LAYOUTS["segmented"], lengths=450)},
     "interpreter": {
@@ -151,6 +151,7 @@ def full(sizes=ALL_SIZES, dtypes=DTYPES) -> Iterator[Case]:
 def _others(sizes, dtypes) -> Iterator[Case]:
     yield from cases(sizes, dtypes, ("step", "convolution", "plain", *LENGTHS))
     yield from cases(sizes, dtypes, ("few",), ("silu", "repeated", "beta"))
+    yield from cases(sizes, dtypes, BASIC, GATES)
 
 
 # -------------------------------------------------------------------------------------------------------- the inputs
@@ -180,13 +181,19 @@ def _beta(q, k, v, beta):
     return q, k, v, beta
 
 
-INPUTS = {"random": _random, "silu": _silu, "repeated": _repeated, "beta": _beta}
+# The gated rule: g from numbers uniform in [0, 1], as of a model that begins to learn, and where a twentieth of all
+# tokens forgets everything and half of them nothing.
+GATES = {
+    "gated": lambda x: -0.1 * x,
+    "forgetful": lambda x: torch.where(x < 0.05, -50.0, torch.where(x < 0.5, 0.0, -x)),
+}
+INPUTS = {"random": _random, "silu": _silu, "repeated": _repeated, "beta": _beta} | dict.fromkeys(GATES, _beta)
 SMALL_BETA = 1e-4
 
 
 @dataclass
 class Inputs:
-    tensors: dict[str, torch.Tensor]  # q, k, v, beta and, with states, initial_state
+    tensors: dict[str, torch.Tensor]  # q, k, v, beta, with a gate g, with states initial_state
     gradients: list[torch.Tensor]  # of the output and, with states, of the final state
     l2norm: bool
     cu_seqlens: torch.Tensor | None
@@ -228,6 +235,8 @@ def _make_inputs(case: Case, shape: Layout, device: torch.device, seed: int) -> 
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     q, k, v, beta = (x.to(dtype).contiguous() for x in INPUTS[case.inputs](q, k, v, beta))
     tensors = {"q": q, "k": k, "v": v, "beta": beta}
+    if case.inputs in GATES:
+        tensors["g"] = GATES[case.inputs](torch.special.ndtr(randn(7, B, T, columns=HV))).contiguous()
     gradients = [randn(4, B, T, HV, columns=case.V).to(dtype).contiguous()]
     if shape.states:
         tensors["initial_state"] = states(5)
@@ -241,10 +250,10 @@ def _make_inputs(case: Case, shape: Layout, device: torch.device, seed: int) -> 
 def run_case(case: Case, device: torch.device, function: Callable, seed: int = 0, again: int = 0) -> dict[str, float]:
     """Errors by quantity of one route in one case.
 
-    `function` has the signature of `chunk_delta_rule`, of `delta_rule_step` for the layout "step", of `short_conv` for
-    "convolution". A quantity is "output", "final state", "dq", "dk", "dv", "dbeta", "dh0" (those that the layout has),
-    "output without gradients", and "dbeta of small beta" for the inputs "beta", which a norm over all tokens would
-    hide.
+    `function` has the signature of `chunk_delta_rule` (and takes g by name, where cases have a gate), of
+    `delta_rule_step` for the layout "step", of `short_conv` for "convolution". A quantity is "output", "final state",
+    "dq", "dk", "dv", "dbeta", "dg", "dh0" (those that the case has), "output without gradients", and "dbeta of small
+    beta" for the inputs "beta", which a norm over all tokens would hide.
 
     With `again` there is "between calls", too: the largest difference of any quantity from the first call in as many
     more, zero where all bits are equal. A kernel that does not wait for its memory may be right nine times in ten.
@@ -297,7 +306,7 @@ def _run_rule(case: Case, device, function, seed: int, dtype=None) -> dict[str, 
             without = function(**leaves, **options)[0]
     gradients = [g.to(dtype or g.dtype) for g in x.gradients]
     grads = torch.autograd.grad(outputs, list(leaves.values()), gradients)
-    names = ("dq", "dk", "dv", "dbeta", "dh0")
+    names = ("dh0" if name == "initial_state" else f"d{name}" for name in leaves)
     got = {"output without gradients": without, **dict(zip(("output", "final state"), outputs))}
     got |= dict(zip(names, grads))
     if case.inputs == "beta":
@@ -371,7 +380,8 @@ def check_reference(device: torch.device, seed: int = 0) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------- the tolerances
 
 # Largest error of any quantity, by kind of route. torch computes in fp32 and rounds once; the kernels multiply bf16 in
-# bf16, fp16 in tf32 (0.0051 at most over all sizes on an H100, dbeta of 8192 tokens) and fp32 in three tf32 products.
+# bf16, fp16 in tf32 (0.0051 at most over all sizes on an H100, dbeta of 8192 tokens, commit 0888461) and fp32 in
+# three tf32 products.
 TOLERANCES = {
     "torch": {"bfloat16": 4e-3, "float16": 5e-4, "float32": 1e-5},
     "kernels": {"bfloat16": 1.5e-2, "float16": 6e-3, "float32": 2e-5},

@@ -19,6 +19,7 @@ from modeling_deltanet import delta_rule, kernel_switch, short_conv
 from .check import (
     BASIC,
     DTYPES,
+    GATES,
     LAYOUTS,
     REFERENCE,
     SIZES,
@@ -50,6 +51,7 @@ class Route:
     dtypes: tuple[str, ...] = DTYPES
     is_peer: bool = False  # somebody else's: its errors are shown and do not count
     is_slow: bool = False  # token by token, or tuned anew for each size; or sizes do not matter to it
+    is_gated: bool = True  # takes a gate, too
 
 
 @cache
@@ -66,17 +68,24 @@ def routes(device: torch.device, peer: str | None = None) -> tuple[Route, ...]:
     else:
         dtypes = DTYPES if device.type == "cuda" else DTYPES[1:]
         found += [
-            Route("kernels, chunks", kernels.chunk_delta_rule, RULE, dtypes=dtypes),
-            Route("kernels, token by token", kernels.fused_recurrent_delta_rule, SHORT, dtypes=dtypes, is_slow=True),
+            Route("kernels, chunks", partial(_by_gate, kernels, "chunk"), RULE, dtypes=dtypes),
+            Route(
+                "kernels, token by token",
+                partial(_by_gate, kernels, "fused_recurrent"),
+                SHORT,
+                dtypes=dtypes,
+                is_slow=True,
+            ),
             Route("kernels, step", kernels.delta_rule_step, ("step",), dtypes=dtypes),
             Route("kernels, convolution", kernels.short_conv, ("convolution",), dtypes=dtypes),
         ]
     if peer == "fla" and missing_peer(device) is None:
-        from fla.ops.delta_rule import chunk_delta_rule, fused_recurrent_delta_rule
+        import fla.ops
 
+        chunks, steps = (partial(_fla, partial(_by_gate, fla.ops, kind)) for kind in ("chunk", "fused_recurrent"))
         found += [
-            Route("fla, chunks", partial(_fla, chunk_delta_rule), RULE, dtypes=DTYPES[:2], is_peer=True, is_slow=True),
-            Route("fla, token by token", partial(_fla, fused_recurrent_delta_rule), SHORT, is_peer=True, is_slow=True),
+            Route("fla, chunks", chunks, RULE, dtypes=DTYPES[:2], is_peer=True, is_slow=True),
+            Route("fla, token by token", steps, SHORT, is_peer=True, is_slow=True, is_gated=False),  # no backward
         ]
     return tuple(found)
 
@@ -101,10 +110,17 @@ def missing_peer(device: torch.device) -> str | None:
     return None
 
 
+def _by_gate(module, kind: str, *, g=None, **inputs):
+    """The module's function for these inputs, which with a gate has another name."""
+    if g is None:
+        return getattr(module, f"{kind}_delta_rule")(**inputs)
+    return getattr(module, f"{kind}_gated_delta_rule")(g=g, **inputs)
+
+
 def _fla(function, q, k, v, beta, cu_seqlens=None, **options):
     """fla has as many key heads as value heads, and borders in int64."""
     q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], dim=2) for x in (q, k))
-    return function(q, k, v, beta, cu_seqlens=None if cu_seqlens is None else cu_seqlens.long(), **options)
+    return function(q=q, k=k, v=v, beta=beta, cu_seqlens=None if cu_seqlens is None else cu_seqlens.long(), **options)
 
 
 # ------------------------------------------------------------------------------------------------------- the running
@@ -140,6 +156,8 @@ def _run_routes(case: Case, device: torch.device, peer: str | None, seed: int, c
     rows = []
     for route in routes(device, peer):
         if case.layout not in route.layouts or case.dtype not in route.dtypes:
+            continue
+        if case.inputs in GATES and not route.is_gated:
             continue
         if route.is_slow and chosen is not None and (case.K, case.V) not in chosen[route.is_peer]:
             continue

@@ -121,9 +121,9 @@ Data = Annotated[
         help="Text: a dataset ('name' or 'name:config'), folder, file or pattern; may be given several times."
     ),
 ]
-Length = Annotated[int, typer.Option(help="Tokens a block.", min=2)]
-BatchSize = Annotated[int, typer.Option(help="Blocks a step and device.", min=1)]
-Accumulation = Annotated[int, typer.Option(help="Batches a step.", min=1)]
+Length = Annotated[int, typer.Option(help="Tokens per block.", min=2)]
+BatchSize = Annotated[int, typer.Option(help="Blocks per step and device.", min=1)]
+Accumulation = Annotated[int, typer.Option(help="Batches per step.", min=1)]
 Seed = Annotated[int, typer.Option(help="Of the order of the text and all that is drawn.")]
 TextColumn = Annotated[str, typer.Option(help="Column of a dataset that holds the text.")]
 SaveSteps = Annotated[int | None, typer.Option(help="Steps between checkpoints; a tenth of the stage by default.")]

@@ -17,7 +17,7 @@ from . import check, check_run
 COLUMNS = {
     "output": ("output", "output without gradients"),
     "state": ("final state",),
-    "gradients": ("dq", "dk", "dv", "dbeta", "dh0", "dx", "dw"),
+    "gradients": ("dq", "dk", "dv", "dbeta", "dg", "dh0", "dx", "dw"),
 }
 
 

@@ -46,9 +46,9 @@ class Stage:
         output: the folder to make.
         data: what to train on, see `load_text`.
         tokens: how many tokens to train on; text that is shorter is read again.
-        length: tokens a block.
-        batch_size: blocks a step and device.
-        accumulation: batches a step.
+        length: tokens per block.
+        batch_size: blocks per step and device.
+        accumulation: batches per step.
         learning_rate: its peak; a twentieth of the steps to rise, a cosine to fall.
         save_steps: steps between checkpoints, a tenth of the stage by default.
     """

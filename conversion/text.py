@@ -13,7 +13,7 @@ BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "c
 
 
 def load_text(sources: list[str], text_column: str = "text", split: str = "train") -> Dataset:
-    """All documents of `sources`, one a row, in a column `text`.
+    """All documents of `sources`, one per row, in a column `text`.
 
     A source is a file, a folder (read with all that lies below), a pattern, or the name of a dataset on the Hub, if
     need be with its configuration (`"wikitext:wikitext-2-raw-v1"`). A text file is one document; JSON lines, parquet

@@ -278,8 +278,8 @@ def main():
         type=int,
         help="of the teacher, on everything (default 700; 2000 learn the library by heart: perplexity 161 held out)",
     )
-    add("--batch-size", type=int, help="blocks a step (default 64)")
-    add("--length", type=int, help="tokens a block (default 512)")
+    add("--batch-size", type=int, help="blocks per step (default 64)")
+    add("--length", type=int, help="tokens per block (default 512)")
     add("--hidden-size", type=int, help="default 384")
     add("--head-dim", type=int, help="default 64")
     add("--layers", type=int, help="default 8")

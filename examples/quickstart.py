@@ -154,7 +154,7 @@ def main():
     parser.add_argument("--output-dir", type=Path, default=Path("runs/quickstart"), help="default runs/quickstart")
     parser.add_argument("--steps", type=int, default=320, help="training steps (default 320)")
     parser.add_argument("--lora-steps", type=int, default=120, help="LoRA steps (default 120)")
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences a step (default 8)")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences per step (default 8)")
     parser.add_argument("--length", type=int, default=256, help="tokens a sequence (default 256)")
     parser.add_argument("--hidden-size", type=int, default=256, help="width, a multiple of 64 (default 256)")
     parser.add_argument("--vocab-size", type=int, default=2048, help="entries of the tokenizer (default 2048)")

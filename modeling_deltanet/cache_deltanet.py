@@ -122,7 +122,7 @@ class CountingDeltaNetCacheLayer(DeltaNetCacheLayer, CacheLayerMixin):
 
     def __init__(self, count_on_device: bool):
         super().__init__()
-        # A tensor where the step is compiled: a Python int would be a constant of the graph, hence recompiled a step.
+        # A tensor where the step is compiled: a Python int would be a constant of the graph, compiled again per step.
         self.cumulative_length = torch.zeros((), dtype=torch.long) if count_on_device else 0
 
     @property

@@ -154,7 +154,7 @@ class _ChunkDeltaRule(torch.autograd.Function):
     X = B * HV. Without a gate (g is None) every factor of `_decays` is 1 and left out.
 
     Gradients are written out, not recorded, which is twice as fast on a CPU and keeps only S, U, W and two [C, C]
-    matrices a chunk. In the formulas lower() keeps the diagonal and strict() does not; a product is one batched call
+    matrices per chunk. In the formulas lower() keeps the diagonal and strict() does not; a product is one batched call
     over all chunks.
     """
 
@@ -278,7 +278,7 @@ def _chunks(states: torch.Tensor, chunk_borders: list[int], reverse: bool = Fals
     """Go through the chunks of all sequences: their slice of the chunked tensors, and the state they work on.
 
     `states` is `[N, HV, K, V]`; what comes with a chunk is the view `[X, K, V]` of its sequence, or of the whole batch
-    where there is one sequence a row.
+    where there is one sequence per row.
     """
     per_sequence = [states.flatten(0, 1)] if len(chunk_borders) == 2 else states.unbind(0)
     X = per_sequence[0].shape[0]  # not len(), which makes a number of a symbol

@@ -3,7 +3,7 @@ Llama.
 
 They save memory in training: the loss is computed without ever holding the logits of all tokens, and SwiGLU's
 gradients take the place of its inputs. And time: torch's norm of [32768, 2048] in bf16 takes 0.23 ms on an H200, 3.6
-times what its bytes need.
+times what its bytes need (commit ecb2d9f).
 """
 
 import functools

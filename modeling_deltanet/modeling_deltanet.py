@@ -195,10 +195,10 @@ class DeltaNetDecoderLayer(GradientCheckpointingLayer):
         Of the 24 activations `[B, T, D]` that a layer of the 1.3B size would keep, 17 are left: 12.5 of norms and
         projections, and 4.5 of the delta rule's kernels (o 1, A 0.5, U 1, states 2), which backward does not run
         again. What it computes again, convolution, SiLU, output norm and SwiGLU, has no matrix product. A step of 8 x
-        4096 tokens on an H200: with Liger 64 GB and 504 ms, compiled 66 GB and 476 ms; before the 4.5 were kept, 53 GB
-        and 536 ms with Liger, and 82 GB and 509 ms with all 24. On a CPU memory is not what is short. A cache would be
-        written twice. A layer that is computed again as a whole (by Transformers' gradient checkpointing) need not do
-        so with its parts.
+        4096 tokens on an H200: with Liger 64 GB and 504 ms, compiled 66 GB and 476 ms (commit 9cfbe21). With
+        Liger it was 53 GB and 536 ms where the 4.5 were not kept, 82 GB and 509 ms with all 24 (commit cfac000). On a
+        CPU memory is not what is short. A cache would be written twice. A layer that is computed again as a whole (by
+        Transformers' gradient checkpointing) need not do so with its parts.
         """
         if not hidden_states.is_cuda or not torch.is_grad_enabled() or past_key_values is not None:
             return False

@@ -34,7 +34,7 @@ class DeltaNetRotaryEmbedding(nn.Module):
     def _apply(self, fn, recurse=True):
         # `model.bfloat16()` moves parameters and buffers alike, but frequencies that are rounded to bf16 turn the
         # 2000th token too far by up to 4 radians: a hybrid of two layers was 1.3 times as far from its fp32 run, one
-        # of three 1.4 times.
+        # of three 1.4 times (commit fbd1269).
         exact = dict(self.named_buffers())
         super()._apply(fn, recurse)
         for name, buffer in exact.items():
@@ -55,7 +55,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads_dim: int
     """Rotate `[B, heads, T, head_dim]`, or another place of `heads`, by the angles of cos and sin, `[B, T, head_dim]`.
 
     cos and sin are fp32, hence the arithmetic too, with one rounding at the end: all in bf16 its error was 1.7 times
-    that.
+    that (commit 8347574).
     """
     x1, x2 = x.chunk(2, dim=-1)
     return (x * cos.unsqueeze(heads_dim) + torch.cat((-x2, x1), dim=-1) * sin.unsqueeze(heads_dim)).to(x.dtype)

@@ -116,7 +116,7 @@ def test_what_the_trainer_recorded_is_told(folder):
     write(folder, "trainer_state.json", state)
     content = make_card(folder, REPO, training="On help topics.").content
     facts = (
-        "900 steps, 8 sequences a step and device, 1.50 epochs, 1,843,200 tokens, training loss 4.250 at step 900, "
+        "900 steps, 8 sequences per step and device, 1.50 epochs, 1,843,200 tokens, training loss 4.250 at step 900, "
     )
     assert f"On help topics.\n\nFrom `trainer_state.json`: {facts}held-out loss 4.500 at step 800." in content
 

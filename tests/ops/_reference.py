@@ -1,8 +1,42 @@
-"""The delta rule token by token in fp64, with autograd: what every kernel is measured against. Shares no code with
-one.
+"""What every kernel is measured against, and how: the delta rule token by token in fp64, with autograd, which shares
+no code with one; random inputs for it; the error of a result.
 """
 
 import torch
+import torch.nn.functional as F
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make(
+    B, T, H, K, V=None, HV=None, N=None, dtype=torch.float32, *,
+    keys="random", beta_max=2.0, state=True, seed=0, device=DEVICE, requires_grad=False,
+):  # fmt: skip
+    """Random q, k, v, beta and initial state (fp32 or fp64; None without `state`) of N sequences, B by default.
+
+    `keys`: "random"; "unit", of norm 1; "silu", q and k after a SiLU; "repeated", one key for all tokens. beta lies
+    between 0 and `beta_max`.
+    """
+    g = torch.Generator().manual_seed(seed)
+    wide = torch.promote_types(dtype, torch.float32)
+    V, HV = V or K, HV or H
+    q, k = (torch.randn(B, T, H, K, generator=g, dtype=wide) for _ in "qk")
+    if keys == "unit":
+        k = F.normalize(k, dim=-1)
+    elif keys == "silu":
+        q, k = F.silu(q), F.silu(k)
+    elif keys == "repeated":
+        k = k[:, :1].expand_as(k).clone()
+    else:
+        assert keys == "random", keys
+    v = torch.randn(B, T, HV, V, generator=g, dtype=wide)
+    beta = torch.rand(B, T, HV, generator=g, dtype=wide) * beta_max
+    inputs = [x.to(device, dtype) for x in (q, k, v, beta)]
+    if state:
+        inputs.append(torch.randn(N or B, HV, K, V, generator=g, dtype=wide).to(device))
+    inputs = [x.requires_grad_(requires_grad) for x in inputs]
+    return inputs if state else [*inputs, None]
 
 
 def delta_rule_fp64(q, k, v, beta, scale=None, initial_state=None, l2norm=False, cu_seqlens=None, g=None):
@@ -40,3 +74,13 @@ def error(x, ref):
     assert x.shape == ref.shape, (x.shape, ref.shape)
     value = ((x - ref).norm() / ref.norm().clamp_min(1e-30)).item() if x.numel() else 0.0
     return value if value == value else float("inf")
+
+
+def assert_close(names, got, wanted, tolerance):
+    """Each of `got` is within `tolerance` of what is wanted, by `error`, or both are None. There may be more names."""
+    assert len(got) == len(wanted) <= len(names), (len(got), len(wanted), len(names))
+    for name, a, b in zip(names, got, wanted):
+        assert (a is None) == (b is None), name
+        if a is not None:
+            off = error(a, b)
+            assert off <= tolerance, f"{name}: {off:.2e} > {tolerance:.0e}"

@@ -96,14 +96,17 @@ def main(capability, d, dtype="bf16"):
     pad = triton.next_power_of_2(d)
     sizes = {"H": 16, "HV": 16, "K": d, "V": d, "NORM": True}
     loop, eps = recurrent.LOOP_BLOCK, {"EPS": recurrent.NORM_EPS}
-    given = {"q|k|v|o|do|beta": x, "cu_seqlens": "*i64", "h0|ht|dh0|dht|h|e|r[qk]|d[qkv]|dbeta|dq_hv|dk_[sg]": f}
+    gates = {"": None, ", gated": f}
+    given = {
+        "g": None,
+        "q|k|v|o|do|beta": x,
+        "cu_seqlens": "*i64",
+        "h0|ht|dh0|dht|h|e|r[qk]|d[qkv]|dbeta|dq_hv|dk_[sg]": f,
+    }
     rows = {"q|k|dq|dk": x, "r[qk]|dq_hv|dk_[sg]": f}
     channels = {"(x|w|y|dy|dx)\\d": x, "h|out": x, "dw": f, "cu_seqlens": "*i64"}
     conv = {"W": 4, "SILU": True}
     table = {
-        "recurrent forward": (recurrent.forward_kernel, given, {**sizes, **eps, "BK": pad, "BV": loop}, 1),
-        "recurrent dv": (recurrent.dv_kernel, given, {**sizes, "BK": pad, "BV": loop}, 1),
-        "recurrent dqk": (recurrent.dqk_kernel, given, {**sizes, "BR": loop, "BV": pad}, 1),
         "recurrent rows": (
             recurrent.rows_kernel,
             rows,
@@ -139,10 +142,18 @@ def main(capability, d, dtype="bf16"):
             convolution.STEP_WARPS,
         ),
     }
-    for columns in (step.STEP_BLOCK, step.STEP_BLOCK_FEW):
-        warps = step._step_warps(pad, columns)
-        constants = {**sizes, **eps, "BK": pad, "BV": columns}
-        table[f"step, {columns} columns"] = (step._step_kernel, given, constants, warps)
+    for gated, g in gates.items():
+        given = given | {"g": g}
+        columns = {"BK": pad, "BV": loop}
+        table |= {
+            f"recurrent forward{gated}": (recurrent.forward_kernel, given, {**sizes, **eps, **columns}, 1),
+            f"recurrent dv{gated}": (recurrent.dv_kernel, given, {**sizes, **columns}, 1),
+            f"recurrent dqk{gated}": (recurrent.dqk_kernel, given, {**sizes, "BR": loop, "BV": pad}, 1),
+        }
+        for columns in (step.STEP_BLOCK, step.STEP_BLOCK_FEW):
+            warps = step._step_warps(pad, columns)
+            constants = {**sizes, **eps, "BK": pad, "BV": columns}
+            table[f"step{gated}, {columns} columns"] = (step._step_kernel, given, constants, warps)
     compiled = {name: compile_kernel(*row, capability, {"num_warps": warps}) for name, (*row, warps) in table.items()}
     return {name: resources(kernel) for name, kernel in compiled.items()}
 

@@ -7,7 +7,7 @@ its bit patterns), which reaches every line except the cast to bf16. Tests marke
 import pytest
 import torch
 
-from tests.ops._reference import delta_rule_fp64, error
+from tests.ops._reference import DEVICE, assert_close, delta_rule_fp64, error, make
 
 
 triton = pytest.importorskip("triton")
@@ -17,22 +17,8 @@ from deltanet_kernels import _replay, chunk_delta_rule, plan, reverse  # noqa: E
 from tests.ops._plans import call, change_plans, decide_anew  # noqa: E402
 
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # ||x - ref|| / ||ref|| for o, final state and gradients. fp32: three tf32 products; fp16 goes through fp32 scratch
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 5e-3, torch.bfloat16: 1.2e-2}
-
-
-def make(B, T, H, K, V=None, HV=None, dtype=torch.float32, l2norm=True, n=None, state=True, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    V, HV = V or K, HV or H
-    q, k = (torch.randn(B, T, H, K, generator=g) for _ in "qk")
-    if not l2norm:
-        k = torch.nn.functional.normalize(k, dim=-1)
-    v = torch.randn(B, T, HV, V, generator=g)
-    beta = torch.rand(B, T, HV, generator=g) * 2
-    x = [t.to(DEVICE, dtype) for t in (q, k, v, beta)]
-    h0 = torch.randn(n or B, HV, K, V, generator=g).to(DEVICE) if state else None
-    return *x, h0
 
 
 def compare(q, k, v, beta, h0, l2norm=True, cu_seqlens=None, tolerance=None, scale=None, **options):
@@ -51,9 +37,8 @@ def compare(q, k, v, beta, h0, l2norm=True, cu_seqlens=None, tolerance=None, sca
     )  # fmt: skip
     got = [*out, *torch.autograd.grad(out, leaves, [do, dht])]
     assert out[0].dtype == v.dtype and out[1].dtype == torch.float32
-    errors = [error(x, y) for x, y in zip(got, want, strict=True)]
-    tolerance = TOLERANCE[q.dtype] if tolerance is None else tolerance
-    assert max(errors) < tolerance, dict(zip(("o", "ht", "dq", "dk", "dv", "dbeta", "dh0"), errors, strict=False))
+    names = ("o", "ht", "dq", "dk", "dv", "dbeta", "dh0")
+    assert_close(names, got, want, TOLERANCE[q.dtype] if tolerance is None else tolerance)
     return got
 
 
@@ -77,7 +62,7 @@ def test_grouped_value_heads():
 @pytest.mark.parametrize("state", [True, False])
 def test_without_norm(state):
     """Keys normalised by the caller, with and without an initial state."""
-    compare(*make(1, 100, 2, 32, l2norm=False, state=state), l2norm=False)
+    compare(*make(1, 100, 2, 32, keys="unit", state=state), l2norm=False)
 
 
 @pytest.mark.parametrize("stored, deep", [(False, False), (False, True), (True, True)])
@@ -85,12 +70,12 @@ def test_every_form_of_the_scans(stored, deep, monkeypatch):
     """Which form runs depends on the chip's size and the head's: each must give the same as the others."""
     change_plans(monkeypatch, scores=plan.Launch(32, 4, 1) if stored else None, deep=deep)
     compare(*make(2, 100, 1, 64, 32, HV=2))
-    compare(*make(1, 150, 1, 192, 16, l2norm=False, n=2), l2norm=False, cu_seqlens=[0, 70, 150])
+    compare(*make(1, 150, 1, 192, 16, keys="unit", N=2), l2norm=False, cu_seqlens=[0, 70, 150])
 
 
 def test_packed():
     """Documents packed along T must not see each other, also where a border falls inside a chunk or one is empty."""
-    compare(*make(1, 200, 2, 32, n=5, HV=2), cu_seqlens=[0, 0, 5, 68, 133, 200])
+    compare(*make(1, 200, 2, 32, N=5, HV=2), cu_seqlens=[0, 0, 5, 68, 133, 200])
 
 
 def test_beta_zero_and_two():
@@ -196,7 +181,7 @@ def test_segments(monkeypatch, B, T, HV, K, V, backward):
 @pytest.mark.parametrize("packed", [False, True])
 def test_operators_trace(packed):
     """torch.compile sees one operator each way: no graph break, shapes as the kernels make them."""
-    q, k, v, beta, h0 = make(1, 130, 1, 32, n=2 if packed else None)
+    q, k, v, beta, h0 = make(1, 130, 1, 32, N=2 if packed else None)
     cu = torch.tensor([0, 77, 130], device=DEVICE) if packed else None
 
     def loss(q, k, v, beta, h0):
@@ -351,7 +336,7 @@ def test_gpu_lengths(T):
 def test_gpu_more_programs_than_multiprocessors(d, heads, cu_seqlens):
     """Where many heads run, other launch choices are made: they must be right too."""
     n = None if cu_seqlens is None else len(cu_seqlens) - 1
-    x = make(1, 100, heads // 2, d, HV=heads, n=n, dtype=torch.bfloat16)
+    x = make(1, 100, heads // 2, d, HV=heads, N=n, dtype=torch.bfloat16)
     made = plan.make_plan(*x[:4], None, True)
     assert heads * made.value_tiles > made.call.sms and not made.beside
     compare(*x, cu_seqlens=cu_seqlens)
@@ -382,7 +367,7 @@ def test_gpu_gluon(heads, K, V, T, cu_seqlens, monkeypatch):
     """
     ran = spy_on_gluon(monkeypatch)
     x = make(
-        1, T, heads, K, V, HV=4 * heads, n=None if cu_seqlens is None else len(cu_seqlens) - 1, dtype=torch.bfloat16
+        1, T, heads, K, V, HV=4 * heads, N=None if cu_seqlens is None else len(cu_seqlens) - 1, dtype=torch.bfloat16
     )
     compare(*x, cu_seqlens=cu_seqlens)
     assert ran == {"grads_kernel", "reverse_kernel", "scan_kernel"}
@@ -397,7 +382,7 @@ def test_gpu_gluon_borders(l2norm, monkeypatch):
     ran = spy_on_gluon(monkeypatch)
     for shift, kernels in ((16, {"grads_kernel", "reverse_kernel", "scan_kernel"}), (4, set())):
         ran.clear()
-        q, k, v, beta, h0 = make(1, 200, 68, 128, dtype=torch.bfloat16, l2norm=l2norm)
+        q, k, v, beta, h0 = make(1, 200, 68, 128, dtype=torch.bfloat16, keys="random" if l2norm else "unit")
         wide = torch.full((1, 300, 68, 3 * 128 + 2 * shift), torch.nan, device=DEVICE, dtype=torch.bfloat16)
         inside = wide[:, 50:250, :, shift:-shift]
         inside.copy_(torch.cat((q, k, v), -1))
@@ -413,7 +398,7 @@ def test_gpu_gluon_borders(l2norm, monkeypatch):
 )
 def test_gpu_gradients_beside_the_scan(T, cu_seqlens, d, monkeypatch):
     """They would be computed from what the scan has not written yet, and only sometimes."""
-    x = make(1, T, 4, d, HV=8, n=None if cu_seqlens is None else len(cu_seqlens) - 1, dtype=torch.bfloat16)
+    x = make(1, T, 4, d, HV=8, N=None if cu_seqlens is None else len(cu_seqlens) - 1, dtype=torch.bfloat16)
     x = [t.requires_grad_() for t in x]
     cu = None if cu_seqlens is None else torch.tensor(cu_seqlens, device=DEVICE)
     do = torch.randn_like(x[2])
@@ -445,7 +430,7 @@ def test_gpu_gradients_beside_the_scan(T, cu_seqlens, d, monkeypatch):
 
 @pytest.mark.gpu
 def test_gpu_packed():
-    compare(*make(1, 200, 2, 128, n=5, dtype=torch.bfloat16), cu_seqlens=[0, 0, 5, 68, 133, 200])
+    compare(*make(1, 200, 2, 128, N=5, dtype=torch.bfloat16), cu_seqlens=[0, 0, 5, 68, 133, 200])
 
 
 @pytest.mark.gpu
@@ -482,7 +467,7 @@ def test_gpu_is_deterministic(d, heads):
 @pytest.mark.parametrize("packed", [False, True])
 def test_gpu_compile_fullgraph(packed):
     """torch.compile goes through forward and backward without a graph break."""
-    q, k, v, beta, h0 = make(1, 200, 2, 64, dtype=torch.bfloat16, n=2 if packed else None)
+    q, k, v, beta, h0 = make(1, 200, 2, 64, dtype=torch.bfloat16, N=2 if packed else None)
     cu = torch.tensor([0, 77, 200], device=DEVICE) if packed else None
 
     def loss(q, k, v, beta, h0):

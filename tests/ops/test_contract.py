@@ -1,5 +1,6 @@
 """What both routes accept, refuse and give, torch's functions and the kernels, in one table each."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from _reference import delta_rule_fp64, error
+from _reference import DEVICE, delta_rule_fp64, error, make
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_deltanet import delta_rule, kernel_switch, short_conv
@@ -22,7 +23,6 @@ from deltanet_kernels import _checks, _switch, limits, prepare  # noqa: E402
 from deltanet_kernels import chunk as chunk_module  # noqa: E402
 
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = [deltanet_kernels.chunk_delta_rule, deltanet_kernels.fused_recurrent_delta_rule]
 RULES = [torch_chunk_delta_rule, torch_recurrent_delta_rule, *KERNELS]
 CONVOLUTIONS = [torch_short_conv, deltanet_kernels.short_conv]
@@ -39,14 +39,16 @@ class Poison(TorchDispatchMode):
         return out
 
 
+make_leaves = functools.partial(make, B=1, H=1, HV=2, K=16, beta_max=1.0, requires_grad=True)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def randn(*shape):
     return torch.randn(*shape, device=DEVICE)
-
-
-def make(T, N=1, H=1, HV=2, K=16, V=16, B=1):
-    torch.manual_seed(0)
-    x = [randn(B, T, H, K), randn(B, T, H, K), randn(B, T, HV, V), torch.rand(B, T, HV, device=DEVICE)]
-    return [t.requires_grad_() for t in (*x, randn(N, HV, K, V))]
 
 
 def run(rule, inputs, cu_seqlens, do, dht, **options):
@@ -64,7 +66,7 @@ def run(rule, inputs, cu_seqlens, do, dht, **options):
 def test_a_sequence_may_be_empty(rule, borders):
     """Borders padded to a static shape would be refused by the routes that a CPU has."""
     T, cu = borders[-1], torch.tensor(borders, device=DEVICE)
-    inputs = make(T, len(borders) - 1)
+    inputs = make_leaves(T=T, N=len(borders) - 1)
     o, ht = delta_rule_fp64(*inputs[:4], None, inputs[4], True, cu)
     do, dht = randn(*o.shape), randn(*ht.shape)
     want = [o, ht, *torch.autograd.grad((o, ht), inputs, (do.double(), dht.double()), materialize_grads=True)]
@@ -80,7 +82,6 @@ def test_a_sequence_may_be_empty(rule, borders):
 @pytest.mark.usefixtures("short_segments")
 def test_both_convolutions_agree_on_empty_sequences_and_states(borders, state):
     """A prompt of packed turns would lose its convolution's tails on the route without kernels."""
-    torch.manual_seed(0)
     N, T, W = len(borders) - 1, borders[-1], 4
     inputs = [randn(1, T, 5), randn(1, T, 3), randn(5, W), randn(3, W), *([randn(N, 8, W - 1)] if state else [])]
     inputs = [x.requires_grad_() for x in inputs]
@@ -107,7 +108,7 @@ def test_tokens_outside_of_all_sequences_give_zeros(rule, borders):
         T, borders = T // 10, [border // 10 for border in borders]
     first, end = borders[0], borders[-1]
     cu = torch.tensor(borders, device=DEVICE)
-    inputs = make(T, len(borders) - 1)
+    inputs = make_leaves(T=T, N=len(borders) - 1)
     do, dht = randn(*inputs[2].shape), randn(*inputs[4].shape)
     inside = [x.detach()[:, first:end].requires_grad_() for x in inputs[:4]] + [inputs[4].detach().requires_grad_()]
     want = run(rule, inside, cu - first, do[:, first:end], dht)
@@ -126,7 +127,6 @@ def test_tokens_outside_of_all_sequences_give_zeros(rule, borders):
 @pytest.mark.usefixtures("short_segments")
 def test_the_convolution_outside_of_all_sequences_gives_zeros(state, borders):
     """The same for the layer before, whose last document would go on into the tail."""
-    torch.manual_seed(0)
     T, W, first, end = 54, 4, borders[0], borders[-1]
     xs, weights, dys = [randn(1, T, 20)], [randn(20, W)], [randn(1, T, 20)]
     h = randn(len(borders) - 1, 20, W - 1) if state else None
@@ -167,7 +167,7 @@ def test_bad_borders_are_refused_where_reading_them_costs_nothing(borders):
 @pytest.mark.parametrize("rule", RULES)
 def test_a_state_in_half_precision_is_converted(rule, dtype):
     """fla's own examples pass one; its gradient must come back in the dtype that it has."""
-    q, k, v, beta, h0 = make(70)
+    q, k, v, beta, h0 = make_leaves(T=70)
     half = h0.detach().to(dtype).requires_grad_()
     same = half.detach().float().requires_grad_()
     results = []
@@ -182,7 +182,7 @@ def test_a_state_in_half_precision_is_converted(rule, dtype):
 @pytest.mark.parametrize("rule", RULES)
 def test_flas_arguments_are_known_by_name(rule):
     """A user who changes one import would have to change his calls; what has no meaning here is refused in words."""
-    q, k, v, beta, h0 = (x.detach() for x in make(70, 2))
+    q, k, v, beta, h0 = (x.detach() for x in make_leaves(T=70, N=2))
     cu = torch.tensor([0, 30, 70], device=DEVICE)
     options = {"chunk_size": 32} if "chunk" in rule.__name__ else {}
     same = rule(q, k, v, beta, initial_state=h0, use_qk_l2norm_in_kernel=True, cu_seqlens=cu)[0]
@@ -200,7 +200,7 @@ def test_flas_arguments_are_known_by_name(rule):
 @pytest.mark.parametrize("rule", [torch_recurrent_delta_rule, deltanet_kernels.fused_recurrent_delta_rule])
 def test_without_beta_it_is_one(rule):
     """As in fla's token-by-token function."""
-    q, k, v, beta, _ = (x.detach() for x in make(5))
+    q, k, v, beta, _ = (x.detach() for x in make_leaves(T=5))
     got, same = (rule(q, k, v, b, use_qk_l2norm_in_kernel=True)[0] for b in (None, torch.ones_like(beta)))
     assert torch.equal(got, same)
 
@@ -322,7 +322,7 @@ def test_checks_read_borders_and_values(function, monkeypatch):
     monkeypatch.setattr(_switch, "CHECKS", True)
 
     def call(border, value):
-        q, k, v, beta, _ = (x.detach() for x in make(6))
+        q, k, v, beta, _ = (x.detach() for x in make_leaves(T=6))
         v[0, 3, 1, 2] = value
         cu = torch.tensor([0, border], device=DEVICE)
         if function is deltanet_kernels.short_conv:
@@ -342,7 +342,7 @@ def test_checks_read_borders_and_values(function, monkeypatch):
 @pytest.mark.parametrize("B, T", [(4, 70), (1, 260)])
 def test_more_chunks_than_a_grid_takes(B, T, monkeypatch):
     """From 4.2 million tokens on a launch would be refused: CUDA ends a grid's second axis at 65535."""
-    inputs = make(T, B, B=B)
+    inputs = make_leaves(B=B, T=T)
     do, dht = randn(*inputs[2].shape), randn(*inputs[4].shape)
     run_ = lambda: run(deltanet_kernels.chunk_delta_rule, inputs, None, do, dht)  # noqa: E731
     want, launched = run_(), []
@@ -363,7 +363,6 @@ def test_a_convolution_larger_than_a_grid(monkeypatch):
     """From 2.1 million tokens, or 65536 rows, on a launch would be refused."""
     from deltanet_kernels import convolution as module
 
-    torch.manual_seed(0)
     inputs = [randn(3, 34, 20), randn(20, 4), randn(3, 20, 3)]
     inputs, dy = [x.requires_grad_() for x in inputs], randn(3, 34, 20)
 

@@ -1,12 +1,13 @@
 """The torch rule against the recurrence in fp64: outputs, final state and the gradient of every tensor."""
 
+import functools
 import importlib.util
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from _reference import delta_rule_fp64
+from _reference import assert_close, delta_rule_fp64, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,24 +17,13 @@ from modeling_deltanet.delta_rule import delta_rule, torch_chunk_delta_rule, tor
 
 RULES = [torch_chunk_delta_rule, torch_recurrent_delta_rule]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-NAMES = ("q", "k", "v", "beta", "initial_state")
+NAMES = ("o", "final_state", "dq", "dk", "dv", "dbeta", "dinitial_state")
+make_inputs = functools.partial(make, dtype=torch.float64, beta_max=1.0, device="cpu")
 
 
 def reference(*inputs, use_qk_l2norm_in_kernel=False, **kwargs):
     """The rule as it is defined, a token at a time, without a line of the code under test."""
     return delta_rule_fp64(*inputs, l2norm=use_qk_l2norm_in_kernel, **kwargs)
-
-
-def make_inputs(B, T, H, K, HV, V, N=None, seed=0, keys="random", beta_max=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    randn = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    q, k, v = randn(B, T, H, K), randn(B, T, H, K), randn(B, T, HV, V)
-    if keys == "silu":
-        q, k = F.silu(q), F.silu(k)
-    elif keys == "repeated":
-        k = k[:, :1].expand_as(k).clone()
-    beta = torch.rand(B, T, HV, generator=generator, dtype=torch.float64) * beta_max
-    return q, k, v, beta, randn(B if N is None else N, HV, K, V)
 
 
 def run(rule, inputs, dtype, with_state=True, **kwargs):
@@ -48,17 +38,7 @@ def run(rule, inputs, dtype, with_state=True, **kwargs):
         (x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype)).sum() for x in (o, final)
     )
     gradients = torch.autograd.grad(loss, used, materialize_grads=True)
-    return dict(
-        zip(("o", "final_state", *("d" + name for name in NAMES)), (x.double() for x in (o, final, *gradients)))
-    )
-
-
-def assert_close(got, wanted, tolerance):
-    assert got.keys() == wanted.keys()
-    for name in wanted:
-        norm = wanted[name].norm()
-        error = (got[name] - wanted[name]).norm() / (norm if norm > 0 else 1)
-        assert error <= tolerance, f"{name}: relative error {error:.2e}, allowed {tolerance:.0e}"
+    return o, final, *gradients
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -77,13 +57,14 @@ def test_equals_the_fp64_recurrence(rule, dtype, data):
     else:
         B, T, N = data.draw(st.integers(1, 2), "B"), data.draw(st.sampled_from([0, 1, 2, 63, 64, 65, 130]), "T"), None
     inputs = make_inputs(
-        B, T, H, K, H * group, V, N,
+        B, T, H, K, V, H * group, N,
         seed=data.draw(st.integers(0, 99), "seed"),
         keys=data.draw(st.sampled_from(["random", "silu", "repeated"]), "keys"),
         beta_max=data.draw(st.sampled_from([0.0, 1.0, 2.0]), "beta_max"),
     )  # fmt: skip
     kwargs["with_state"] = data.draw(st.booleans(), "initial_state")
-    assert_close(run(rule, inputs, dtype, **kwargs), run(reference, inputs, torch.float64, **kwargs), TOLERANCE[dtype])
+    wanted = run(reference, inputs, torch.float64, **kwargs)
+    assert_close(NAMES, run(rule, inputs, dtype, **kwargs), wanted, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -91,16 +72,16 @@ def test_equals_the_fp64_recurrence(rule, dtype, data):
 @pytest.mark.parametrize("beta_max", [0.0, 1.0, 2.0])
 def test_chunks_equal_the_recurrence_over_many_chunks(dtype, keys, beta_max):
     """At T = 1000 rounding has had time to grow, most of all where one key comes again and again."""
-    inputs = make_inputs(1, 1000, 1, 16, 2, 8, keys=keys, beta_max=beta_max)
+    inputs = make_inputs(1, 1000, 1, 16, 8, HV=2, keys=keys, beta_max=beta_max)
     kwargs = {"use_qk_l2norm_in_kernel": True}
     wanted = run(torch_recurrent_delta_rule, inputs, torch.float64, **kwargs)
-    assert_close(run(torch_chunk_delta_rule, inputs, dtype, **kwargs), wanted, TOLERANCE[dtype])
+    assert_close(NAMES, run(torch_chunk_delta_rule, inputs, dtype, **kwargs), wanted, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_half_precision_inputs_are_computed_in_fp32(rule):
     """A bf16 model loses only the rounding of its inputs and of o; the state it carries on stays fp32."""
-    inputs = [x.to(torch.bfloat16) for x in make_inputs(1, 150, 2, 16, 2, 16)[:4]]
+    inputs = [x.to(torch.bfloat16) for x in make_inputs(1, 150, 2, 16)[:4]]
     o, state = rule(*inputs, output_final_state=True, use_qk_l2norm_in_kernel=True)
     wanted_o, wanted_state = reference(*(x.double() for x in inputs), use_qk_l2norm_in_kernel=True)
     assert o.dtype == torch.bfloat16
@@ -112,7 +93,7 @@ def test_half_precision_inputs_are_computed_in_fp32(rule):
 @pytest.mark.parametrize("rule", RULES)
 def test_autocast_does_not_reach_the_rule(rule):
     """Under a bf16 autocast the products inside would lose the state's precision."""
-    inputs = [x.float() for x in make_inputs(1, 100, 2, 16, 2, 16)[:4]]
+    inputs = [x.float() for x in make_inputs(1, 100, 2, 16)[:4]]
     wanted = rule(*inputs, use_qk_l2norm_in_kernel=True)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(rule(*inputs, use_qk_l2norm_in_kernel=True)[0], wanted)
@@ -121,7 +102,7 @@ def test_autocast_does_not_reach_the_rule(rule):
 @pytest.mark.parametrize("rule", RULES)
 def test_a_state_carries_a_sequence_over_a_cut(rule):
     """Prefilling a prompt in two calls must be prefilling it in one, and must not change the state it was given."""
-    q, k, v, beta, state = make_inputs(2, 100, 2, 8, 2, 8)
+    q, k, v, beta, state = make_inputs(2, 100, 2, 8)
     before = state.clone()
     whole, final = rule(q, k, v, beta, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True)
     first, middle = rule(
@@ -144,7 +125,7 @@ def test_a_state_carries_a_sequence_over_a_cut(rule):
 @pytest.mark.parametrize("rule", RULES)
 def test_no_final_state_unless_asked_for(rule):
     """Training code unpacks (o, None)."""
-    assert rule(*make_inputs(1, 5, 1, 4, 1, 4)[:4])[1] is None
+    assert rule(*make_inputs(1, 5, 1, 4)[:4])[1] is None
 
 
 def test_strided_inputs_from_one_projection():
@@ -161,7 +142,7 @@ def test_a_strided_state_and_gradient(rule):
     """A state cut out of a larger tensor, and a gradient that comes back in other strides, are read as what they
     are.
     """
-    q, k, v, beta, state = make_inputs(2, 100, 3, 8, 3, 8)
+    q, k, v, beta, state = make_inputs(2, 100, 3, 8)
     strided = state.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
     state.requires_grad_()
     weight = torch.randn(3, 2, 8, 8, dtype=torch.float64)
@@ -176,7 +157,7 @@ def test_a_strided_state_and_gradient(rule):
 def test_the_switch_takes_the_torch_rule_on_a_cpu():
     """On a laptop the model must run without the kernels; a short step takes the recurrence, the rest the chunks."""
     for T in (1, 100):
-        q, k, v, beta, _ = make_inputs(1, T, 1, 8, 1, 8)
+        q, k, v, beta, _ = make_inputs(1, T, 1, 8)
         got = delta_rule(q, k, v, beta, use_qk_l2norm_in_kernel=True)[0]
         torch.testing.assert_close(got, reference(q, k, v, beta, use_qk_l2norm_in_kernel=True)[0], rtol=0, atol=1e-12)
 
@@ -225,7 +206,7 @@ def test_what_is_missing_is_logged_where_it_is_missed(without_kernels, caplog):
 
 
 def _bad(**changes):
-    q, k, v, beta, state = make_inputs(1, 6, 2, 4, 4, 3)
+    q, k, v, beta, state = make_inputs(1, 6, 2, 4, 3, HV=4)
     arguments = {"q": q, "k": k, "v": v, "beta": beta, "initial_state": state, **changes}
     return {name: x for name, x in arguments.items() if x is not None}
 
@@ -266,7 +247,7 @@ def test_bad_input_is_one_clear_error(rule, case):
 @pytest.mark.parametrize("rule", RULES)
 def test_packing_a_batch_and_unknown_keywords_are_refused(rule):
     """cu_seqlens with two rows has no meaning, and a misspelt option must not be ignored."""
-    q, k, v, beta, _ = make_inputs(2, 6, 1, 4, 1, 4)
+    q, k, v, beta, _ = make_inputs(2, 6, 1, 4)
     with pytest.raises(ValueError, match="batch of 1, got 2"):
         rule(q, k, v, beta, cu_seqlens=torch.tensor([0, 6]))
     with pytest.raises(TypeError, match="cu_seqlen"):

@@ -19,7 +19,9 @@ from modeling_deltanet.delta_rule import (
 
 
 deltanet_kernels = pytest.importorskip("deltanet_kernels")
-from tests.ops._plans import decide_anew  # noqa: E402
+from deltanet_kernels import plan  # noqa: E402
+
+from tests.ops._plans import change_plans, decide_anew  # noqa: E402
 
 
 RULES = [torch_chunk_delta_rule, torch_recurrent_delta_rule]
@@ -202,6 +204,14 @@ def test_chunked_kernels_in_half_precision(dtype, gate):
     compare(make_inputs(1, 100, 1, 64, 2, 32, gate=gate), dtype)
 
 
+@pytest.mark.parametrize("stored, deep", [(False, False), (False, True), (True, True)])
+def test_every_form_of_the_scans_fades(stored, deep, monkeypatch):
+    """Which form runs depends on the chip's size and the head's: P with its decays stored, or made by each scan."""
+    change_plans(monkeypatch, scores=plan.Launch(32, 4, 1) if stored else None, deep=deep)
+    compare(make_inputs(1, 100, 1, 48, 2, 32))
+    compare(make_inputs(1, 70, 1, 160, 1, 16))
+
+
 def test_packed_documents_fade_alone():
     """A document's decay must not reach into the next; tokens outside of all get zeros, dg among them."""
     borders = torch.tensor([0, 0, 5, 68, 133, 200])
@@ -247,6 +257,41 @@ def test_gated_operators_trace():
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for x, y in zip(gradients(compiled), gradients(loss)):
         assert error(x, y) < 1e-5
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_kernels_token_by_token(gate):
+    """The rule as it is defined, on a GPU: gradients, too, which fla's function of this name has not."""
+    name = "fused_recurrent_gated_delta_rule"
+    compare(make_inputs(2, 11, 1, 20, 2, 16, gate=gate), name=name)
+    borders = torch.tensor([0, 3, 3, 4, 11])
+    compare(make_inputs(1, 11, 1, 16, 2, 16, N=4, gate=gate), name=name, cu_seqlens=borders)
+
+
+def test_tokens_outside_of_all_sequences_have_no_gradient():
+    """Neither have sequences before or after a part in them."""
+    inputs = [x.float().to(DEVICE).requires_grad_() for x in make_inputs(1, 11, 1, 16, 2, 16)[:5]]
+    q, k, v, beta, g = inputs
+    o, _ = on_kernels("fused_recurrent_gated_delta_rule")(q, k, v, g, beta=beta, cu_seqlens=torch.tensor([2, 5, 9]))
+    for x in (o, *torch.autograd.grad(o.sum(), inputs)):
+        assert x[:, :2].eq(0).all() and x[:, 9:].eq(0).all() and x.isfinite().all()
+
+
+def test_decays_per_channel_are_refused():
+    """They are another rule's: ignored, they would give another model."""
+    q, k, v, beta, g, _ = (x.float() for x in make_inputs(1, 5, 1, 16, 2, 16))
+    with pytest.raises(ValueError, match="gk and gv, decays per channel"):
+        deltanet_kernels.fused_recurrent_gated_delta_rule(q, k, v, g, k)
+
+
+def test_gated_step_kernel():
+    """A step of decoding is the recurrence's next token, in place."""
+    q, k, v, beta, g, state = (x.float() for x in make_inputs(2, 1, 1, 32, 2, 16, gate="fast"))
+    wanted = delta_rule_fp64(q, k, v, beta, initial_state=state, l2norm=True, g=g)
+    state = state.to(DEVICE)
+    o = on_kernels("gated_delta_rule_step")(q, k, v, g, beta, state, use_qk_l2norm_in_kernel=True)
+    assert error(o, wanted[0]) < 1e-6
+    assert error(state, wanted[1]) < 1e-6
 
 
 def test_kernels_name_a_gate_of_another_shape():

@@ -11,7 +11,8 @@ import torch
 from tests.ops import interpreter_bf16
 from tests.ops import test_recurrent as recurrent
 from tests.ops import test_short_conv as conv
-from tests.ops.test_chunk_delta_rule import compare, make
+from tests.ops._reference import make
+from tests.ops.test_chunk_delta_rule import compare
 
 
 triton = pytest.importorskip("triton")
@@ -45,8 +46,8 @@ def test_packed_and_without_norm():
     """Borders inside a chunk, an empty sequence; keys normalised by the caller are rounded, too, hence the caller's
     error.
     """
-    compare(*make(1, 130, 1, 32, n=4, dtype=BF16), cu_seqlens=[0, 0, 5, 68, 130])
-    compare(*make(2, 65, 1, 32, l2norm=False, state=False, dtype=BF16), l2norm=False)
+    compare(*make(1, 130, 1, 32, N=4, dtype=BF16), cu_seqlens=[0, 0, 5, 68, 130])
+    compare(*make(2, 65, 1, 32, keys="unit", state=False, dtype=BF16), l2norm=False)
 
 
 @pytest.mark.parametrize("T", [512, 450])
@@ -63,14 +64,14 @@ def test_fp16():
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
 def test_token_by_token(dtype):
     """Packed and grouped, which the fp32 tests alone had."""
-    x = recurrent.make(1, 11, 1, 2, 32, 16, dtype=dtype, N=4)
+    x = recurrent.make_leaves(1, 11, 1, 32, 16, HV=2, dtype=dtype, N=4)
     recurrent.check(x, recurrent.TOLERANCE[dtype], norm=True, cu_seqlens=[0, 3, 3, 4, 11])
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
 @pytest.mark.usefixtures("short_segments")
 def test_short_convolution(dtype):
-    tensors = conv.make(1, 35, (20, 16), 4, dtype, N=4, state=True)
+    tensors = conv.make_convolution(1, 35, (20, 16), 4, dtype, N=4, state=True)
     conv.check(*tensors, conv.TOLERANCE[dtype], cu_seqlens=[0, 1, 20, 20, 35])
 
 

@@ -3,6 +3,7 @@
 Without a GPU they run in Triton's interpreter (see conftest.py); with one, the same tests run on it.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from _reference import delta_rule_fp64
+from _reference import DEVICE, assert_close, delta_rule_fp64, make
 
 
 triton = pytest.importorskip("triton")
@@ -24,23 +25,12 @@ from deltanet_kernels import (  # noqa: E402
 
 
 CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
 # inductor compiles for the GPU; on the CPU tracing and the registrations are what can be tried
 BACKEND = "inductor" if CUDA else "aot_eager"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 NAMES = ("o", "final_state", "dq", "dk", "dv", "dbeta", "dinitial_state")
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]
-
-
-def make(B, T, H, HV, K, V, dtype=torch.float32, N=None, state=True, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    q, k = (torch.randn(B, T, H, K, generator=g) for _ in range(2))
-    k = k / k.norm(dim=-1, keepdim=True)
-    v = torch.randn(B, T, HV, V, generator=g)
-    beta = 2 * torch.rand(B, T, HV, generator=g)
-    inputs = [x.to(DEVICE, dtype).requires_grad_() for x in (q, k, v, beta)]
-    h0 = torch.randn(N or B, HV, K, V, generator=g).to(DEVICE).requires_grad_() if state else None
-    return (*inputs, h0)
+make_leaves = functools.partial(make, keys="unit", requires_grad=True)
 
 
 def outputs_and_gradients(function, inputs, with_state=True):
@@ -53,17 +43,6 @@ def outputs_and_gradients(function, inputs, with_state=True):
     return (o, final_state, *gradients)
 
 
-def assert_close(actual, expected, tolerance):
-    for name, a, b in zip(NAMES, actual, expected):
-        if a is None and b is None:
-            continue
-        assert a.shape == b.shape, name
-        a, b = a.detach().double(), b.detach().double()
-        assert torch.isfinite(a).all(), name
-        error = (a - b).norm() / b.norm().clamp(min=1e-30)
-        assert error <= tolerance or (a - b).norm() < 1e-6, f"{name}: {error:.2e} > {tolerance}"
-
-
 def check(inputs, tolerance, scale=None, norm=False, cu_seqlens=None, with_state=True):
     cu = None if cu_seqlens is None else torch.tensor(cu_seqlens, device=DEVICE)
 
@@ -74,7 +53,10 @@ def check(inputs, tolerance, scale=None, norm=False, cu_seqlens=None, with_state
         return delta_rule_fp64(q, k, v, beta, scale, h0, norm, cu_seqlens)
 
     assert_close(
-        outputs_and_gradients(ours, inputs, with_state), outputs_and_gradients(wanted, inputs, with_state), tolerance
+        NAMES,
+        outputs_and_gradients(ours, inputs, with_state),
+        outputs_and_gradients(wanted, inputs, with_state),
+        tolerance,
     )
 
 
@@ -90,25 +72,30 @@ CASES = {  # B, T, H, HV, K, V, dtype, norm, state
 @pytest.mark.parametrize("case", CASES)
 def test_forward_and_gradients(case):
     """A wrong output or gradient here is a model that trains to something else."""
-    *shape, dtype, norm, state = CASES[case]
-    check(make(*shape, dtype=dtype, state=state), TOLERANCE[dtype], norm=norm, scale=0.3 if state else None)
+    B, T, H, HV, K, V, dtype, norm, state = CASES[case]
+    check(
+        make_leaves(B, T, H, K, V, HV, dtype=dtype, state=state),
+        TOLERANCE[dtype],
+        norm=norm,
+        scale=0.3 if state else None,
+    )
 
 
 @pytest.mark.parametrize("K, V", [(32, 64), (64, 96), (96, 128), (128, 32), (192, 16), (16, 192), (256, 256)])
 def test_head_sizes(K, V):
     """Every documented head size works, also those that are no power of two, and K != V."""
-    check(make(1, 2, 1, 1, K, V), TOLERANCE[torch.float32], norm=True)
+    check(make_leaves(1, 2, 1, K, V), TOLERANCE[torch.float32], norm=True)
 
 
 def test_packed_sequences():
     """A packed sequence gives what it gives alone, empty neighbours included."""
     cu_seqlens = [0, 3, 3, 4, 11]
-    check(make(1, 11, 1, 2, 16, 16, N=4), TOLERANCE[torch.float32], norm=True, cu_seqlens=cu_seqlens)
+    check(make_leaves(1, 11, 1, 16, HV=2, N=4), TOLERANCE[torch.float32], norm=True, cu_seqlens=cu_seqlens)
 
 
 def test_no_tokens():
     """An empty batch hands its state through, and the state's gradient back."""
-    q, k, v, beta, h0 = make(2, 0, 1, 1, 16, 16)
+    q, k, v, beta, h0 = make_leaves(2, 0, 1, 16)
     o, final_state = fused_recurrent_delta_rule(q, k, v, beta, None, h0, True)
     assert o.shape == v.shape
     assert torch.equal(final_state, h0)
@@ -118,7 +105,7 @@ def test_no_tokens():
 
 def test_beta_zero():
     """A padded token (beta = 0) has exact gradients, that of beta included: nothing is divided by it."""
-    q, k, v, beta, h0 = make(1, 7, 1, 1, 16, 16)
+    q, k, v, beta, h0 = make_leaves(1, 7, 1, 16)
     with torch.no_grad():
         beta[:, ::2] = 0
     check((q, k, v, beta, h0), TOLERANCE[torch.float32])
@@ -126,7 +113,7 @@ def test_beta_zero():
 
 def test_gradient_from_output_or_state_alone():
     """A loss on the output alone, or on the final state alone, needs no gradient of the other."""
-    inputs = make(1, 5, 1, 1, 16, 16)
+    inputs = make_leaves(1, 5, 1, 16)
     check(inputs, TOLERANCE[torch.float32], with_state=False)
     grads = []
     for function in (
@@ -136,13 +123,13 @@ def test_gradient_from_output_or_state_alone():
         _, final_state = function(*inputs)
         grads.append(torch.autograd.grad(final_state.square().sum(), inputs, allow_unused=True))
     assert not grads[0][0].any()  # nothing depends on q
-    assert_close((None, None, None, *grads[0][1:]), (None, None, None, *grads[1][1:]), TOLERANCE[torch.float32])
+    assert_close(NAMES, (None, None, None, *grads[0][1:]), (None, None, None, *grads[1][1:]), TOLERANCE[torch.float32])
 
 
 def test_strided_and_poisoned():
     """q, k, v are read in place from one projection, and not a value beyond their borders is used."""
     B, T, H, K, V = 2, 6, 2, 24, 40
-    inputs = make(B, T, H, H, K, V)
+    inputs = make_leaves(B, T, H, K, V)
     plain = fused_recurrent_delta_rule(*inputs[:4], initial_state=inputs[4])[0]
     buffer = torch.full((B, T + 3, H * (2 * K + V) + H + 5), torch.nan, device=DEVICE)
     views, first = [], 0
@@ -162,7 +149,7 @@ def test_strided_and_poisoned():
 @pytest.mark.parametrize("norm", [False, True])
 def test_step(norm):
     """Decoding token by token gives what the whole sequence gives, and leaves the same state behind."""
-    q, k, v, beta, h0 = (x.detach() for x in make(2, 4, 1, 2, 24, 40))
+    q, k, v, beta, h0 = make(2, 4, 1, 24, 40, HV=2, keys="unit")
     expected, final_state = delta_rule_fp64(q, k, v, beta, None, h0, norm, None)
     pool = torch.full((3, 2, 24, 48), torch.nan, device=DEVICE)
     state = pool[:2, :, :, :40].copy_(h0)
@@ -170,30 +157,30 @@ def test_step(norm):
     for t in range(4):
         token = slice(t, t + 1)
         outputs.append(delta_rule_step(q[:, token], k[:, token], v[:, token], beta[:, token], state, None, norm))
-    assert_close((torch.cat(outputs, 1), state), (expected, final_state), TOLERANCE[torch.float32])
+    assert_close(NAMES, (torch.cat(outputs, 1), state), (expected, final_state), TOLERANCE[torch.float32])
     assert torch.isnan(pool[2]).all() and torch.isnan(pool[:2, :, :, 40:]).all()
 
 
 def test_step_half_precision():
     """The state stays in fp32 whatever the inputs are."""
-    q, k, v, beta, h0 = (x.detach() for x in make(1, 1, 1, 1, 32, 32, torch.bfloat16))
+    q, k, v, beta, h0 = make(1, 1, 1, 32, dtype=torch.bfloat16, keys="unit")
     expected = delta_rule_fp64(q, k, v, beta, None, h0, True, None)
     o = delta_rule_step(q, k, v, beta, h0, use_qk_l2norm_in_kernel=True)
     assert o.dtype == torch.bfloat16
-    assert_close((o,), expected[:1], TOLERANCE[torch.bfloat16])
-    assert_close((None, h0), (None, expected[1]), TOLERANCE[torch.float32])
+    assert_close(NAMES, (o,), expected[:1], TOLERANCE[torch.bfloat16])
+    assert_close(NAMES, (None, h0), (None, expected[1]), TOLERANCE[torch.float32])
 
 
 def test_compile_fullgraph():
     """torch.compile goes through forward, backward and the step without a graph break."""
-    inputs = make(1, 5, 1, 2, 16, 16)
+    inputs = make_leaves(1, 5, 1, 16, HV=2)
 
     def run(q, k, v, beta, h0):
         return fused_recurrent_delta_rule(q, k, v, beta, None, h0, True, True)
 
     eager = outputs_and_gradients(run, inputs)
     compiled = outputs_and_gradients(torch.compile(run, fullgraph=True, backend=BACKEND), inputs)
-    assert_close(compiled, eager, 1e-6)
+    assert_close(NAMES, compiled, eager, 1e-6)
     q, k, v, beta, h0 = (x.detach() for x in inputs)
     states = h0.clone(), h0.clone()
 
@@ -207,7 +194,7 @@ def test_compile_fullgraph():
 
 def test_errors_name_what_came():
     """A wrong shape is refused in words, not by a wrong result or an illegal memory access."""
-    q, k, v, beta, h0 = (x.detach() for x in make(2, 3, 2, 4, 16, 16))
+    q, k, v, beta, h0 = make(2, 3, 2, 16, HV=4, keys="unit")
     with pytest.raises(ValueError, match=r"k must have the shape of q.*\[2, 2, 2, 16\]"):
         fused_recurrent_delta_rule(q, k[:, :2], v, beta)
     with pytest.raises(ValueError, match=r"multiple of q's 2 heads, got 3"):
@@ -257,7 +244,7 @@ def test_compiles_offline(compiled, capability, d):
 
 
 def measured(K=128, V=128, dtype=torch.bfloat16, **kwargs):
-    return make(2, 384, 4, 8, K, V, dtype, **kwargs)
+    return make_leaves(2, 384, 4, K, V, HV=8, dtype=dtype, **kwargs)
 
 
 class TestOnGpu:
@@ -269,7 +256,9 @@ class TestOnGpu:
         check(measured(K, V, dtype), TOLERANCE[dtype], norm=True)
 
     def test_real_sizes_packed(self):
-        check(make(1, 700, 4, 4, 128, 128, torch.bfloat16, N=4), 1e-2, norm=True, cu_seqlens=[0, 1, 300, 301, 700])
+        check(
+            make_leaves(1, 700, 4, 128, N=4, dtype=torch.bfloat16), 1e-2, norm=True, cu_seqlens=[0, 1, 300, 301, 700]
+        )
 
     def test_deterministic(self):
         """Two runs give the same bits: no atomics, one order of summation."""
@@ -283,15 +272,15 @@ class TestOnGpu:
 
     @pytest.mark.parametrize("B, K", [(1, 128), (64, 128), (3, 256), (5, 32), (2, 192)])
     def test_step_sizes(self, B, K):
-        q, k, v, beta, h0 = (x.detach() for x in make(B, 1, 8, 16, K, K, torch.bfloat16))
+        q, k, v, beta, h0 = make(B, 1, 8, K, HV=16, dtype=torch.bfloat16, keys="unit")
         expected = delta_rule_fp64(q, k, v, beta, None, h0, True, None)
         o = delta_rule_step(q, k, v, beta, h0, use_qk_l2norm_in_kernel=True)
-        assert_close((o,), expected[:1], 1e-2)
-        assert_close((None, h0), (None, expected[1]), 1e-5)
+        assert_close(NAMES, (o,), expected[:1], 1e-2)
+        assert_close(NAMES, (None, h0), (None, expected[1]), 1e-5)
 
     def test_step_in_a_cuda_graph(self):
         """A captured step replays on new inputs and moves the state on, as serving engines need it."""
-        q, k, v, beta, h0 = (x.detach() for x in make(4, 3, 8, 8, 128, 128, torch.bfloat16))
+        q, k, v, beta, h0 = make(4, 3, 8, 128, dtype=torch.bfloat16, keys="unit")
         token = [x[:, :1].clone() for x in (q, k, v, beta)]
         state = h0.clone()
         delta_rule_step(*token, state.clone())

@@ -6,6 +6,7 @@ Whether they compile for GPUs that are not there is tested in test_recurrent.py.
 
 import pytest
 import torch
+from _reference import DEVICE, assert_close
 
 
 triton = pytest.importorskip("triton")
@@ -14,7 +15,6 @@ from deltanet_kernels import short_conv, short_conv_step  # noqa: E402
 
 
 CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
 BACKEND = "inductor" if CUDA else "aot_eager"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 pytestmark = pytest.mark.usefixtures("short_segments")
@@ -39,7 +39,7 @@ def reference(xs, weights, activation, initial_state, cu_seqlens):
     return torch.cat(ys).reshape(B, T, D), torch.stack(states)
 
 
-def make(B, T, sizes, W, dtype=torch.float32, N=None, state=False):
+def make_convolution(B, T, sizes, W, dtype=torch.float32, N=None, state=False):
     g = torch.Generator().manual_seed(0)
 
     def randn(*shape):
@@ -52,15 +52,6 @@ def make(B, T, sizes, W, dtype=torch.float32, N=None, state=False):
 def gradients_of(y, inputs):
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(y.device)
     return torch.autograd.grad((y.double() * dy).sum(), inputs)
-
-
-def assert_close(names, actual, expected, tolerance):
-    for name, a, b in zip(names, actual, expected):
-        assert a.shape == b.shape, name
-        a, b = a.detach().double(), b.detach().double()
-        assert torch.isfinite(a).all(), name
-        error = (a - b).norm() / b.norm().clamp(min=1e-30)
-        assert error <= tolerance, f"{name}: {error:.2e} > {tolerance}"
 
 
 def check(xs, weights, state, tolerance, activation="silu", cu_seqlens=None):
@@ -96,13 +87,13 @@ CASES = {  # B, T, sizes, W, dtype, activation, state
 def test_forward_and_gradients(case):
     """A wrong output or gradient here is a model that trains to something else."""
     B, T, sizes, W, dtype, activation, state = CASES[case]
-    check(*make(B, T, sizes, W, dtype, state=state), TOLERANCE[dtype], activation)
+    check(*make_convolution(B, T, sizes, W, dtype, state=state), TOLERANCE[dtype], activation)
 
 
 def test_segments_as_on_a_gpu(monkeypatch):
     """The launch choices that all other tests leave out would lose rows."""
     monkeypatch.undo()  # the short segments
-    check(*make(1, 135, (17,), 4), TOLERANCE[torch.float32])
+    check(*make_convolution(1, 135, (17,), 4), TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("state", [False, True])
@@ -110,13 +101,13 @@ def test_segments_as_on_a_gpu(monkeypatch):
 def test_packed_sequences(W, state):
     """Nothing leaks across a border, forward or backward, wherever it falls in a block, with empty neighbours."""
     cu_seqlens = [0, 0, 1, 20, 24, 27, 27, 28, 35, 35]
-    tensors = make(1, 35, (20, 16), W, N=len(cu_seqlens) - 1, state=state)
+    tensors = make_convolution(1, 35, (20, 16), W, N=len(cu_seqlens) - 1, state=state)
     check(*tensors, TOLERANCE[torch.float32], cu_seqlens=cu_seqlens)
 
 
 def test_no_tokens():
     """An empty batch hands its state through."""
-    xs, weights, state = make(2, 0, (16, 8), 4, state=True)
+    xs, weights, state = make_convolution(2, 0, (16, 8), 4, state=True)
     ys, final_state = short_conv(xs, weights, "silu", state, True)
     assert [y.shape for y in ys] == [x.shape for x in xs]
     assert torch.equal(final_state, state)
@@ -124,7 +115,7 @@ def test_no_tokens():
 
 def test_strided_and_poisoned():
     """Views of one projection are read in place, and not a value beyond their borders is used."""
-    xs, weights, _ = make(2, 11, (24, 16), 4)
+    xs, weights, _ = make_convolution(2, 11, (24, 16), 4)
     buffer = torch.full((2, 15, 60), torch.nan, device=DEVICE)
     views = [buffer[:, 2:13, 3:27], buffer[:, 2:13, 40:56]]
     views = [view.copy_(x.detach()).requires_grad_() for view, x in zip(views, xs)]
@@ -136,8 +127,8 @@ def test_strided_and_poisoned():
 
 def test_weights_in_fp32_beside_bf16():
     """Master weights may stay in fp32, and get their gradient in fp32."""
-    xs, _, _ = make(1, 9, (16,), 4, torch.bfloat16)
-    _, weights, _ = make(1, 9, (16,), 4, torch.float32)
+    xs, _, _ = make_convolution(1, 9, (16,), 4, torch.bfloat16)
+    _, weights, _ = make_convolution(1, 9, (16,), 4, torch.float32)
     (dw,) = gradients_of(short_conv(xs, weights)[0][0], weights)
     assert dw.dtype == torch.float32
     (wanted,) = gradients_of(reference(xs, weights, "silu", None, None)[0], weights)
@@ -146,7 +137,7 @@ def test_weights_in_fp32_beside_bf16():
 
 def test_one_tensor_does_not_need_a_gradient():
     """A frozen projection leaves the other gradients as they are."""
-    xs, weights, _ = make(1, 9, (16, 8), 4)
+    xs, weights, _ = make_convolution(1, 9, (16, 8), 4)
     xs[0].requires_grad_(False)
     inputs = [xs[1], *weights]
     ours = gradients_of(torch.cat(short_conv(xs, weights)[0], 2), inputs)
@@ -156,7 +147,7 @@ def test_one_tensor_does_not_need_a_gradient():
 @pytest.mark.parametrize("W, dtype", [(2, torch.float32), (3, torch.float32), (4, torch.bfloat16)])
 def test_step(W, dtype):
     """Decoding token by token gives the very values of the whole sequence, and the same state."""
-    xs, weights, state = make(2, 9, (16, 20, 8), W, dtype, state=True)
+    xs, weights, state = make_convolution(2, 9, (16, 20, 8), W, dtype, state=True)
     xs, weights, state = [x.detach() for x in xs], [w.detach() for w in weights], state.detach()
     whole, final_state = short_conv(xs, weights, "silu", state, True)
     moving, steps = state.clone(), []
@@ -169,7 +160,7 @@ def test_step(W, dtype):
 
 def test_compile_fullgraph():
     """torch.compile goes through forward, backward and the step without a graph break."""
-    xs, weights, state = make(2, 9, (16, 20, 8), 4, state=True)
+    xs, weights, state = make_convolution(2, 9, (16, 20, 8), 4, state=True)
 
     def run(xs, weights, state):
         ys, final_state = short_conv(xs, weights, "silu", state, True)
@@ -193,7 +184,7 @@ def test_compile_fullgraph():
 
 def test_errors_name_what_came():
     """A wrong shape is refused in words, not by a wrong result or an illegal memory access."""
-    xs, weights, state = make(2, 3, (16, 8), 4, state=True)
+    xs, weights, state = make_convolution(2, 3, (16, 8), 4, state=True)
     with pytest.raises(ValueError, match="1 to 3 tensors.*2 and 1"):
         short_conv(xs, weights[:1])
     with pytest.raises(ValueError, match=r"weights\[1\] must be \[8, 4\].*\[16, 4\]"):
@@ -218,15 +209,19 @@ class TestOnGpu:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("state", [False, True])
     def test_real_sizes(self, dtype, state):
-        check(*make(2, 1000, (2048, 2048, 1024), 4, dtype, state=state), TOLERANCE[dtype])
+        check(*make_convolution(2, 1000, (2048, 2048, 1024), 4, dtype, state=state), TOLERANCE[dtype])
 
     def test_real_sizes_packed(self):
         cu_seqlens = [0, 1, 64, 64, 700, 1500]
-        check(*make(1, 1500, (1024, 1024, 512), 4, torch.bfloat16, N=5, state=True), 1e-2, cu_seqlens=cu_seqlens)
+        check(
+            *make_convolution(1, 1500, (1024, 1024, 512), 4, torch.bfloat16, N=5, state=True),
+            1e-2,
+            cu_seqlens=cu_seqlens,
+        )
 
     def test_deterministic(self):
         """Two runs give the same bits: no atomics, one order of summation."""
-        xs, weights, _ = make(2, 1000, (1024, 1024), 4, torch.bfloat16)
+        xs, weights, _ = make_convolution(2, 1000, (1024, 1024), 4, torch.bfloat16)
         runs = []
         for _ in range(2):
             y = torch.cat(short_conv(xs, weights)[0], 2)
@@ -235,7 +230,7 @@ class TestOnGpu:
 
     def test_step_in_a_cuda_graph(self):
         """A captured step replays on new inputs and moves the state on."""
-        xs, weights, state = make(4, 3, (512, 512, 512), 4, torch.bfloat16, state=True)
+        xs, weights, state = make_convolution(4, 3, (512, 512, 512), 4, torch.bfloat16, state=True)
         xs, weights, start = [x.detach() for x in xs], [w.detach() for w in weights], state.detach()
         token, state, eager = [x[:, :1].clone() for x in xs], start.clone(), start.clone()
         short_conv_step(token, weights, start.clone())

@@ -6,8 +6,8 @@ from .chunk import chunk_delta_rule, chunk_gated_delta_rule, explain
 from .convolution import short_conv, short_conv_step
 from .fla_backend import register_with_fla
 from .keep import keep_results, keep_results_compiled
-from .recurrent import fused_recurrent_delta_rule
-from .step import delta_rule_step
+from .recurrent import fused_recurrent_delta_rule, fused_recurrent_gated_delta_rule
+from .step import delta_rule_step, gated_delta_rule_step
 
 
 __all__ = [
@@ -17,6 +17,8 @@ __all__ = [
     "delta_rule_step",
     "explain",
     "fused_recurrent_delta_rule",
+    "fused_recurrent_gated_delta_rule",
+    "gated_delta_rule_step",
     "keep_results",
     "keep_results_compiled",
     "register_with_fla",

@@ -33,6 +33,8 @@ from .tiles import C, below, decay, load_rows, load_tile, locate_chunk, norm_bac
 if GLUON:
     from . import hopper_grads
 
+LEAST = tl.constexpr(1e-20)  # of factors by which what stands in an accumulator is divided, and multiplied again
+
 
 @triton.jit
 def grads_kernel(
@@ -89,10 +91,13 @@ def grads_kernel(
 
     if role == 0:
         b_dq = tl.zeros([C, NK * BK], tl.float32)
+        b_known = tl.zeros([C], tl.float32)
         for i_g in range(G):
             if gs is not None:
-                b_sum = b_dq
-                b_dq = tl.zeros([C, NK * BK], tl.float32)
+                # what has another factor is divided by it meanwhile
+                b_gs = tl.load(gs + i_g * C + o_c)
+                b_f = tl.maximum(tl.exp2(b_gs.to(tl.float32)), LEAST) * b_sq
+                b_dq *= (1.0 / b_f)[:, None]
             b_r = tl.zeros([C, C], tl.float32)
             for i_v in range(0, V, W):
                 o_v = i_v + tl.arange(0, W)
@@ -103,15 +108,15 @@ def grads_kernel(
                 b_dq = tl.dot(b_do, b_s, b_dq, input_precision=PRECISION)
             b_k = load_tile(k, o_c, k_st, o_k, m_t, m_k).to(CT)
             if gs is not None:
-                b_gs = tl.load(gs + i_g * C + o_c)
-                b_dq *= (tl.exp(b_gs.to(tl.float32)) * b_sq)[:, None]
+                b_dq *= b_f[:, None]
                 b_r *= decay(b_gs[:, None], b_gs[None, :]) * b_sq[:, None]
             b_r = tl.where(o_c[:, None] >= o_c[None, :], b_r, 0.0).to(CT)
             b_dq = tl.dot(b_r, b_k, b_dq, input_precision=PRECISION)
             if gs is not None:
                 b_q = load_tile(q, o_c, q_st, o_k, m_t, m_k).to(tl.float32)
-                tl.store(r + i_g * C + o_c, tl.sum(b_q * b_dq, 1))
-                b_dq += b_sum
+                b_x = tl.sum(b_q * b_dq, 1)
+                tl.store(r + i_g * C + o_c, b_x - b_known)
+                b_known = b_x
         b_q = load_tile(q, o_c, q_st, o_k, m_t, m_k)
         if gs is None:
             b_dq *= b_sq[:, None]
@@ -124,12 +129,13 @@ def grads_kernel(
         if rk is not None:
             b_rk = tl.load(rk + (chunk * H + i_h) * C + o_c)
         b_dk = tl.zeros([C, NK * BK], tl.float32)
+        b_known = tl.zeros([C], tl.float32)
         for i_g in range(G):
             if gs is not None:
-                b_sum = b_dk
-                b_dk = tl.zeros([C, NK * BK], tl.float32)
                 b_gs = tl.load(gs + i_g * C + o_c)
                 b_all = tl.load(gs + i_g * C + C - 1)
+                b_f = tl.maximum(tl.exp2(b_gs.to(tl.float32)), LEAST) * -b_rk
+                b_dk *= (1.0 / b_f)[:, None]
             else:
                 # of the four terms only dV S^T carries rk: what stands in the accumulator is divided by it meanwhile
                 b_dk *= (-1.0 / b_rk)[:, None]
@@ -141,9 +147,10 @@ def grads_kernel(
                 b_s = load_rows(s + (i_g * NV + i_v // BV) * NK * BV * BK, i_v % BV, NK, W, BV, BK)
                 b_e = tl.dot(b_v, b_u, b_e, input_precision=PRECISION)
                 b_dk = tl.dot(b_v, b_s, b_dk, input_precision=PRECISION)
-            b_dk *= (-b_rk)[:, None]
             if gs is not None:
-                b_dk *= tl.exp(b_gs.to(tl.float32))[:, None]
+                b_dk *= b_f[:, None]
+            else:
+                b_dk *= (-b_rk)[:, None]
             # by A's diagonal rk beta as it was rounded, not by rk beta^2: U and dV carry that rounding (error 0.0048,
             # was 0.0060); twice, because its square would leave fp32's range where beta is near its bound
             p_a = a + ((chunk * HV + i_h * G + i_g) * C + o_c) * C + o_c
@@ -155,12 +162,12 @@ def grads_kernel(
             b_k = load_tile(k, o_c, k_st, o_k, m_t, m_k).to(CT)
             b_dk = tl.dot(b_e, b_k, b_dk, input_precision=PRECISION)
             if gs is not None:
-                b_x = tl.sum(b_k.to(tl.float32) * b_dk, 1)
-            b_dk = tl.dot(tl.trans(b_e), b_k, b_dk, input_precision=PRECISION)
-            if gs is not None:
-                b_near = b_dk
-                b_dk = tl.zeros([C, NK * BK], tl.float32)
+                b_in = tl.sum(b_k.to(tl.float32) * b_dk, 1)
                 b_through = tl.zeros([NK * BK], tl.float32)
+                b_f = tl.maximum(decay(b_all, b_gs), LEAST)
+                b_dk *= (1.0 / b_f)[:, None]
+            else:
+                b_dk = tl.dot(tl.trans(b_e), b_k, b_dk, input_precision=PRECISION)
             # transposed from the start: R^T = U dO^T
             b_r = tl.zeros([C, C], tl.float32)
             for i_v in range(0, V, W):
@@ -172,22 +179,24 @@ def grads_kernel(
                 b_r = tl.dot(b_u, tl.trans(b_do), b_r, input_precision=PRECISION)
                 b_dk = tl.dot(b_u, b_s, b_dk, input_precision=PRECISION)
                 if gs is not None:
-                    b_in = load_rows(s + (i_g * NV + i_v // BV) * NK * BV * BK, i_v % BV, NK, W, BV, BK)
-                    b_through += tl.sum(b_in.to(tl.float32) * b_s.to(tl.float32), 0)
+                    b_old = load_rows(s + (i_g * NV + i_v // BV) * NK * BV * BK, i_v % BV, NK, W, BV, BK)
+                    b_through += tl.sum(b_old.to(tl.float32) * b_s.to(tl.float32), 0)
             if gs is not None:
-                b_k = load_tile(k, o_c, k_st, o_k, m_t, m_k).to(tl.float32)
-                b_dk *= decay(b_all, b_gs)[:, None]
-                b_through *= tl.exp(b_all.to(tl.float32))
-                b_leaving = tl.sum(tl.sum(b_k * b_dk, 1), 0) + tl.sum(b_through, 0)
-                b_dk += b_near
+                b_dk *= b_f[:, None]
+                b_k = load_tile(k, o_c, k_st, o_k, m_t, m_k).to(CT)
+                b_leaving = tl.sum(tl.sum(b_k.to(tl.float32) * b_dk, 1) - b_in, 0)
+                b_leaving += tl.sum(b_through, 0) * tl.exp2(b_all.to(tl.float32))
+                b_dk = tl.dot(tl.trans(b_e), b_k, b_dk, input_precision=PRECISION)
                 b_r *= decay(b_gs[None, :], b_gs[:, None])
             b_q = load_tile(q, o_c, q_st, o_k, m_t, m_k).to(CT)
             b_r = tl.where(o_c[:, None] <= o_c[None, :], b_r * b_sq[None, :], 0.0).to(CT)
             b_dk = tl.dot(b_r, b_q, b_dk, input_precision=PRECISION)
             if gs is not None:
-                b_x = 2.0 * b_x - tl.sum(b_k * b_dk, 1)
-                tl.store(r + i_g * C + o_c, b_x + tl.where(o_c == C - 1, b_leaving, 0.0))
-                b_dk += b_sum
+                b_k = load_tile(k, o_c, k_st, o_k, m_t, m_k).to(tl.float32)
+                b_x = tl.sum(b_k * b_dk, 1)
+                b_leaving = tl.where(o_c == C - 1, b_leaving, 0.0)
+                tl.store(r + i_g * C + o_c, 2.0 * b_in - b_known - b_x + b_leaving)
+                b_known = b_x
             p_b = dbeta + (row + o_c) * HV + i_h * G + i_g
             tl.store(p_b, b_g.to(dbeta.dtype.element_ty), mask=m_t)
         b_k = load_tile(k, o_c, k_st, o_k, m_t, m_k)

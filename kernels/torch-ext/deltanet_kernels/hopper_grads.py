@@ -5,6 +5,8 @@ after each product, here one program loads every tile once, all of them before i
 do not depend on each other together. Two such programs share a multiprocessor: one computes while the other loads.
 """
 
+import triton
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -23,7 +25,7 @@ from .plan import Plan
 from .tiles import decay, locate_chunk, norm_backward
 
 
-LEAST = gl.constexpr(1e-20)  # factors by which what stands in an accumulator is divided and multiplied again
+LEAST = gl.constexpr(1e-20)  # of factors by which what stands in an accumulator is divided, and multiplied again
 
 
 # ---------------------------------------------------------------------------------------------------------- kernels
@@ -41,8 +43,9 @@ def grads_kernel(
     # sizes and strides
     scale, T, NT, H,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, d_sb, d_st, d_sh,
-    # constants; G the value heads of a key head
-    K: gl.constexpr, V: gl.constexpr, G: gl.constexpr, EVEN: gl.constexpr,
+    # constants; G the value heads of a key head, SHARE those that have a program, and rows of dq and dk, each: one of
+    # the two is 1
+    K: gl.constexpr, V: gl.constexpr, G: gl.constexpr, SHARE: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
     """One chunk and key head: dq, dk, dbeta and, with a gate, dg. Tiles of values are halves of 64 columns, as the
     scans cut them.
@@ -62,8 +65,8 @@ def grads_kernel(
     bos += i_c * C
     chunk = i_t.to(gl.int64)
     row = i_b * T_all + bos
-    q += i_b * q_sb + bos * q_st + i_h * q_sh
-    k += i_b * k_sb + bos * k_st + i_h * k_sh
+    q += i_b * q_sb + bos * q_st + i_h // SHARE * q_sh
+    k += i_b * k_sb + bos * k_st + i_h // SHARE * k_sh
     do += i_b * d_sb + bos * d_st + i_h * G * d_sh
     dv += (row * HV + i_h * G) * V
     u += (chunk * HV + i_h * G) * V * C
@@ -96,17 +99,16 @@ def grads_kernel(
     b_rk_i = gl.full([C], 1.0, gl.float32, gl.SliceLayout(1, square))
     if rk is not None:
         o_w = gl.arange(0, C, gl.SliceLayout(1, wide))
-        rq += (chunk * H + i_h) * C
-        rk += (chunk * H + i_h) * C
+        rq += (chunk * (H // SHARE) + i_h // SHARE) * C
+        rk += (chunk * (H // SHARE) + i_h // SHARE) * C
         b_rq = gl.load(rq + o_w)
         b_rk = gl.load(rk + o_w)
         b_rk_i = gl.load(rk + o_i)
     t_rq.store(b_rq)
     t_rk.store(b_rk)
     if gs is not None:
-        gs += (chunk * HV + i_h * G) * C
-        b_q_sum = gl.zeros([C], gl.float32, gl.SliceLayout(1, wide))  # of a row of q times dq, as far as it is known
-        b_k_sum = gl.zeros([C], gl.float32, gl.SliceLayout(1, wide))
+        gl.static_assert(G == 1, "a gate's factors differ from value head to value head")
+        gs += (chunk * HV + i_h) * C
 
     b_dq = gl.zeros([C, K], gl.float32, wide)
     b_dk = gl.zeros([C, K], gl.float32, wide)
@@ -140,28 +142,22 @@ def grads_kernel(
         p_a = a + ((chunk * HV + i_h * G + i_g) * C + o_i) * C + o_i
         b_a = gl.load(p_a, mask=o_i < length, other=1.0).to(gl.float32)
         if gs is not None:
-            gs_w = gs + i_g * C + gl.arange(0, C, gl.SliceLayout(1, wide))
-            b_all = gl.load(gs + i_g * C + C - 1)
-            b_before = gl.maximum(gl.exp(gl.load(gs_w)), LEAST)
-            b_after = gl.maximum(gl.exp(b_all - gl.load(gs_w)), LEAST)
+            gs_w = gs + gl.arange(0, C, gl.SliceLayout(1, wide))
+            b_all = gl.load(gs + C - 1)
+            b_before = gl.exp2(gl.load(gs_w))
+            b_after = gl.maximum(gl.exp2(b_all - gl.load(gs_w)), LEAST)
             # <S, dS>, of the entering and the leaving state
             b_through = gl.sum(gl.sum(b_s0.to(gl.float32) * b_ds0.to(gl.float32), 1), 0)
             if NV == 2:
                 b_through += gl.sum(gl.sum(b_s1.to(gl.float32) * b_ds1.to(gl.float32), 1), 0)
-            b_through *= gl.exp(b_all)
+            b_through *= gl.exp2(b_all)
         async_copy.wait_group(1)
         fence_async_shared()
 
         # 1. what needs the state: dq' = dO S^T, dk' = dV S^T, the latter alone carrying rk: what stands there is
         # divided by it
-        b_f = -b_rk
-        if gs is not None:
-            b_f *= b_before
-            b_h = b_rq * scale * b_before
         if G > 1:
-            b_dk *= (1.0 / b_f)[:, None]
-            if gs is not None:
-                b_dq *= (1.0 / b_h)[:, None]
+            b_dk *= (-1.0 / b_rk)[:, None]
         for h in gl.static_range(NV):
             b_dk = warpgroup_mma(t_dv.index(h), t_s.index(h), b_dk, is_async=True)
             b_dq = warpgroup_mma(t_do.index(h), t_s.index(h), b_dq, is_async=True)
@@ -170,9 +166,11 @@ def grads_kernel(
             t_ds.index(0).store(b_ds0)
             if NV == 2:
                 t_ds.index(1).store(b_ds1)
-        b_dk *= b_f[:, None]
         if gs is not None:
-            b_dq *= b_h[:, None]
+            b_dk *= (-b_rk * b_before)[:, None]
+            b_dq *= (b_rq * scale * b_before)[:, None]
+        else:
+            b_dk *= (-b_rk)[:, None]
 
         # 2. E = -strictly_lower(rk dV U^T); its diagonal is dbeta's
         b_e = gl.zeros([C, C], gl.float32, square)
@@ -185,7 +183,7 @@ def grads_kernel(
         p_b = dbeta + (row + o_i) * HV + i_h * G + i_g
         gl.store(p_b, b_g.to(dbeta.dtype.element_ty), mask=o_i < length)
         if gs is not None:
-            b_e *= decay(gl.load(gs + i_g * C + o_i)[:, None], gl.load(gs + i_g * C + o_j)[None, :])
+            b_e *= decay(gl.load(gs + o_i)[:, None], gl.load(gs + o_j)[None, :])
         b_e = gl.where(o_i[:, None] > o_j[None, :], b_e * -b_rk_i[:, None], 0.0)
         b_el = gl.convert_layout(b_e.to(BF16), left)
         if gs is not None:
@@ -200,7 +198,7 @@ def grads_kernel(
         if gs is not None:
             b_e, b_dk = warpgroup_mma_wait(0, deps=[b_e, b_dk])
             b_in = gl.sum(t_k.load(wide).to(gl.float32) * b_dk, 1)  # what comes into a token, but for o's
-            b_e *= decay(gl.load(gs + i_g * C + o_j)[None, :], gl.load(gs + i_g * C + o_i)[:, None])
+            b_e *= decay(gl.load(gs + o_j)[None, :], gl.load(gs + o_i)[:, None])
         else:
             b_e = warpgroup_mma_wait(0, deps=[b_e])
         b_e = gl.where(o_i[:, None] < o_j[None, :], b_e * -t_rk.load(gl.SliceLayout(0, square))[None, :], 0.0)
@@ -224,7 +222,7 @@ def grads_kernel(
         if gs is not None:
             b_dk *= b_after[:, None]
             b_through += gl.sum(gl.sum(t_k.load(wide).to(gl.float32) * b_dk, 1) - b_in, 0)
-            b_r *= decay(gl.load(gs + i_g * C + o_j)[None, :], gl.load(gs + i_g * C + o_i)[:, None])
+            b_r *= decay(gl.load(gs + o_j)[None, :], gl.load(gs + o_i)[:, None])
         b_rq_j = t_rq.load(gl.SliceLayout(0, square))
         b_r = gl.where(o_i[:, None] <= o_j[None, :], b_r * (b_rq_j * scale)[None, :], 0.0)
         b_rt = gl.convert_layout(b_r.to(BF16), left)
@@ -238,7 +236,7 @@ def grads_kernel(
             b_dk = warpgroup_mma(b_e, t_k, b_dk, is_async=True)
         b_r, b_dk = warpgroup_mma_wait(0, deps=[b_r, b_dk])
         if gs is not None:
-            b_r *= decay(gl.load(gs + i_g * C + o_i)[:, None], gl.load(gs + i_g * C + o_j)[None, :])
+            b_r *= decay(gl.load(gs + o_i)[:, None], gl.load(gs + o_j)[None, :])
             b_r *= (t_rq.load(gl.SliceLayout(1, square)) * scale)[:, None]
         b_r = gl.where(o_i[:, None] >= o_j[None, :], b_r, 0.0)
         b_r = gl.convert_layout(b_r.to(BF16), left)
@@ -246,12 +244,10 @@ def grads_kernel(
         if gs is not None:
             b_out = gl.sum(t_k.load(wide).to(gl.float32) * b_dk, 1)
             b_qq = gl.sum(t_q.load(wide).to(gl.float32) * b_dq, 1)
-            b_x = 2.0 * b_in - b_k_sum - b_out + b_qq - b_q_sum
-            b_k_sum = b_out
-            b_q_sum = b_qq
+            b_x = 2.0 * b_in - b_out + b_qq
             b_x = gl.convert_layout(b_x, gl.SliceLayout(1, square))
             b_x = gl.sum(gl.where(o_i[:, None] >= o_j[None, :], b_x[:, None], 0.0), 0) + b_through
-            gl.store(dg + (row + o_j) * HV + i_h * G + i_g, b_x.to(dg.dtype.element_ty), mask=o_j < length)
+            gl.store(dg + (row + o_j) * HV + i_h, b_x.to(dg.dtype.element_ty), mask=o_j < length)
 
     p_x = (row * H + i_h) * K
     b_dk = norm_backward(b_dk, t_k.load(wide), b_rk, rk is not None)
@@ -266,6 +262,37 @@ def grads_kernel(
         gdc_wait()
 
 
+@triton.jit
+def sum_heads_kernel(
+    # inputs [2, B, T, H * G, K]: dq and dk of each value head; outputs [B, T, H, K]
+    x, dq, dk,
+    # packed sequences
+    cu_seqlens, chunks,
+    T, NT, PART, H,
+    # constants; G the value heads of a key head
+    G: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """Sums over the value heads of a key head, in one chunk; even programs dq, odd ones dk. PART numbers in each."""
+    role = tl.program_id(0) % 2
+    i_h = tl.program_id(0) // 2
+    T_all = T
+    i_b, i_c, bos, T = locate_chunk(tl.program_id(1), chunks, cu_seqlens, T, NT)
+    if T == 0:
+        return
+    o_c = tl.arange(0, C)
+    o_k = tl.arange(0, K)
+    m = (i_c * C + o_c < T)[:, None]
+    p = (i_b * T_all + bos + i_c * C + o_c) * H + i_h
+    x += (i_h * 0 + role).to(tl.int64) * PART
+    b = tl.zeros([C, K], tl.float32)
+    for i_g in tl.static_range(G):
+        b += tl.load(x + (p * G + i_g)[:, None] * K + o_k[None, :], mask=m, other=0.0).to(tl.float32)
+    if role == 0:
+        tl.store(dq + p[:, None] * K + o_k[None, :], b.to(dq.dtype.element_ty), mask=m)
+    else:
+        tl.store(dk + p[:, None] * K + o_k[None, :], b.to(dk.dtype.element_ty), mask=m)
+
+
 # --------------------------------------------------------------------------------------------------------- launchers
 
 
@@ -277,10 +304,21 @@ def grads(
     H, K = k.shape[2:]
     HV, V = do.shape[2:]
     a, _, rq, rk, u, s, gs = scratch
+    share = HV // H if gs is not None else 1
+    parts = q.new_empty(2, *q.shape[:2], HV, K) if share > 1 else None
+    heads = (dq, dk) if parts is None else (parts[0], parts[1])
     launch(
-        grads_kernel, (H, t.n_chunks),
-        (q, k, do, a, u, dv, s, ds, rq, rk, gs, flags, dq, dk, dbeta, dg, t.cu_seqlens, t.chunks),
-        (scale, q.shape[1], t.nt, H, *q.stride()[:3], *k.stride()[:3], *do.stride()[:3]),
-        {"K": K, "V": V, "G": HV // H, "EVEN": t.even},
+        grads_kernel, (H * share, t.n_chunks),
+        (q, k, do, a, u, dv, s, ds, rq, rk, gs, flags, *heads, dbeta, dg, t.cu_seqlens, t.chunks),
+        (scale, q.shape[1], t.nt, H * share, *q.stride()[:3], *k.stride()[:3], *do.stride()[:3]),
+        {"K": K, "V": V, "G": HV // H // share, "SHARE": share, "EVEN": t.even},
         {"num_warps": plan.grads.num_warps, "maxnreg": plan.grads.maxnreg, "launch_pdl": flags is not None},
     )  # fmt: skip
+    if parts is not None:
+        launch(
+            sum_heads_kernel, (2 * H, t.n_chunks),
+            (parts, dq, dk, t.cu_seqlens, t.chunks),
+            (q.shape[1], t.nt, parts[0].numel(), H),
+            {"G": share, "K": K},
+            {"num_warps": 4},
+        )  # fmt: skip

@@ -31,6 +31,8 @@ def reverse_kernel(
     cu_seqlens, chunk_offsets,
     # sizes and strides
     scale, T, NT, q_sb, q_sh, k_sb, k_sh, d_sb, d_sh,
+    # dv's stride is a number: as a constant it led ptxas to work out lower()'s mask anew for each chunk (1.5 % of all)
+    dv_st,
     # constants; heads and a token's strides among them, see `hopper_scan.py`
     H: gl.constexpr, HV: gl.constexpr, q_st: gl.constexpr, k_st: gl.constexpr, d_st: gl.constexpr,
     K: gl.constexpr, V: gl.constexpr, BV: gl.constexpr, EVEN: gl.constexpr, STAGES: gl.constexpr,
@@ -130,11 +132,10 @@ def reverse_kernel(
         )
         if gs is not None:
             b_gs = t_gs.index(slot).load(gl.SliceLayout(0, narrow))
-            b_after = gl.exp(b_all - b_gs)
-            b_before = gl.exp(b_gs)
-            b_s *= gl.exp(b_all)
+            b_after = gl.exp2(b_all - b_gs)
+            b_s *= gl.exp2(b_all)
             b_all = gl.load(gs + gl.maximum(i_c - 1, 0).to(gl.int64) * HV * C + C - 1)
-            b_dq = (b_do * gl.exp(t_gs.index(slot).load(gl.SliceLayout(0, left)))[None, :]).to(BF16)
+            b_dq = (b_do * gl.exp2(t_gs.index(slot).load(gl.SliceLayout(0, left)))[None, :]).to(BF16)
             b_do = b_do.to(BF16)
             b_y = warpgroup_mma(b_do, t_p.index(i % 2), zero, use_acc=False, is_async=True)
         else:
@@ -146,7 +147,7 @@ def reverse_kernel(
         if dv is not None:
             # dV of the chunk before; in the first turn whatever lies there, which the second replaces
             last = gl.minimum(i_c + 1, NT - 1)
-            store_tile(dv + last.to(gl.int64) * C * HV * V, HV * V, t_dv, T - last * C, BV, EVEN)
+            store_tile(dv + last.to(gl.int64) * C * dv_st, dv_st, t_dv, T - last * C, BV, EVEN)
         if i + STAGES - 1 < NT:
             load_stage(
                 t_q, t_k, t_do, t_a, t_rk, t_rq, t_gs, q, k, do, a, rk, rq, gs,
@@ -161,6 +162,8 @@ def reverse_kernel(
         # dV^T = dU^T A
         b_v = warpgroup_mma(gl.convert_layout(b_u.to(BF16), left), t_a.index(slot), zero, use_acc=False, is_async=True)
         b_p = warpgroup_mma(t_q.index(after), t_k.index(after).permute([1, 0]), zero, use_acc=False, is_async=True)
+        if gs is not None:
+            b_before = gl.exp2(t_gs.index(slot).load(gl.SliceLayout(0, narrow)))
         b_s, b_v = warpgroup_mma_wait(1, deps=[b_s, b_v])
         b_w = b_v * -t_rk.index(slot).load(gl.SliceLayout(0, narrow))[None, :] if rk is not None else -b_v
         if gs is not None:
@@ -173,7 +176,7 @@ def reverse_kernel(
         b_s = warpgroup_mma_wait(0, deps=[b_s])
 
     if dv is not None and NT > 0:
-        store_tile(dv, HV * V, t_dv, T, BV, EVEN)
+        store_tile(dv, dv_st, t_dv, T, BV, EVEN)
         if flags is not None:
             say_all_written(flags, FLAGS, NT)
     if dh0 is not None:
@@ -196,7 +199,10 @@ def reverse(x: Inputs, do, scratch: Scratch, t: Tables, scale: float, choice: La
             q, k, do, scratch.a, scratch.rq, scratch.rk, scratch.gs, dht, dv, ds, dh0, flags, t.cu_seqlens,
             t.chunk_offsets,
         ),
-        (scale, k.shape[1], t.nt, q.stride(0), q.stride(2), k.stride(0), k.stride(2), do.stride(0), do.stride(2)),
+        (
+            scale, k.shape[1], t.nt, q.stride(0), q.stride(2), k.stride(0), k.stride(2), do.stride(0), do.stride(2),
+            HV * V,
+        ),
         {
             "H": H, "HV": HV, "q_st": q.stride(1), "k_st": k.stride(1), "d_st": do.stride(1),
             "K": K, "V": V, "BV": choice.columns, "EVEN": t.even, "STAGES": STAGES[choice.columns],

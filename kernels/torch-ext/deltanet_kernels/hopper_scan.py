@@ -5,9 +5,6 @@ result, so that the products off the chain S -> K S -> U -> S (P, Q S, A V) run 
 computed a chunk ahead and the output is stored a chunk later, so that one fence a chunk, at its start, covers all that
 the tensor cores read: a fence waits for every store on its way.
 
-With a gate what the state and what the chunk give to the output have accumulators of their own, since only the former
-fades over the whole way from the chunk's start.
-
 No product may be on its way from one turn of the loop to the next, and what a wait returned must be used up before its
 accumulator is written again: otherwise ptxas makes every product wait for the one before (C7514), or crashes.
 """
@@ -150,12 +147,8 @@ def scan_kernel(
         if u is not None:
             store_fragments(s, b_c, BV, K)
         if gs is not None:
-            # exp of the sum up to each token, of what is left of the sum from there on, and of all
-            b_gs = t_gs.index(slot).load(columns)
-            b_before = gl.exp(b_gs)
-            b_after = gl.exp(b_all - b_gs)
-            b_s *= gl.exp(b_all)
-            b_all = gl.load(gs + gl.minimum(i_c + 1, NT - 1).to(gl.int64) * HV * C + C - 1)
+            b_s *= gl.exp2(b_all)
+            b_before = gl.exp2(t_gs.index(slot).load(columns))
         # the output of the chunk before; in the first turn whatever lies there, which the second replaces
         last = gl.maximum(i_c - 1, 0)
         store_tile(o + last.to(gl.int64) * C * HV * V, HV * V, t_o, T - last * C, BV, EVEN)
@@ -170,30 +163,41 @@ def scan_kernel(
         if gs is not None:
             b_x *= b_before[None, :]
         b_u = warpgroup_mma(gl.convert_layout(b_x.to(BF16), left), t_at, b_u, is_async=True)
-        b_p = warpgroup_mma(t_q.index(after), t_k.index(after).permute([1, 0]), zero_p, use_acc=False, is_async=True)
-        b_u = warpgroup_mma_wait(1, deps=[b_u])
-        b_w = (b_u * b_after[None, :]).to(BF16) if gs is not None else b_u.to(BF16)
-        b_u = b_u.to(BF16)
-        # S^T <- S^T + U^T K
-        b_s = warpgroup_mma(gl.convert_layout(b_w, left_w), t_k.index(slot), b_s, is_async=True)
-        # O^T = scale rq (S^T Q^T + U^T lower(Q K^T)^T)
-        b_o = warpgroup_mma(b_f, t_q.index(slot).permute([1, 0]), zero, use_acc=False, is_async=True)
+        t_qt = t_q.index(slot).permute([1, 0])
         t_pt = t_p.index(i_c % 2).permute([1, 0])
-        if gs is not None:
-            b_y = warpgroup_mma(gl.convert_layout(b_u, left), t_pt, zero, use_acc=False, is_async=True)
+        # S^T <- S^T + U^T K    O^T = scale rq (S^T Q^T + U^T lower(Q K^T)^T)
+        if gs is None:
+            b_p = warpgroup_mma(
+                t_q.index(after), t_k.index(after).permute([1, 0]), zero_p, use_acc=False, is_async=True
+            )
+            b_u = warpgroup_mma_wait(1, deps=[b_u])
+            b_u = b_u.to(BF16)
+            b_s = warpgroup_mma(gl.convert_layout(b_u, left_w), t_k.index(slot), b_s, is_async=True)
+            b_o = warpgroup_mma(b_f, t_qt, zero, use_acc=False, is_async=True)
+            b_o = warpgroup_mma(gl.convert_layout(b_u, left), t_pt, b_o, is_async=True)
         else:
+            # what the state gives to the output fades before the chunk's own is added
+            b_o = warpgroup_mma(b_f, t_qt, zero, use_acc=False, is_async=True)
+            b_after = gl.exp2(b_all - t_gs.index(slot).load(columns))
+            b_all = gl.load(gs + gl.minimum(i_c + 1, NT - 1).to(gl.int64) * HV * C + C - 1)
+            b_u = warpgroup_mma_wait(1, deps=[b_u])
+            b_w = gl.convert_layout((b_u * b_after[None, :]).to(BF16), left_w)
+            b_u = b_u.to(BF16)
+            b_s = warpgroup_mma(b_w, t_k.index(slot), b_s, is_async=True)
+            b_p = warpgroup_mma(
+                t_q.index(after), t_k.index(after).permute([1, 0]), zero_p, use_acc=False, is_async=True
+            )
+            b_before = gl.exp2(t_gs.index(slot).load(columns))
+            b_o = warpgroup_mma_wait(2, deps=[b_o])
+            b_o *= b_before[None, :]
             b_o = warpgroup_mma(gl.convert_layout(b_u, left), t_pt, b_o, is_async=True)
         if u is not None:
             store_fragments(u, b_u, BV, C)
         if rk is not None:
             store_query_norms(t_q.index(after), t_rq.index((i_c + 1) % 2), rq + C * H, i_c + 1 < NT, K, u is not None)
-        b_p = warpgroup_mma_wait(3, deps=[b_p])
+        b_p = warpgroup_mma_wait(3 if gs is None else 1, deps=[b_p])
         store_scores(t_p.index((i_c + 1) % 2), b_p, t_gs.index(after) if gs is not None else None, square)
-        if gs is not None:
-            b_s, b_o, b_y = warpgroup_mma_wait(0, deps=[b_s, b_o, b_y])
-            b_o = b_o * b_before[None, :] + b_y
-        else:
-            b_s, b_o = warpgroup_mma_wait(0, deps=[b_s, b_o])
+        b_s, b_o = warpgroup_mma_wait(0, deps=[b_s, b_o])
         b_o *= (t_rq.index(i_c % 2).load(columns) * scale)[None, :] if rk is not None else scale
         t_o.permute([1, 0]).store(b_o.to(BF16))
         if u is not None:

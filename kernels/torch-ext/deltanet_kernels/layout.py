@@ -179,7 +179,7 @@ class Scratch(NamedTuple):
     rk: torch.Tensor | None
     u: torch.Tensor | None  # in tiles, and so is s; for backward alone
     s: torch.Tensor | None
-    gs: torch.Tensor | None  # [chunks, HV, C], with a gate
+    gs: torch.Tensor | None  # [chunks, HV, C], with a gate: log2 of the decay since the chunk's start
 
 
 def scratch_type(dtype: torch.dtype) -> torch.dtype:

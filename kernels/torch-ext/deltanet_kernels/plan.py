@@ -324,8 +324,6 @@ def plan_of(call: Call) -> Plan:
         # 64 columns are faster with many programs, too (0.230 ms, was 0.248 with 128, at 8 x 4096 x 16 x 128)
         reverse = exit = Launch(64, 4, 1, gluon=True)
         grads = Launch(64, 4, 1, tiles.grads.maxnreg, gluon=True)
-    # each value head has decays of its own, which a scan would compute twice, in forward and in backward
-    stored = tiles.stored or (call.gated and not gluon)
     # when the scan's programs fill more than three quarters of the chip there is no room for the gradients
     programs = value_tiles * call.HV * call.sequences * backward
     plan = Plan(
@@ -335,7 +333,7 @@ def plan_of(call: Call) -> Plan:
         value_tile=value_tile,
         value_tiles=value_tiles,
         prepare=tiles.prepare._replace(columns=min(tiles.prepare.columns, key_tile)),
-        scores=tiles.scores._replace(columns=min(tiles.scores.columns, key_tile)) if stored else None,
+        scores=tiles.scores._replace(columns=min(tiles.scores.columns, key_tile)) if tiles.stored else None,
         scan=scan,
         reverse=reverse,
         deep=tiles.deep,

@@ -16,6 +16,7 @@ from .plan import Plan
 from .tiles import C, below, decay, load_tile, locate_chunk, norm_of
 
 
+LOG2_E = tl.constexpr(1.4426950408889634)  # a power of 2 is one instruction, of e five
 BETA_MIN = tl.constexpr(2.0**-28)  # beta is kept this far from zero: its root is the smallest normal fp16 number
 
 
@@ -71,12 +72,12 @@ def _load_beta(p, i_b: tl.constexpr, o_t, t_0, stride, T):
 
 @triton.jit
 def _running_sum(p, i_b: tl.constexpr, o_t, t_0, stride, T, gs, start):
-    """Sums of g from the chunk's start to each token of block i_b, which `start` begins; also stored. Beyond the end g
-    is 0, so that the last of all is the chunk's sum.
+    """Sums of g from the chunk's start to each token of block i_b, which `start` begins, for powers of 2; also stored.
+    Beyond the end g is 0, so that the last of all is the chunk's sum.
     """
     o = i_b * 16 + o_t
     b_g = tl.load(p + o * stride, mask=t_0 + o < T, other=0.0).to(gs.dtype.element_ty)
-    b_g = tl.cumsum(b_g, 0) + start
+    b_g = tl.cumsum(b_g * LOG2_E, 0) + start
     tl.store(gs + o, b_g)
     return b_g
 
@@ -216,6 +217,13 @@ def prepare_kernel(
     b_b1 = _load_beta(p_b, 1, o_t, t_0, b_st, T)
     b_b2 = _load_beta(p_b, 2, o_t, t_0, b_st, T)
     b_b3 = _load_beta(p_b, 3, o_t, t_0, b_st, T)
+    if gs is not None:
+        gs += (i_t.to(tl.int64) * HV + i_hv) * C
+        p_g = g + (i_b * T_all + bos + t_0) * HV + i_hv
+        d0 = _running_sum(p_g, 0, o_t, t_0, HV, T, gs, 0.0)
+        d1 = _running_sum(p_g, 1, o_t, t_0, HV, T, gs, _last(d0))
+        d2 = _running_sum(p_g, 2, o_t, t_0, HV, T, gs, _last(d1))
+        d3 = _running_sum(p_g, 3, o_t, t_0, HV, T, gs, _last(d2))
     g00, g10, g11, g20, g21, g22, g30, g31, g32, g33 = _gram(p_k, k_st, t_0, T, K, BK, EVEN, FULL_K, CT, PRECISION)
     r0 = tl.full([16], 1.0, tl.float32)
     r1 = r0
@@ -293,12 +301,6 @@ def prepare_kernel(
     t32 = t32.to(tl.float32) * p3[:, None] * q2[None, :]
     t33 = t33.to(tl.float32) * p3[:, None] * q3[None, :]
     if gs is not None:
-        gs += (i_t.to(tl.int64) * HV + i_hv) * C
-        p_g = g + (i_b * T_all + bos + t_0) * HV + i_hv
-        d0 = _running_sum(p_g, 0, o_t, t_0, HV, T, gs, 0.0)
-        d1 = _running_sum(p_g, 1, o_t, t_0, HV, T, gs, _last(d0))
-        d2 = _running_sum(p_g, 2, o_t, t_0, HV, T, gs, _last(d1))
-        d3 = _running_sum(p_g, 3, o_t, t_0, HV, T, gs, _last(d2))
         t00 *= decay(d0[:, None], d0[None, :])
         t10 *= decay(d1[:, None], d0[None, :])
         t11 *= decay(d1[:, None], d1[None, :])

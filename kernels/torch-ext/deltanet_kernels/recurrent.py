@@ -8,7 +8,15 @@ Backward, with G the gradient of the state (G_T = dht) and every e_t kept by for
     dk_t = G u_t - S_{t-1} dv_t      dq_t = scale S_t do_t      G <- G - k_t dv_t^T
     dh0 = G after the first token
 
-so nothing is divided by beta and no factor I - beta k k^T is inverted. Two launches and a last one:
+With a gate the state fades before a token reads it: alpha_t S_{t-1} with alpha = exp(g) takes the place of S_{t-1},
+and G after token t is multiplied by alpha_t. With r_t what token t reads less what it writes,
+
+    dg_t = <alpha_t S_{t-1}, its gradient> = r_t + dg_{t+1}
+    r_t = q_t . dq_t + k_t . (-alpha_t S_{t-1} dv_t) - k_t . (G u_t)
+
+from <S_T, dS_T> on: sums over tokens, in fp64, of what dq and the two terms of dk hold anyway.
+
+So nothing is divided by beta and no factor I - beta k k^T is inverted. Two launches and a last one:
 
     dv     columns of G, last token to first: dv, dbeta, dh0 (a column needs all of k, hence the split over V)
     dqk    given dv, the ROWS of S and of G evolve on their own, so a program owns some rows: S from the first token
@@ -33,7 +41,7 @@ from .limits import NORM_EPS
 from .recurrent_kernels import dqk_kernel, dv_kernel, forward_kernel, rows_kernel
 
 
-__all__ = ["fused_recurrent_delta_rule"]
+__all__ = ["fused_recurrent_delta_rule", "fused_recurrent_gated_delta_rule"]
 
 # Launch choices. One warp everywhere in the token loops: with more, each token would wait at a barrier for the sums
 # that cross warps. 8 columns (or rows) of a 128-wide state are 32 registers a thread, of a 256-wide one 64; wider
@@ -51,7 +59,7 @@ def _allocation(cu_seqlens):
     return torch.empty if cu_seqlens is None else torch.zeros
 
 
-def _launch_forward(q, k, v, beta, scale, h0, cu_seqlens, output_final_state, norm, save):
+def _launch_forward(q, k, v, beta, g, scale, h0, cu_seqlens, output_final_state, norm, save):
     """(o, ht, e, rq, rk); ht None unless wanted, e (and, with the norm, rq and rk) None unless `save`."""
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
@@ -67,7 +75,7 @@ def _launch_forward(q, k, v, beta, scale, h0, cu_seqlens, output_final_state, no
     BV = LOOP_BLOCK
     launch(
         forward_kernel, (triton.cdiv(V, BV) * N * HV,),
-        (q, k, v, beta, h0, cu_seqlens, o, e, rq, rk, ht),
+        (q, k, v, beta, g, h0, cu_seqlens, o, e, rq, rk, ht),
         (scale, T, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *beta.stride()),
         {
             "H": H, "HV": HV, "K": K, "V": V, "BK": triton.next_power_of_2(K), "BV": BV, "NORM": norm, "EPS": NORM_EPS,
@@ -77,8 +85,8 @@ def _launch_forward(q, k, v, beta, scale, h0, cu_seqlens, output_final_state, no
     return o, ht, e, rq, rk
 
 
-def _launch_backward(q, k, v, beta, e, rq, rk, do, dht, scale, h0, cu_seqlens, norm):
-    """(dq, dk, dv, dbeta, dh0) in the inputs' dtypes; dh0 None without h0."""
+def _launch_backward(q, k, v, beta, g, e, rq, rk, ht, do, dht, scale, h0, cu_seqlens, norm):
+    """(dq, dk, dv, dbeta, dh0, dg) in the inputs' dtypes; dh0 None without h0, dg without g."""
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -101,14 +109,14 @@ def _launch_backward(q, k, v, beta, e, rq, rk, do, dht, scale, h0, cu_seqlens, n
     strides = (*q.stride()[:3], *k.stride()[:3], *beta.stride(), *do.stride()[:3])
     launch(
         dv_kernel, (NV * N * HV,),
-        (q, k, beta, e, do, rq, rk, dht, cu_seqlens, dv, dbeta, dh0),
+        (q, k, beta, g, e, do, rq, rk, dht, cu_seqlens, dv, dbeta, dh0),
         (scale, B, T, *strides),
         {**sizes, "BK": triton.next_power_of_2(K), "BV": BV},
         {"num_warps": LOOP_WARPS},
     )  # fmt: skip
     launch(
         dqk_kernel, (triton.cdiv(K, BR) * N * HV, 2),
-        (q, k, beta, e, do, dv, rq, rk, h0, dht, cu_seqlens, dq_hv, dk_s, dk_g),
+        (q, k, beta, g, e, do, dv, rq, rk, h0, dht, cu_seqlens, dq_hv, dk_s, dk_g),
         (scale, T, *strides),
         {**sizes, "BR": BR, "BV": triton.next_power_of_2(V)},
         {"num_warps": LOOP_WARPS},
@@ -120,7 +128,32 @@ def _launch_backward(q, k, v, beta, e, rq, rk, do, dht, scale, h0, cu_seqlens, n
         {"H": H, "G": HV // H, "K": K, "BT": 16, "BK": triton.next_power_of_2(K), "NORM": norm},
         {"num_warps": 4},
     )  # fmt: skip
-    return dq, dk, dv.to(v.dtype), dbeta.sum(0).to(beta.dtype), dh0
+    dg = None
+    if g is not None:
+        r = _row_sums(q, rq, dq_hv) + _row_sums(k, rk, dk_s - dk_g)
+        dg = _sums_to_the_end(r, None if dht is None else (ht * dht).sum((2, 3)), cu_seqlens).to(g.dtype)
+    return dq, dk, dv.to(v.dtype), dbeta.sum(0).to(beta.dtype), dh0, dg
+
+
+def _row_sums(x, r, dx):
+    """r x . dx over the last dimension, [B, T, HV], of x [B, T, H, K] and dx [B, T, HV, K]."""
+    x = x.double() if r is None else x.double() * r.unsqueeze(-1)
+    return (x.repeat_interleave(dx.shape[2] // x.shape[2], 2) * dx).sum(-1)
+
+
+def _sums_to_the_end(r, at_end, cu_seqlens):
+    """Sums of r [B, T, HV] from each token to its sequence's end, and of what `at_end` [N, HV] adds there."""
+    sums = r.cumsum(1)
+    if cu_seqlens is None:
+        sums = sums[:, -1:] - sums + r
+        return sums if at_end is None else sums + at_end.unsqueeze(1)
+    tokens = torch.arange(r.shape[1], device=r.device)
+    i_n = torch.searchsorted(cu_seqlens, tokens, right=True) - 1  # of two borders at one place the last
+    is_inside = (i_n >= 0) & (i_n < cu_seqlens.shape[0] - 1)
+    i_n = i_n.clamp(0, cu_seqlens.shape[0] - 2)
+    sums = sums[:, cu_seqlens[i_n + 1] - 1] - sums + r
+    sums = sums if at_end is None else sums + at_end[i_n]
+    return sums * is_inside.unsqueeze(-1)
 
 
 # ------------------------------------------------------------------------------------- operators for torch.compile
@@ -138,16 +171,16 @@ def _none_for_empty(wanted: bool, x: torch.Tensor) -> torch.Tensor | None:
 
 @torch.library.custom_op("deltanet_kernels::recurrent_forward", mutates_args=())
 def _forward_op(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor, scale: float,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor, g: torch.Tensor | None, scale: float,
     initial_state: torch.Tensor | None, cu_seqlens: torch.Tensor | None,
     output_final_state: bool, norm: bool, save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    outputs = _launch_forward(q, k, v, beta, scale, initial_state, cu_seqlens, output_final_state, norm, save)
+    outputs = _launch_forward(q, k, v, beta, g, scale, initial_state, cu_seqlens, output_final_state, norm, save)
     return _empty_for_none(outputs, q)
 
 
 @_forward_op.register_fake
-def _(q, k, v, beta, scale, initial_state, cu_seqlens, output_final_state, norm, save):
+def _(q, k, v, beta, g, scale, initial_state, cu_seqlens, output_final_state, norm, save):
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -161,35 +194,37 @@ def _(q, k, v, beta, scale, initial_state, cu_seqlens, output_final_state, norm,
 
 @torch.library.custom_op("deltanet_kernels::recurrent_backward", mutates_args=())
 def _backward_op(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor,
-    e: torch.Tensor, rq: torch.Tensor, rk: torch.Tensor, do: torch.Tensor, dht: torch.Tensor | None,
-    scale: float, initial_state: torch.Tensor | None, cu_seqlens: torch.Tensor | None, norm: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor, g: torch.Tensor | None,
+    e: torch.Tensor, rq: torch.Tensor, rk: torch.Tensor, ht: torch.Tensor, do: torch.Tensor,
+    dht: torch.Tensor | None, scale: float, initial_state: torch.Tensor | None, cu_seqlens: torch.Tensor | None,
+    norm: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     rq, rk = _none_for_empty(norm, rq), _none_for_empty(norm, rk)
-    gradients = _launch_backward(q, k, v, beta, e, rq, rk, do, dht, scale, initial_state, cu_seqlens, norm)
+    gradients = _launch_backward(q, k, v, beta, g, e, rq, rk, ht, do, dht, scale, initial_state, cu_seqlens, norm)
     return _empty_for_none(gradients, q)
 
 
 @_backward_op.register_fake
-def _(q, k, v, beta, e, rq, rk, do, dht, scale, initial_state, cu_seqlens, norm):
-    dh0 = None if initial_state is None else initial_state.new_empty(initial_state.shape)
-    like = [x.new_empty(x.shape) for x in (q, k, v, beta)]
-    return _empty_for_none((*like, dh0), q)
+def _(q, k, v, beta, g, e, rq, rk, ht, do, dht, scale, initial_state, cu_seqlens, norm):
+    like = [None if x is None else x.new_empty(x.shape) for x in (q, k, v, beta, initial_state, g)]
+    return _empty_for_none(like, q)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, beta, ctx.scale, initial_state, cu_seqlens, _, ctx.norm, _ = inputs
+    q, k, v, beta, g, ctx.scale, initial_state, cu_seqlens, _, ctx.norm, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, beta, *output[2:], initial_state, cu_seqlens)
+    ctx.save_for_backward(q, k, v, beta, g, *output[2:], output[1], initial_state, cu_seqlens)
 
 
 def _backward_of_op(ctx, do, dht, *_):
-    q, k, v, beta, e, rq, rk, initial_state, cu_seqlens = ctx.saved_tensors
+    q, k, v, beta, g, e, rq, rk, ht, initial_state, cu_seqlens = ctx.saved_tensors
     do = torch.zeros_like(v) if do is None else do
-    dq, dk, dv, dbeta, dh0 = _backward_op(
-        q, k, v, beta, e, rq, rk, do, dht, ctx.scale, initial_state, cu_seqlens, ctx.norm
+    dht = None if dht is None or dht.numel() == 0 else dht
+    dq, dk, dv, dbeta, dh0, dg = _backward_op(
+        q, k, v, beta, g, e, rq, rk, ht, do, dht, ctx.scale, initial_state, cu_seqlens, ctx.norm
     )
-    return dq, dk, dv, dbeta, None, _none_for_empty(initial_state is not None, dh0), None, None, None, None
+    dh0, dg = _none_for_empty(initial_state is not None, dh0), _none_for_empty(g is not None, dg)
+    return dq, dk, dv, dbeta, dg, None, dh0, None, None, None, None
 
 
 _forward_op.register_autograd(_backward_of_op, setup_context=_setup_context)
@@ -200,24 +235,24 @@ _forward_op.register_autograd(_backward_of_op, setup_context=_setup_context)
 
 class _FusedRecurrentDeltaRule(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, beta, scale, initial_state, cu_seqlens, output_final_state, norm):
+    def forward(ctx, q, k, v, beta, g, scale, initial_state, cu_seqlens, output_final_state, norm):
         o, ht, e, rq, rk = _launch_forward(
-            q, k, v, beta, scale, initial_state, cu_seqlens, output_final_state, norm, save=True
+            q, k, v, beta, g, scale, initial_state, cu_seqlens, output_final_state, norm, save=True
         )
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, beta, e, rq, rk, initial_state, cu_seqlens)
+        ctx.save_for_backward(q, k, v, beta, g, e, rq, rk, ht, initial_state, cu_seqlens)
         ctx.scale, ctx.norm = scale, norm
         return o, ht
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dht):
-        q, k, v, beta, e, rq, rk, initial_state, cu_seqlens = ctx.saved_tensors
+        q, k, v, beta, g, e, rq, rk, ht, initial_state, cu_seqlens = ctx.saved_tensors
         do = torch.zeros_like(v) if do is None else do
-        dq, dk, dv, dbeta, dh0 = _launch_backward(
-            q, k, v, beta, e, rq, rk, do, dht, ctx.scale, initial_state, cu_seqlens, ctx.norm
+        dq, dk, dv, dbeta, dh0, dg = _launch_backward(
+            q, k, v, beta, g, e, rq, rk, ht, do, dht, ctx.scale, initial_state, cu_seqlens, ctx.norm
         )
-        return dq, dk, dv, dbeta, None, dh0, None, None, None
+        return dq, dk, dv, dbeta, dg, None, dh0, None, None, None
 
 
 # ------------------------------------------------------------------------------------------------ public functions
@@ -263,28 +298,60 @@ def fused_recurrent_delta_rule(
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit, naming both.
     """
-    refuse_transforms("fused_recurrent_delta_rule")
+    beta = v.new_ones(v.shape[:-1]) if beta is None else beta
+    options = scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, head_first
+    return _token_by_token("fused_recurrent_delta_rule", q, k, v, beta, None, *options)
+
+
+def fused_recurrent_gated_delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None = None,
+    gk: None = None,
+    gv: None = None,
+    beta: torch.Tensor | None = None,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_cpu: torch.Tensor | None = None,
+    *,
+    head_first: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The gated delta rule, one token after another; see `chunk_gated_delta_rule`.
+
+    Args:
+        g: [B, T, HV], the log of the decay, at most 0, any floating dtype; None for the rule without.
+        gk, gv: decays per channel, of flash-linear-attention's function; this one has none and refuses them.
+
+    The other arguments, what is returned and what is raised are those of `fused_recurrent_delta_rule`. The gradient of
+    g is defined, too.
+    """
+    if gk is not None or gv is not None:
+        raise ValueError("gk and gv, decays per channel, are not of this rule, which has one per value head: pass g")
+    beta = v.new_ones(v.shape[:-1]) if beta is None else beta
+    options = scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, head_first
+    return _token_by_token("fused_recurrent_gated_delta_rule", q, k, v, beta, g, *options)
+
+
+def _token_by_token(name, q, k, v, beta, g, scale, initial_state, final, norm, cu_seqlens, head_first):
+    """The rule with g, or without (None)."""
+    refuse_transforms(name)
     check_device(q, "delta_rule.torch_recurrent_delta_rule")
     check_layout(head_first)
-    beta = v.new_ones(v.shape[:-1]) if beta is None else beta
     initial_state = as_state(initial_state)
-    scale = check_arguments(q, k, v, beta, scale, initial_state, cu_seqlens)
+    scale = check_arguments(q, k, v, beta, scale, initial_state, cu_seqlens, g)
+    tensors = {"q": q, "k": k, "v": v, "beta": beta, "g": g, "initial_state": initial_state}
     if _switch.CHECKS:
-        check_values({"q": q, "k": k, "v": v, "beta": beta, "initial_state": initial_state}, cu_seqlens, q.shape[1])
+        check_values(tensors, cu_seqlens, q.shape[1])
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    differentiable = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (q, k, v, beta, initial_state)
-    )
+    g = None if g is None else g.contiguous()
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors.values())
     if torch.compiler.is_compiling():
-        o, ht, *_ = _forward_op(
-            q, k, v, beta, scale, initial_state, cu_seqlens,
-            output_final_state, use_qk_l2norm_in_kernel, differentiable,
-        )  # fmt: skip
-        return o, _none_for_empty(output_final_state, ht)
+        o, ht, *_ = _forward_op(q, k, v, beta, g, scale, initial_state, cu_seqlens, final, norm, differentiable)
+        return o, _none_for_empty(final, ht)
     if differentiable:
-        return _FusedRecurrentDeltaRule.apply(
-            q, k, v, beta, scale, initial_state, cu_seqlens, output_final_state, use_qk_l2norm_in_kernel
-        )
-    return _launch_forward(
-        q, k, v, beta, scale, initial_state, cu_seqlens, output_final_state, use_qk_l2norm_in_kernel, save=False
-    )[:2]
+        return _FusedRecurrentDeltaRule.apply(q, k, v, beta, g, scale, initial_state, cu_seqlens, final, norm)
+    return _launch_forward(q, k, v, beta, g, scale, initial_state, cu_seqlens, final, norm, save=False)[:2]

@@ -20,8 +20,8 @@ def _sequence(cu_seqlens, i_n, T):
 
 @triton.jit(do_not_specialize=["T"])
 def forward_kernel(
-    # inputs; h0 and cu_seqlens may be None
-    q, k, v, beta, h0, cu_seqlens,
+    # inputs; g [B, T, HV], h0 and cu_seqlens may be None
+    q, k, v, beta, g, h0, cu_seqlens,
     # outputs; e (with rq, rk) is None when nothing will be differentiated, ht when it is not wanted
     o, e, rq, rk, ht,
     # sizes and strides
@@ -46,6 +46,8 @@ def forward_kernel(
     p_v = v + i_b * s_vb + bos * s_vt + i_hv * s_vh + o_v
     p_beta = beta + i_b * s_bb + bos * s_bt + i_hv * s_bh
     i_row = i_b * T + bos
+    if g is not None:
+        p_g = g + i_row * HV + i_hv
     p_o = o + (i_row * HV + i_hv) * V + o_v
     if e is not None:
         p_e = e + (i_row * HV + i_hv) * V + o_v
@@ -75,6 +77,9 @@ def forward_kernel(
         n_v = tl.load(p_v, mask=m_v & (t + 1 < n_tokens), other=0.0)
         n_beta = tl.load(p_beta, mask=t + 1 < n_tokens, other=0.0)
 
+        if g is not None:
+            b_h *= tl.exp(tl.load(p_g).to(tl.float32))
+            p_g += HV
         # S_t^T q = S_{t-1}^T q + (k.q) u: four sums that do not wait for one another, then the update.
         b_hk = tl.sum(b_h * b_k[:, None], 0)
         b_hq = tl.sum(b_h * b_q[:, None], 0)
@@ -109,8 +114,8 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def dv_kernel(
-    # inputs; rq and rk None without norms, dht may be None
-    q, k, beta, e, do, rq, rk, dht, cu_seqlens,
+    # inputs; rq and rk None without norms, g and dht may be None
+    q, k, beta, g, e, do, rq, rk, dht, cu_seqlens,
     # outputs; dbeta [NV, B, T, HV] one part per value block; dh0 may be None
     dv, dbeta, dh0,
     # sizes and strides
@@ -138,6 +143,8 @@ def dv_kernel(
     i_row = i_b * T + last
     p_e = e + (i_row * HV + i_hv) * V + o_v
     p_dv = dv + (i_row * HV + i_hv) * V + o_v
+    if g is not None:
+        p_g = g + i_row * HV + i_hv
     p_dbeta = dbeta + i_v.to(tl.int64) * B * T * HV + i_row * HV + i_hv
     if NORM:
         p_rq = rq + i_row * H + i_h
@@ -192,6 +199,9 @@ def dv_kernel(
         if NORM:
             b_dv *= b_rk
         b_dh += b_q[:, None] * b_do[None, :] - b_k[:, None] * b_dv[None, :]
+        if g is not None:
+            b_dh *= tl.exp(tl.load(p_g).to(tl.float32))
+            p_g -= HV
 
     if dh0 is not None:
         tl.store(dh0 + o_h, b_dh, mask=m_h)
@@ -199,8 +209,8 @@ def dv_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def dqk_kernel(
-    # inputs; rq and rk None without norms, h0 and dht may be None
-    q, k, beta, e, do, dv, rq, rk, h0, dht, cu_seqlens,
+    # inputs; rq and rk None without norms, g, h0 and dht may be None
+    q, k, beta, g, e, do, dv, rq, rk, h0, dht, cu_seqlens,
     # outputs, fp32 [B, T, HV, K]: gradients of the normalised q and k, the latter in two terms
     dq, dk_s, dk_g,
     # sizes and strides
@@ -227,6 +237,8 @@ def dqk_kernel(
     p_do = do + i_b * s_dob + bos * s_dot + i_hv * s_doh + o_v
     p_e = e + i_row * V + o_v
     p_dv = dv + i_row * V + o_v
+    if g is not None:
+        p_g = g + i_row
     if NORM:
         p_rq = rq + (i_b * T + bos) * H + i_h
         p_rk = rk + (i_b * T + bos) * H + i_h
@@ -265,6 +277,9 @@ def dqk_kernel(
                 p_rk += H
                 n_rk = tl.load(p_rk, mask=t + 1 < n_tokens, other=0.0)
 
+            if g is not None:
+                b_m *= tl.exp(tl.load(p_g).to(tl.float32))
+                p_g += HV
             b_dk = -tl.sum(b_m * b_dv[None, :], 1)
             b_m += b_k[:, None] * b_u[None, :]
             b_dq = scale * tl.sum(b_m * b_do[None, :], 1)
@@ -277,6 +292,8 @@ def dqk_kernel(
         if dht is not None:
             b_m += tl.load(dht + o_h, mask=m_h, other=0.0)
         last = (n_tokens - 1).to(tl.int64)
+        if g is not None:
+            p_g += last * HV
         p_q += last * s_qt
         p_k += last * s_kt
         p_beta += last * s_bt
@@ -323,6 +340,9 @@ def dqk_kernel(
             b_m += b_q[:, None] * b_do[None, :]
             b_dk = tl.sum(b_m * b_u[None, :], 1)
             b_m -= b_k[:, None] * b_dv[None, :]
+            if g is not None:
+                b_m *= tl.exp(tl.load(p_g).to(tl.float32))
+                p_g -= HV
             tl.store(p_dk, b_dk, mask=m_k)
             p_dk -= HV * K
 

@@ -84,10 +84,22 @@ def reverse_kernel(
         if NK > 1:
             b_s2 += load_tile_t(dht + p_h, o_k2, V, o_v, m_k2, m_v)
 
+    if gs is not None:
+        # a chunk ahead, since the chain waits for them
+        n_gs = tl.load(gs + o_c, mask=o_c < NT * C, other=0.0)
+        n_all = tl.load(gs + C - 1, mask=NT > 0, other=0.0)
     if DEEP:
         b_i = (o_c[:, None] == o_c[None, :]).to(CT)
     for i_r in range(NT):
         m_t = below(o_c + (NT - 1 - i_r) * C, T, EVEN)
+        if gs is not None:
+            b_gs = n_gs
+            b_before = tl.exp2(b_gs.to(tl.float32))
+            b_after = decay(n_all, b_gs)
+            b_whole = tl.exp2(n_all.to(tl.float32))
+            gs -= C * HV
+            n_gs = tl.load(gs + o_c, mask=o_c < (NT - 1 - i_r) * C, other=0.0)
+            n_all = tl.load(gs + C - 1, mask=i_r + 1 < NT, other=0.0)
         b_k1 = load_tile(k, o_c, k_st, o_k1, m_t, m_k1).to(CT)
         b_q1 = load_tile(q, o_c, q_st, o_k1, m_t, m_k1).to(CT)
         if NK > 1:
@@ -105,17 +117,16 @@ def reverse_kernel(
             b_p = tl.dot(b_q1, tl.trans(b_k1), input_precision=PRECISION)
             if NK > 1:
                 b_p = tl.dot(b_q2, tl.trans(b_k2), b_p, input_precision=PRECISION)
+            if gs is not None:
+                b_p *= decay(b_gs[:, None], b_gs[None, :])
             b_p = tl.where(o_c[:, None] >= o_c[None, :], b_p, 0.0).to(CT)
         # dO' = scale rq dO; a stored P holds the factor, so there dO itself meets P
         b_do = tl.dot(b_do, b_i, input_precision="ieee") if DEEP else b_do.to(tl.float32)
         b_dq = b_do * (tl.load(rq + o_c) * scale)[None, :] if rk is not None else b_do * scale
+        b_do = b_do.to(CT) if p is not None else b_dq.to(CT)
         if gs is not None:
-            b_gs = tl.load(gs + o_c)
-            b_before = tl.exp(b_gs.to(tl.float32))
-            b_all = tl.load(gs + C - 1)
             b_dq *= b_before[None, :]
         b_dq = b_dq.to(CT)
-        b_do = b_do.to(CT) if p is not None else b_dq
         b_c1 = b_s1.to(CT)
         if dv is not None:
             store_fragments(ds, b_c1, BV, BK)
@@ -132,7 +143,7 @@ def reverse_kernel(
             b_c2 = b_s2.to(CT)
             b_u = tl.dot(b_c2, tl.trans(b_k2), b_u, input_precision=PRECISION)
         if gs is not None:
-            b_u *= decay(b_all, b_gs)[None, :]
+            b_u *= b_after[None, :]
             b_u = tl.dot(b_do, b_p, b_u, input_precision=PRECISION)
         # dV^T = dU^T A
         b_v = tl.dot(b_u.to(CT), b_a, input_precision=PRECISION)
@@ -140,9 +151,9 @@ def reverse_kernel(
         b_w = -b_v * tl.load(rk + o_c)[None, :] if rk is not None else -b_v
         if gs is not None:
             b_w *= b_before[None, :]
-            b_s1 *= tl.exp(b_all.to(tl.float32))
+            b_s1 *= b_whole
             if NK > 1:
-                b_s2 *= tl.exp(b_all.to(tl.float32))
+                b_s2 *= b_whole
         b_w = b_w.to(CT)
         b_s1 = tl.dot(b_dq, b_q1, b_s1, input_precision=PRECISION)
         b_s1 = tl.dot(b_w, b_k1, b_s1, input_precision=PRECISION)
@@ -159,8 +170,6 @@ def reverse_kernel(
         a -= C * C * HV
         if p is not None:
             p -= C * C * (HV if gs is not None else H)
-        if gs is not None:
-            gs -= C * HV
         if rk is not None:
             rq -= C * H
             rk -= C * H

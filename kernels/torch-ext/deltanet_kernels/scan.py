@@ -104,8 +104,20 @@ def scan_kernel(
         if NK > 1:
             b_s2 += load_tile_t(h0 + p_h, o_k2, V, o_v, m_k2, m_v)
 
+    if gs is not None:
+        # a chunk ahead, since the chain waits for them
+        n_gs = tl.load(gs + o_c, mask=o_c < NT * C, other=0.0)
+        n_all = tl.load(gs + C - 1, mask=NT > 0, other=0.0)
     for i_c in range(NT):
         m_t = below(o_c + i_c * C, T, EVEN)
+        if gs is not None:
+            b_gs = n_gs
+            b_before = tl.exp2(b_gs.to(tl.float32))
+            b_after = decay(n_all, b_gs)
+            b_whole = tl.exp2(n_all.to(tl.float32))
+            gs += C * HV
+            n_gs = tl.load(gs + o_c, mask=o_c < (NT - 1 - i_c) * C, other=0.0)
+            n_all = tl.load(gs + C - 1, mask=i_c + 1 < NT, other=0.0)
         b_k1 = load_tile(k, o_c, k_st, o_k1, m_t, m_k1).to(CT)
         if NK > 1:
             b_k2 = load_tile(k, o_c, k_st, o_k2, m_t, m_k2).to(CT)
@@ -131,6 +143,8 @@ def scan_kernel(
                     b_rq = tl.rsqrt(b_rq + EPS)
                     if u is not None:
                         tl.store(rq + o_c, b_rq)
+                if gs is not None:
+                    b_p *= decay(b_gs[None, :], b_gs[:, None])
                 b_p = tl.where(o_c[:, None] <= o_c[None, :], b_p, 0.0).to(CT)
         b_c1 = b_s1.to(CT)
         if u is not None:
@@ -149,9 +163,6 @@ def scan_kernel(
                 b_o = tl.dot(b_c2, tl.trans(b_q2), b_o, input_precision=PRECISION)
         b_x = b_x * -tl.load(rk + o_c)[None, :] if rk is not None else -b_x
         if gs is not None:
-            b_gs = tl.load(gs + o_c)
-            b_before = tl.exp(b_gs.to(tl.float32))
-            b_all = tl.load(gs + C - 1)
             b_x *= b_before[None, :]
         # U^T = V^T A^T + (-rk K S)^T A^T
         b_u = tl.dot(b_v, tl.trans(b_a), input_precision=PRECISION)
@@ -159,10 +170,10 @@ def scan_kernel(
         # S^T <- S^T + U^T K
         b_w = b_u
         if gs is not None:
-            b_w *= decay(b_all, b_gs)[None, :]
-            b_s1 *= tl.exp(b_all.to(tl.float32))
+            b_w *= b_after[None, :]
+            b_s1 *= b_whole
             if NK > 1:
-                b_s2 *= tl.exp(b_all.to(tl.float32))
+                b_s2 *= b_whole
         b_u = b_u.to(CT)
         b_w = b_w.to(CT)
         b_s1 = tl.dot(b_w, b_k1, b_s1, input_precision=PRECISION)
@@ -173,10 +184,10 @@ def scan_kernel(
 
         # O^T = scale rq (S^T Q^T) + U^T P^T; a P of this kernel lacks the factor
         if o is not None:
+            if gs is not None:
+                b_o *= b_before[None, :]
             if p is not None:
                 b_o *= (b_rq * scale)[None, :] if rk is not None else scale
-                if gs is not None:
-                    b_o *= b_before[None, :]
                 b_p = tl.load(p + o_c[:, None] * C + o_c[None, :])
                 b_o = tl.dot(b_u, tl.trans(b_p), b_o, input_precision=PRECISION)
             else:
@@ -195,8 +206,6 @@ def scan_kernel(
             s += HV * NV * NK * BV * BK
         if p is not None:
             p += C * C * (HV if gs is not None else H)
-        if gs is not None:
-            gs += C * HV
         if rk is not None:
             rk += C * H
             rq += C * H

@@ -1,6 +1,8 @@
 """One token of decoding: a single launch that reads the state once and writes it once, in place.
 
 e = v - S^T k        S <- S + k (beta e)^T        o = scale S^T q
+
+With a gate S is exp(g) S, to begin with.
 """
 
 import functools
@@ -16,7 +18,7 @@ from .limits import NORM_EPS
 from .plan import multiprocessors
 
 
-__all__ = ["delta_rule_step"]
+__all__ = ["delta_rule_step", "gated_delta_rule_step"]
 
 # The step is bound by memory: a 32-column block reads whole 128-byte lines, and 1024 elements a warp are eight
 # 16-byte loads in flight in each thread (as many again in the other resident programs). When that leaves
@@ -26,8 +28,8 @@ STEP_BLOCK, STEP_BLOCK_FEW, STEP_ELEMENTS_PER_WARP = 32, 16, 1024
 
 @triton.jit
 def _step_kernel(
-    # inputs; h [B, HV, K, V] is also an output, updated in place
-    q, k, v, beta, h,
+    # inputs; g [B, 1, HV] or None; h [B, HV, K, V] is also an output, updated in place
+    q, k, v, beta, g, h,
     # output
     o,
     # sizes and strides
@@ -55,6 +57,8 @@ def _step_kernel(
     if NORM:
         b_k *= tl.rsqrt(tl.sum(b_k * b_k, 0) + EPS)
         b_q *= tl.rsqrt(tl.sum(b_q * b_q, 0) + EPS)
+    if g is not None:
+        b_h *= tl.exp(tl.load(g + i_b * HV + i_hv).to(tl.float32))
     b_hk = tl.sum(b_h * b_k[:, None], 0)
     b_hq = tl.sum(b_h * b_q[:, None], 0)
     b_u = b_beta * (b_v - b_hk)
@@ -63,7 +67,7 @@ def _step_kernel(
     tl.store(o + (i_b * HV + i_hv) * V + o_v, b_o.to(o.dtype.element_ty), mask=m_v)
 
 
-def _launch_step(q, k, v, beta, state, scale, norm):
+def _launch_step(q, k, v, beta, g, state, scale, norm):
     """o [B, 1, HV, V]; state is overwritten."""
     B, _, H, K = q.shape
     HV, V = v.shape[2:]
@@ -71,7 +75,7 @@ def _launch_step(q, k, v, beta, state, scale, norm):
     BK, BV, columns, warps = _step_blocks(K, V, B * HV, q.device)
     launch(
         _step_kernel, (columns * B * HV,),
-        (q, k, v, beta, state, o),
+        (q, k, v, beta, g, state, o),
         (scale, *[s for x in (q, k, v, beta) for s in x.stride()[0:3:2]], *state.stride()[:3]),
         {"H": H, "HV": HV, "K": K, "V": V, "BK": BK, "BV": BV, "NORM": norm, "EPS": NORM_EPS},
         {"num_warps": warps},
@@ -93,14 +97,14 @@ def _step_warps(BK: int, BV: int) -> int:
 
 @torch.library.custom_op("deltanet_kernels::delta_rule_step", mutates_args={"state"})
 def _step_op(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor, state: torch.Tensor,
-    scale: float, norm: bool,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor, g: torch.Tensor | None,
+    state: torch.Tensor, scale: float, norm: bool,
 ) -> torch.Tensor:  # fmt: skip
-    return _launch_step(q, k, v, beta, state, scale, norm)
+    return _launch_step(q, k, v, beta, g, state, scale, norm)
 
 
 @_step_op.register_fake
-def _(q, k, v, beta, state, scale, norm):
+def _(q, k, v, beta, g, state, scale, norm):
     return v.new_empty(v.shape)
 
 
@@ -130,17 +134,36 @@ def delta_rule_step(
         ValueError: for shapes, dtypes or devices that do not fit, for T != 1, for a state that cannot be updated
             in place, and when a gradient is asked of it.
     """
-    refuse_transforms("delta_rule_step")
+    return _step("delta_rule_step", q, k, v, beta, None, state, scale, use_qk_l2norm_in_kernel)
+
+
+def gated_delta_rule_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    state: torch.Tensor,
+    scale: float | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+) -> torch.Tensor:
+    """One token of the gated rule, as `delta_rule_step`; g [B, 1, HV] is the log of the decay, at most 0."""
+    return _step("gated_delta_rule_step", q, k, v, beta, g, state, scale, use_qk_l2norm_in_kernel)
+
+
+def _step(name, q, k, v, beta, g, state, scale, norm):
+    refuse_transforms(name)
     check_device(q, "delta_rule.delta_rule_step")
-    scale = check_arguments(q, k, v, beta, scale, state, None)
+    scale = check_arguments(q, k, v, beta, scale, state, None, g)
     if _switch.CHECKS:
-        check_values({"q": q, "k": k, "v": v, "beta": beta, "state": state}, None, 1)
+        check_values({"q": q, "k": k, "v": v, "beta": beta, "g": g, "state": state}, None, 1)
     if q.shape[1] != 1:
-        raise ValueError(f"delta_rule_step takes one token, T = 1, got T = {q.shape[1]}")
+        raise ValueError(f"{name} takes one token, T = 1, got T = {q.shape[1]}")
     if state.stride(3) != 1 and state.shape[3] != 1:
         raise ValueError(f"state must be contiguous in its last dimension, got strides {state.stride()}")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, beta, state)):
-        raise ValueError("delta_rule_step has no backward: call it under torch.no_grad(), got requires_grad inputs")
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, beta, g, state)):
+        raise ValueError(f"{name} has no backward: call it under torch.no_grad(), got requires_grad inputs")
+    g = None if g is None else g.contiguous()
     if torch.compiler.is_compiling():
-        return _step_op(q, k, v, beta, state, scale, use_qk_l2norm_in_kernel)
-    return _launch_step(q, k, v, beta, state, scale, use_qk_l2norm_in_kernel)
+        return _step_op(q, k, v, beta, g, state, scale, norm)
+    return _launch_step(q, k, v, beta, g, state, scale, norm)

@@ -57,10 +57,10 @@ def load_rows(p, i_r, NC: tl.constexpr, W: tl.constexpr, R: tl.constexpr, N: tl.
 
 @triton.jit
 def decay(b_end, b_start):
-    """exp of a difference of two sums of g: what is left at one token of what was there at another, earlier one. Of
+    """2 to the difference of two sums of g: what is left at one token of what was there at another, earlier one. Of
     later ones 1, so that nothing overflows that a mask takes away.
     """
-    return tl.exp(tl.minimum((b_end - b_start).to(tl.float32), 0.0))
+    return tl.exp2(tl.minimum((b_end - b_start).to(tl.float32), 0.0))
 
 
 @triton.jit
