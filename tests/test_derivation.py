@@ -156,3 +156,57 @@ def test_entries_of_the_inverse_are_bounded():
             x = x - k[t] * (beta[t] * (k[t] @ x))
     k = k[:1].expand(64, -1)
     assert inverse((2 * (k @ k.T)).tril(-1)).abs().max() <= 2
+
+
+def gated_recurrence(q, k, v, beta, g, S):
+    outputs = []
+    for q_t, k_t, v_t, beta_t, g_t in zip(normalised(q), normalised(k), v, beta, g):
+        S = S * g_t.exp()
+        S = S + k_t.outer(beta_t * (v_t - S.T @ k_t))
+        outputs.append(SCALE * (S.T @ q_t))
+    return torch.stack(outputs), S
+
+
+def test_the_gate():
+    """A chunk with a gate, and its gradients, g's among them, would not be those of the recurrence ("The gate")."""
+    *given, do, dht = inputs()
+    g = -torch.rand(CHUNKS * C, dtype=torch.float64) * torch.tensor([0.0, 1.0, 50.0, 0.1] * (CHUNKS * C // 4))
+    given.insert(4, g)
+    leaves = [x.clone().requires_grad_() for x in given]
+    wanted_outputs = gated_recurrence(*leaves)
+    wanted = torch.autograd.grad(wanted_outputs, leaves, (do, dht))
+
+    *given, S = given
+    outputs, kept, found = [], [], []
+    for q_c, k_c, v_c, beta_c, g_c in chunks(*given):
+        rk, rq, A, P = matrices(q_c, k_c, beta_c)
+        b = g_c.cumsum(0)[:, None]
+        D = (b - b.T).tril().exp().tril()
+        before, after, whole = b.exp(), (b[-1] - b).exp(), b[-1].exp()
+        A, P = D * A, D * P
+        U = A @ v_c - A @ (rk * before * (k_c @ S))
+        outputs.append(SCALE * rq * before * (q_c @ S) + P @ U)
+        kept.append((rk, rq, A, P, D, U, S, before, after, whole))
+        S = whole * S + k_c.T @ (after * U)
+    torch.testing.assert_close((torch.cat(outputs), S), wanted_outputs)
+
+    dS = dht
+    for (q_c, k_c, do_c), (rk, rq, A, P, D, U, S, before, after, whole) in zip(
+        reversed(chunks(given[0], given[1], do)), reversed(kept)
+    ):
+        dU = P.T @ do_c + after * (k_c @ dS)
+        dV = A.T @ dU
+        R = D * (do_c @ U.T).tril()
+        E = -D * (rk * (dV @ U.T)).tril(-1)
+        q_y = rq * SCALE * (before * (do_c @ S.T) + R @ k_c)
+        reads, writes = -rk * before * (dV @ S.T), after * (U @ dS.T)
+        k_y = reads + writes + (SCALE * rq * R).T @ q_c + (E + E.T) @ k_c
+        dbeta = rk[:, 0] * (dV @ U.T).diag() / A.diag() ** 2
+        comes_in = (q_c * q_y + k_c * (reads + E @ k_c)).sum(1)
+        goes_out = (k_c * (writes + (SCALE * rq * R).T @ q_c + E.T @ k_c)).sum(1)
+        leaves_with = whole * (S * dS).sum() + (k_c * writes).sum()  # <S', dS'>
+        dg = (comes_in - goes_out).flip(0).cumsum(0).flip(0) + leaves_with
+        found.append((norm_backward(q_c, rq, q_y), norm_backward(k_c, rk, k_y), dV, dbeta, dg))
+        dS = whole * dS + q_c.T @ (SCALE * rq * before * do_c) - k_c.T @ (rk * before * dV)
+    gradients = [torch.cat(parts[::-1]) for parts in zip(*found)]
+    torch.testing.assert_close([*gradients, dS], list(wanted))

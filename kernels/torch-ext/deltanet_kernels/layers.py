@@ -6,9 +6,9 @@ functions of the same purpose in `modeling_deltanet/`.
 
 import torch.nn as nn
 
-from .chunk import chunk_delta_rule
+from .chunk import chunk_delta_rule, chunk_gated_delta_rule
 from .convolution import short_conv, short_conv_step
-from .step import delta_rule_step
+from .step import delta_rule_step, gated_delta_rule_step
 
 
 class DeltaRule(nn.Module):
@@ -18,11 +18,12 @@ class DeltaRule(nn.Module):
 
     def forward(
         self, q, k, v, beta, scale=None, initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=False,
-        cu_seqlens=None,
+        cu_seqlens=None, *, g=None,
     ):  # fmt: skip
-        return chunk_delta_rule(
-            q, k, v, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens
-        )
+        options = scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens
+        if g is None:
+            return chunk_delta_rule(q, k, v, beta, *options)
+        return chunk_gated_delta_rule(q, k, v, g, beta, *options)
 
 
 class DeltaRuleStep(nn.Module):
@@ -30,8 +31,10 @@ class DeltaRuleStep(nn.Module):
 
     can_torch_compile = True
 
-    def forward(self, q, k, v, beta, state, scale=None, use_qk_l2norm_in_kernel=False):
-        return delta_rule_step(q, k, v, beta, state, scale, use_qk_l2norm_in_kernel)
+    def forward(self, q, k, v, beta, state, scale=None, use_qk_l2norm_in_kernel=False, *, g=None):
+        if g is None:
+            return delta_rule_step(q, k, v, beta, state, scale, use_qk_l2norm_in_kernel)
+        return gated_delta_rule_step(q, k, v, g, beta, state, scale, use_qk_l2norm_in_kernel)
 
 
 class ShortConv(nn.Module):
