@@ -23,7 +23,8 @@ from .kernel_switch import LIMITS, is_transformed, kernels_for
 
 
 # Tokens per chunk, as in the paper and in the GPU kernels. Forward + backward on two CPU cores, (B, T, H, D) = (1,
-# 2048, 8, 64): 39 ms in chunks of 32, which keep twice as many states; 47 ms in 64; 60 ms in 128.
+# 2048, 8, 64): 39 ms in chunks of 32, which keep twice as many states; 47 ms in 64; 60 ms in 128
+# (2eed96d, 2026-11-24).
 CHUNK_SIZE = 64
 # Below this many tokens the recurrence is faster on a CPU: 0.07 ms against 0.13 at T = 1, even at T = 3 (8 heads of
 # 64).
@@ -225,7 +226,7 @@ class _ChunkDeltaRule(torch.autograd.Function):
             dg = pairs + reads.flip(-2).cumsum(-2).flip(-2) + (writes.cumsum(-2) - writes) + through
         R, F = _times(R.tril_(), between), _times(F.tril_(-1), between)
         dq = q_reads.baddbmm_(R, k)
-        dk = (R.mT @ q).add_(k_writes).sub_(k_reads)
+        dk = k_writes.sub_(k_reads).baddbmm_(R.mT, q)
         dk.baddbmm_(F + F.mT, k, alpha=-1)
 
         # E = V - K S - strict(K K^T) U is what each token found missing, U = beta E: no division by beta.
