@@ -9,7 +9,7 @@ from test_stages import pair, tokenizer  # noqa: F401  fixtures
 from tiny import FULL, LINEAR, SLIDING, tiny_model
 from transformers import DynamicCache
 
-from deltanet_conversion import cli, inspect_checkpoint
+from deltanet_conversion import cli, convert_checkpoint, inspect_checkpoint
 
 
 @pytest.fixture
@@ -105,6 +105,12 @@ def test_inspect_reads_teachers_and_flas_form(tmp_path):
     teacher = make_teacher("qwen2 with windows", tmp_path / "teacher")
     found = inspect_checkpoint(tmp_path / "teacher")
     assert found["layers"] == {FULL: 2, SLIDING: 2} and found["parameters"] == teacher.num_parameters()
+    gated = tiny_model(layer_types=[LINEAR], linear_use_decay=True)
+    gated.save_pretrained(tmp_path / "ours")
+    convert_checkpoint(tmp_path / "ours", tmp_path / "fla", to="fla")
+    for folder in ("ours", "fla"):
+        found = inspect_checkpoint(tmp_path / folder)
+        assert found["parameters"] == gated.num_parameters() and found["linear_heads"]["decay"]
     config = tmp_path / "teacher" / "config.json"
     config.write_text(config.read_text().replace('"qwen2"', '"bert"'))
     with pytest.raises(ValueError, match="'bert'"):

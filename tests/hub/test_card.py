@@ -89,6 +89,8 @@ def test_the_architecture_is_the_checkpoints(folder):
     )
     assert "2 key heads of 16, 2 value heads of 16; silu and l2 norm on q and k; convolution of 4 |" in content
     assert "4 heads of 8, 2 for keys and values; rotary embedding, theta 10000; window of 5 tokens |" in content
+    write_checkpoint(folder, linear_use_decay=True, linear_use_output_gate=True)
+    assert "convolution of 4; a decay per value head; output gate |" in make_card(folder, REPO).content
 
 
 def test_layers_are_told_by_their_period(tmp_path):

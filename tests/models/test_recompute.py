@@ -115,10 +115,10 @@ def test_a_layer_on_the_kernels_keeps_the_rule_too(recomputing, on_kernels, runs
     )
 
 
-@pytest.mark.parametrize("case", ["packed, grouped heads", "padded"])
+@pytest.mark.parametrize("case", ["packed, grouped heads", "padded", "packed, decay"])
 def test_the_scan_runs_once(recomputing, on_kernels, case, monkeypatch):
     """Each step would wait for the delta rule's kernels twice, or learn from another rule's results than its own."""
-    fields = VARIANTS["grouped_value_heads"] if "grouped" in case else {}
+    fields = VARIANTS["grouped_value_heads"] if "grouped" in case else VARIANTS["decay"] if "decay" in case else {}
     model = tiny_model(**{"layer_types": [LINEAR], **fields}).train()
     x, launched, scan, results = tokens(1 if "packed" in case else 2, 10), [], passes.scan, []
     monkeypatch.setattr(passes, "scan", lambda *args, **options: launched.append(1) or scan(*args, **options))
