@@ -94,8 +94,8 @@ def make(family, seed=0, dtype=torch.float32, **overrides):
 
 
 def distance(got, wanted):
-    """||got - wanted||, relative to ||wanted|| where that is above 1 (most are 1 to 15). Those of A_log and dt_bias are
-    below 0.1, what is left of terms that cancel: torch's in fp32 are 2e-5 of that away from fp64, too.
+    """||got - wanted||, relative to ||wanted|| where that is above 1 (most are 1 to 15). Those of A_log and dt_bias
+    are below 0.1, what is left of terms that cancel: torch's in fp32 are 2e-5 of that away from fp64, too.
     """
     return error(got, wanted) * min(1, wanted.double().norm().item())
 
@@ -254,6 +254,20 @@ def test_steps_that_are_not_in_place(why):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     assert state is None or torch.equal(state, kept)
     assert got[0].requires_grad == (why == "gradient")
+
+
+def test_a_step_with_a_gradient():
+    """Reinforcement through decoding would lose the gradient of the convolution, without a word."""
+    model, x = make("qwen3_5"), tokens(1, 4).to(DEVICE)
+    results = []
+    for _ in range(2):
+        cache = model(x[:, :3], use_cache=True).past_key_values
+        model.zero_grad()
+        model(x[:, 3:], past_key_values=cache).logits.square().sum().backward()
+        results.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        deltanet_kernels.accelerate()
+    assert results[0]["model.layers.0.linear_attn.conv1d.weight"].any()
+    assert_same(*results)
 
 
 def test_restore_and_models_to_come(caplog):
