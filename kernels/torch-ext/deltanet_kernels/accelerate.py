@@ -20,6 +20,8 @@ from ._checks import DTYPES, INTERPRETED
 from .chunk import chunk_gated_delta_rule
 from .convolution import _launch_step, _step_op, short_conv
 from .limits import LEAST_CAPABILITY, MAX_HEAD_SIZE, MAX_TAPS, MIN_TAPS
+from .recurrent import fused_recurrent_gated_delta_rule
+from .step import gated_delta_rule_step
 
 
 __all__ = ["accelerate", "restore"]
@@ -170,8 +172,8 @@ def _rule(compute: Callable, original: Callable) -> Callable:
             return original(query, key, value, g=g, beta=beta, **options)
         return compute(
             *(x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)),
-            g,
-            beta,
+            g=g,
+            beta=beta,
             initial_state=options.get("initial_state"),
             output_final_state=options.get("output_final_state", False),
             use_qk_l2norm_in_kernel=options.get("use_qk_l2norm_in_kernel", False),
@@ -179,6 +181,33 @@ def _rule(compute: Callable, original: Callable) -> Callable:
         )
 
     return gated_delta_rule
+
+
+def _step(q, k, v, g, beta, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens):
+    """A single token changes the state in place, where the layer would copy the new one to; without a gradient."""
+    tensors = q, k, v, g, beta, initial_state
+    if (
+        q.shape[1] == 1
+        and output_final_state
+        and cu_seqlens is None
+        and initial_state is not None
+        and initial_state.dtype == torch.float32
+        and initial_state.stride(-1) == 1
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+    ):
+        o = gated_delta_rule_step(*tensors, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel)
+        return o, initial_state
+    return fused_recurrent_gated_delta_rule(
+        q,
+        k,
+        v,
+        g,
+        beta=beta,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        cu_seqlens=cu_seqlens,
+    )
 
 
 def _convolution(original: Callable) -> Callable:
@@ -237,8 +266,7 @@ def _refused_conv(x, weight, bias, activation) -> str | None:
 
 _REPLACEMENTS = {
     "torch_chunk_gated_delta_rule": functools.partial(_rule, chunk_gated_delta_rule),
-    # a step is the rule of one token, which has a kernel of its own from `fused_recurrent_gated_delta_rule` on
-    "torch_recurrent_gated_delta_rule": functools.partial(_rule, chunk_gated_delta_rule),
+    "torch_recurrent_gated_delta_rule": functools.partial(_rule, _step),
     "causal_conv1d_fn": _convolution,
     "causal_conv1d_update": _convolution_step,
 }
