@@ -390,7 +390,7 @@ def test_long_rows_on_a_gpu(family, dtype, torch_only):
     results.append(output_and_gradients(model, input_ids=x, labels=x))
     exact, theirs, ours = ({"logits": output.logits, **gradients} for output, gradients in results)
     for name, wanted in exact.items():
-        floor = 1e-5 if dtype == torch.float32 else 1e-2
+        floor = 1e-5 if dtype == torch.float32 else 2e-2  # theirs computes in fp32 and rounds once
         assert distance(ours[name], wanted) < max(floor, 1.2 * distance(theirs[name], wanted)), name
 
 
