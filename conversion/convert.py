@@ -74,7 +74,7 @@ def convert_checkpoint(
             folder, target, keep, linear_use_rope, **options, linear_use_decay=linear_use_decay, teacher_name=name
         )
     else:
-        if model_type in REFUSED:
+        if isinstance(model_type, str) and model_type in REFUSED:
             raise ValueError(f"{source} is {model_type!r}, which cannot be converted: {REFUSED[model_type]}")
         known = ", ".join((*MODEL_TYPES, *TEACHERS))
         raise ValueError(f"{source} is {model_type!r}; what can be converted is {known}")

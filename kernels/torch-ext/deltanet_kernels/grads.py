@@ -109,7 +109,7 @@ def grads_kernel(
             b_k = load_tile(k, o_c, k_st, o_k, m_t, m_k).to(CT)
             if gs is not None:
                 b_dq *= b_f[:, None]
-                b_r *= decay(b_gs[:, None], b_gs[None, :]) * b_sq[:, None]
+                b_r = b_r * decay(b_gs[:, None], b_gs[None, :]) * b_sq[:, None]  # as below, or the bits would differ
             b_r = tl.where(o_c[:, None] >= o_c[None, :], b_r, 0.0).to(CT)
             b_dq = tl.dot(b_r, b_k, b_dq, input_precision=PRECISION)
             if gs is not None:
