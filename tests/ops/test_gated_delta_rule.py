@@ -19,7 +19,7 @@ from modeling_deltanet.delta_rule import (
 
 
 deltanet_kernels = pytest.importorskip("deltanet_kernels")
-from deltanet_kernels import plan  # noqa: E402
+from deltanet_kernels import _switch, plan  # noqa: E402
 
 from tests.ops._plans import change_plans, decide_anew  # noqa: E402
 
@@ -297,6 +297,16 @@ def test_gated_step_kernel():
     o = on_kernels("gated_delta_rule_step")(q, k, v, g, beta, state, use_qk_l2norm_in_kernel=True)
     assert error(o, wanted[0]) < 1e-6
     assert error(state, wanted[1]) < 1e-6
+
+
+def test_growth_is_no_decay(monkeypatch):
+    """The kernels take a decay between two tokens for at most 1: DELTANET_KERNELS=check says where it is not."""
+    monkeypatch.setattr(_switch, "CHECKS", True)
+    q, k, v, beta, g, _ = (x.float() for x in make_inputs(1, 5, 1, 16, 2, 16))
+    g[0, 3, 1] = 0.5
+    for name in ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"):
+        with pytest.raises(ValueError, match="g must be at most 0, the log of a decay, got 0.5"):
+            on_kernels(name)(q, k, v, g, beta=beta)
 
 
 def test_kernels_name_a_gate_of_another_shape():

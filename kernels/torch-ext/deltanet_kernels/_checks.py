@@ -43,7 +43,7 @@ def as_state(initial_state: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def check_values(tensors: dict[str, torch.Tensor | None], cu_seqlens: torch.Tensor | None, T: int) -> None:
-    """For DELTANET_KERNELS=check: borders that fit T tokens, and finite values. Waits for the GPU."""
+    """For DELTANET_KERNELS=check: borders that fit T tokens, finite values, and decays. Waits for the GPU."""
     if torch.compiler.is_compiling():
         return
     if cu_seqlens is not None:
@@ -54,6 +54,8 @@ def check_values(tensors: dict[str, torch.Tensor | None], cu_seqlens: torch.Tens
         if x is not None and not x.isfinite().all():
             first = (~x.isfinite()).nonzero()[0].tolist()
             raise ValueError(f"{name} must be finite, got {x[tuple(first)].item()} at {first}")
+        if name == "g" and x is not None and (x > 0).any():  # a decay between two tokens is taken for at most 1
+            raise ValueError(f"g must be at most 0, the log of a decay, got {x.max().item()}")
 
 
 def check_arguments(
