@@ -27,20 +27,20 @@ def size(*tensors) -> int:
     return sum(x.numel() * x.element_size() for x in tensors if x is not None)
 
 
-def measure(shape, timer, triton_only: bool) -> dict:
+def measure(shape, timer, triton_only: bool, device: str = "cuda") -> dict:
     """Kernel -> (ms, bytes read and written); sequences are not cut into segments."""
     B, T, H, d = shape
     torch.manual_seed(0)
-    q, k, v, do = (torch.randn(B, T, H, d, device="cuda", dtype=torch.bfloat16) for _ in range(4))
-    beta = torch.rand(B, T, H, device="cuda", dtype=torch.bfloat16)
+    q, k, v, do = (torch.randn(B, T, H, d, device=device, dtype=torch.bfloat16) for _ in range(4))
+    beta = torch.rand(B, T, H, device=device, dtype=torch.bfloat16)
     scale = d**-0.5
     chosen = plan.make_plan(q, k, v, beta, None, True, cut=False, aligned=not triton_only)
-    x, t = layout.Inputs(q, k, v, beta, None, None), layout.tables(B, T, None)
+    x, t = layout.Inputs(q, k, v, beta, None, None, None), layout.tables(B, T, None)
     places, bytes_ = layout.scratch_layout(chosen, True, True, t.n_chunks)
-    scratch = layout.scratch_in(torch.empty(bytes_, dtype=torch.uint8, device="cuda"), places)
-    a, p, rq, rk, u, s = scratch
+    scratch = layout.scratch_in(torch.empty(bytes_, dtype=torch.uint8, device=device), places)
+    a, p, rq, rk, u, s, _ = scratch
     o, dv, dq, dk, dbeta = (torch.empty_like(x) for x in (v, v, q, k, beta))
-    ds = torch.empty(layout.s_shape(chosen, t.n_chunks), dtype=q.dtype, device="cuda")
+    ds = torch.empty(layout.s_shape(chosen, t.n_chunks), dtype=q.dtype, device=device)
 
     def run_prepare():
         prepare.prepare(x, scratch, t, chosen, scale)
@@ -53,7 +53,7 @@ def measure(shape, timer, triton_only: bool) -> dict:
         reverse.reverse(x, do, scratch, t, chosen, scale, chosen.reverse, dht=None, dv=dv, ds=ds, dh0=None)
 
     def run_grads():
-        grads.grads(x, do, scratch, t, chosen, scale, dv=dv, ds=ds, flags=None, dq=dq, dk=dk, dbeta=dbeta)
+        grads.grads(x, do, scratch, t, chosen, scale, dv=dv, ds=ds, flags=None, dq=dq, dk=dk, dbeta=dbeta, dg=None)
 
     run_prepare()
     run_scan(save=True)

@@ -84,12 +84,12 @@ def candidates(names: list[str], gated: bool = False) -> dict:
     return {name: f for name, f in found.items() if name in names}
 
 
-def make_inputs(shape: tuple[int, ...], gate: str | None = None) -> list[torch.Tensor]:
+def make_inputs(shape: tuple[int, ...], gate: str | None = None, device: str = "cuda") -> list[torch.Tensor]:
     """q, k, v, beta and, with a gate, g; `shape` is B, T, H, d or B, T, H, HV, K, V."""
     B, T, H, HV, K, V = shape if len(shape) == 6 else (*shape[:3], *shape[2:], shape[3])
-    q, k, v = (torch.randn(B, T, *x, device="cuda", dtype=torch.bfloat16) for x in ((H, K), (H, K), (HV, V)))
-    inputs = [q, k, v, torch.rand(B, T, HV, device="cuda").bfloat16()]
-    return inputs if gate is None else [*inputs, GATES[gate](torch.rand(B, T, HV, device="cuda"))]
+    q, k, v = (torch.randn(B, T, *x, device=device, dtype=torch.bfloat16) for x in ((H, K), (H, K), (HV, V)))
+    inputs = [q, k, v, torch.rand(B, T, HV, device=device).bfloat16()]
+    return inputs if gate is None else [*inputs, GATES[gate](torch.rand(B, T, HV, device=device))]
 
 
 def measure(f, shape: tuple[int, ...], rep: int) -> dict:
@@ -120,7 +120,7 @@ def measure(f, shape: tuple[int, ...], rep: int) -> dict:
     return {"fwd_ms": round(times[0], 4), "fwdbwd_ms": round(times[1], 4), "peak_extra_MB": round(peak / 1e6, 1)}
 
 
-def errors(functions: dict, shape: tuple[int, ...], gate: str | None = None) -> dict:
+def errors(functions: dict, shape: tuple[int, ...], gate: str | None = None, device: str = "cuda") -> dict:
     """name -> ||x - ref|| / ||ref|| of the output and each gradient on one input; ref: torch's chunked form in
     fp64.
     """
@@ -132,7 +132,7 @@ def errors(functions: dict, shape: tuple[int, ...], gate: str | None = None) -> 
         return [out, *torch.autograd.grad(out, inputs, do.to(out.dtype))]
 
     torch.manual_seed(1)
-    inputs = make_inputs(shape, gate)
+    inputs = make_inputs(shape, gate, device)
     if gate is not None:  # steps of all kinds
         inputs[3][:, ::7], inputs[3][:, 1::5] = 0, 2
     do = torch.randn_like(inputs[2])
