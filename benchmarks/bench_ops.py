@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from results_file import write
 
+from deltanet_conversion.check import GATES
+
 
 SHAPES = [
     (8, 4096, 16, 128),
@@ -41,8 +43,6 @@ GATED_SHAPES = [  # B, T, H, HV, K, V
     (8, 4096, 30, 30, 96, 192),
     (1, 4096, 16, 16, 128, 128),
 ]
-# log decays from uniform numbers: as a model starts, and with tokens that forget everything
-GATES = {"slow": lambda x: -0.1 * x, "mixed": lambda x: torch.where(x < 0.05, -50.0, torch.where(x < 0.5, 0.0, -x))}
 ERROR_LENGTHS = 512, 4096  # the second is cut into segments
 COLD = """
 import time, torch
@@ -96,7 +96,7 @@ def measure(f, shape: tuple[int, ...], rep: int) -> dict:
     from triton.testing import do_bench
 
     torch.manual_seed(0)
-    inputs = [x.requires_grad_() for x in make_inputs(shape, "slow" if len(shape) == 6 else None)]
+    inputs = [x.requires_grad_() for x in make_inputs(shape, "gated" if len(shape) == 6 else None)]
     out = f(*inputs)
     do = torch.randn_like(out)
     gradients = torch.autograd.grad(out.sum(), inputs, allow_unused=True)

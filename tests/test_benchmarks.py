@@ -27,7 +27,7 @@ def test_each_kernel_runs_by_itself(bench):
     assert {"scan, inference", "scan, training", "reverse", "grads"} < set(found)
 
 
-@pytest.mark.parametrize("shape, gate", [((1, 70, 1, 32), None), ((1, 70, 1, 2, 32, 16), "mixed")])
+@pytest.mark.parametrize("shape, gate", [((1, 70, 1, 32), None), ((1, 70, 1, 2, 32, 16), "forgetful")])
 def test_errors_are_those_of_the_rule(bench, shape, gate):
     """`bench_ops.py --errors` would compare the rule with something else than the rule."""
     bench_ops = bench("bench_ops")

@@ -10,6 +10,7 @@ import torch
 
 from . import _switch, passes
 from ._checks import as_state, check_arguments, check_device, check_layout, check_values, refuse_transforms
+from ._operators import empty_for_none, none_for_empty
 from ._replay import replay
 from .keep import run_once
 from .layout import count_chunks, scratch_layout
@@ -51,7 +52,7 @@ def _forward_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     tensors = q, k, v, beta, h0, cu_seqlens, g
     o, ht, _, memory, phi = replay(passes.forward, (scale, l2norm, final, save), tensors)
-    ht, phi = _nothing_for_none(q, ht, phi)
+    ht, phi = empty_for_none(q, ht, phi)
     return o, ht, q.new_empty(0, dtype=torch.uint8) if memory is None else memory, phi
 
 
@@ -81,18 +82,13 @@ def _backward_op(
     plan = make_plan(q, k, do, beta, cu_seqlens, True, gated=g is not None, cut=phi is not None, aligned=aligned)
     tensors = q, k, beta, h0, cu_seqlens, g, do, dht, memory, phi
     *grads, dh0, dg = replay(passes.backward, (plan, scale, l2norm), tensors)
-    return *grads, *_nothing_for_none(q, dh0, dg)
+    return *grads, *empty_for_none(q, dh0, dg)
 
 
 @_backward_op.register_fake
 def _(q, k, beta, h0, cu_seqlens, g, do, dht, memory, phi, scale, l2norm):
     like = [None if x is None else x.new_empty(x.shape) for x in (q, k, do, beta, h0, g)]
-    return *like[:4], *_nothing_for_none(q, *like[4:])
-
-
-def _nothing_for_none(like: torch.Tensor, *tensors: torch.Tensor | None) -> list[torch.Tensor]:
-    """An operator returns no None."""
-    return [like.new_empty(0, dtype=torch.float32) if x is None else x for x in tensors]
+    return *like[:4], *empty_for_none(q, *like[4:])
 
 
 def _setup_context(ctx, inputs, output):
@@ -108,7 +104,8 @@ def _backward_of_op(ctx, do, dht, *_):
     do = q.new_zeros(*beta.shape, ctx.v_size) if do is None else do
     dht = None if dht is None or dht.numel() == 0 else dht
     *grads, dh0, dg = _backward_op(q, k, beta, h0, cu_seqlens, g, do, dht, memory, phi, ctx.scale, ctx.l2norm)
-    return *grads, None if h0 is None else dh0, None, None if g is None else dg, None, None, None, None
+    dh0, dg = none_for_empty(h0 is not None, dh0), none_for_empty(g is not None, dg)
+    return *grads, dh0, None, dg, None, None, None, None
 
 
 _forward_op.register_autograd(_backward_of_op, setup_context=_setup_context)

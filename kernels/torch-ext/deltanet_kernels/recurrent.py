@@ -37,6 +37,7 @@ import triton
 from . import _switch
 from ._checks import as_state, check_arguments, check_device, check_layout, check_values, refuse_transforms
 from ._launch import launch
+from ._operators import empty_for_none, none_for_empty
 from .limits import NORM_EPS
 from .recurrent_kernels import dqk_kernel, dv_kernel, forward_kernel, rows_kernel
 
@@ -157,16 +158,7 @@ def _sums_to_the_end(r, at_end, cu_seqlens):
 
 
 # ------------------------------------------------------------------------------------- operators for torch.compile
-# Operators cannot return None, so what is not wanted comes back as an empty tensor. In eager mode the autograd
-# function below calls the launchers without passing through the dispatcher.
-
-
-def _empty_for_none(tensors, like):
-    return tuple(like.new_empty(0, dtype=torch.float32) if x is None else x for x in tensors)
-
-
-def _none_for_empty(wanted: bool, x: torch.Tensor) -> torch.Tensor | None:
-    return x if wanted else None
+# In eager mode the autograd function below calls the launchers without passing through the dispatcher.
 
 
 @torch.library.custom_op("deltanet_kernels::recurrent_forward", mutates_args=())
@@ -176,7 +168,7 @@ def _forward_op(
     output_final_state: bool, norm: bool, save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     outputs = _launch_forward(q, k, v, beta, g, scale, initial_state, cu_seqlens, output_final_state, norm, save)
-    return _empty_for_none(outputs, q)
+    return empty_for_none(q, *outputs)
 
 
 @_forward_op.register_fake
@@ -189,7 +181,7 @@ def _(q, k, v, beta, g, scale, initial_state, cu_seqlens, output_final_state, no
     e = q.new_empty(B, T, HV, V, dtype=torch.float32) if save else None
     rq = q.new_empty(B, T, H, dtype=torch.float32) if save and norm else None
     rk = q.new_empty(B, T, H, dtype=torch.float32) if save and norm else None
-    return _empty_for_none((o, ht, e, rq, rk), q)
+    return empty_for_none(q, o, ht, e, rq, rk)
 
 
 @torch.library.custom_op("deltanet_kernels::recurrent_backward", mutates_args=())
@@ -199,15 +191,15 @@ def _backward_op(
     dht: torch.Tensor | None, scale: float, initial_state: torch.Tensor | None, cu_seqlens: torch.Tensor | None,
     norm: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    rq, rk = _none_for_empty(norm, rq), _none_for_empty(norm, rk)
+    rq, rk = none_for_empty(norm, rq), none_for_empty(norm, rk)
     gradients = _launch_backward(q, k, v, beta, g, e, rq, rk, ht, do, dht, scale, initial_state, cu_seqlens, norm)
-    return _empty_for_none(gradients, q)
+    return empty_for_none(q, *gradients)
 
 
 @_backward_op.register_fake
 def _(q, k, v, beta, g, e, rq, rk, ht, do, dht, scale, initial_state, cu_seqlens, norm):
     like = [None if x is None else x.new_empty(x.shape) for x in (q, k, v, beta, initial_state, g)]
-    return _empty_for_none(like, q)
+    return empty_for_none(q, *like)
 
 
 def _setup_context(ctx, inputs, output):
@@ -223,7 +215,7 @@ def _backward_of_op(ctx, do, dht, *_):
     dq, dk, dv, dbeta, dh0, dg = _backward_op(
         q, k, v, beta, g, e, rq, rk, ht, do, dht, ctx.scale, initial_state, cu_seqlens, ctx.norm
     )
-    dh0, dg = _none_for_empty(initial_state is not None, dh0), _none_for_empty(g is not None, dg)
+    dh0, dg = none_for_empty(initial_state is not None, dh0), none_for_empty(g is not None, dg)
     return dq, dk, dv, dbeta, dg, None, dh0, None, None, None, None
 
 
@@ -351,7 +343,7 @@ def _token_by_token(name, q, k, v, beta, g, scale, initial_state, final, norm, c
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors.values())
     if torch.compiler.is_compiling():
         o, ht, *_ = _forward_op(q, k, v, beta, g, scale, initial_state, cu_seqlens, final, norm, differentiable)
-        return o, _none_for_empty(final, ht)
+        return o, none_for_empty(final, ht)
     if differentiable:
         return _FusedRecurrentDeltaRule.apply(q, k, v, beta, g, scale, initial_state, cu_seqlens, final, norm)
     return _launch_forward(q, k, v, beta, g, scale, initial_state, cu_seqlens, final, norm, save=False)[:2]
