@@ -6,11 +6,12 @@
     python benchmarks/bench_ops.py --gated                   # the gated rule at the sizes of published models
 
 Same inputs, same process, bf16, q/k norm in kernel; medians of triton.testing.do_bench. "forward" runs without
-gradients, "forward + backward" returns those of q, k, v and beta (and g). Where flash-linear-attention is not
-installed its columns are empty.
+gradients, "forward + backward" returns those of q, k, v and beta (and g). A peer that is not installed has no column:
+flash-linear-attention, and for the gated rule FlashQLA, which takes heads of 128 by 128 only.
 """
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -43,6 +44,7 @@ GATED_SHAPES = [  # B, T, H, HV, K, V
     (8, 4096, 30, 30, 96, 192),
     (1, 4096, 16, 16, 128, 128),
 ]
+PEERS = {"fla": ("fla.ops", "flash-linear-attention"), "flash_qla": ("flash_qla", "flash-qla")}
 ERROR_LENGTHS = 512, 4096  # the second is cut into segments
 COLD = """
 import time, torch
@@ -75,13 +77,20 @@ def candidates(names: list[str], gated: bool = False) -> dict:
     found = {"ours": delta(getattr(deltanet_kernels, name))}
     if not gated:
         found |= {"sdpa": sdpa, "token by token": delta(deltanet_kernels.fused_recurrent_delta_rule)}
-    try:
-        import fla.ops
-
-        found["fla"] = delta(getattr(fla.ops, name))
-    except ImportError:
-        print("flash-linear-attention is not installed: no fla column (pip install flash-linear-attention)")
+    for peer, (module, distribution) in PEERS.items():
+        if peer in names and (gated or peer != "flash_qla"):
+            try:
+                found[peer] = delta(getattr(importlib.import_module(module), name))
+            except ImportError as error:
+                print(f"no column for {peer}: {error} (pip install {distribution})")
     return {name: f for name, f in found.items() if name in names}
+
+
+def takes(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a candidate computes a shape, in a time and a memory that are worth a row."""
+    if name == "flash_qla":
+        return shape[-2:] == (128, 128)
+    return shape[1] <= {"token by token": 32768, "sdpa": 65536}.get(name, shape[1])
 
 
 def make_inputs(shape: tuple[int, ...], gate: str | None = None, device: str = "cuda") -> list[torch.Tensor]:
@@ -141,11 +150,11 @@ def errors(functions: dict, shape: tuple[int, ...], gate: str | None = None, dev
         [x.double() for x in inputs],
     )
     found = {}
-    for name in ("ours", "fla"):
-        if name in functions:
-            pairs = zip(("o", "dq", "dk", "dv", "dbeta", "dg"), both(functions[name], inputs), reference)
+    for name, f in functions.items():
+        if name in ("ours", *PEERS) and takes(name, shape):
+            pairs = zip(("o", "dq", "dk", "dv", "dbeta", "dg"), both(f, inputs), reference)
             found[name] = {key: float(f"{((x - y).norm() / y.norm()).item():.3e}") for key, x, y in pairs}
-    if len(found) == 2:
+    if "ours" in found and "fla" in found:
         found["ratio"] = {key: round(x / found["fla"][key], 2) for key, x in found["ours"].items()}
     return found
 
@@ -184,7 +193,9 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", help="B,T,H,d each, gated B,T,H,HV,K,V; default: the table")
     parser.add_argument("--gated", action="store_true", help="the gated rule")
     parser.add_argument("--lengths", action="store_true", help="1 x T x 16 x 128 for T from 1024 to 131072 instead")
-    parser.add_argument("--only", default="ours,fla,sdpa", help="names, separated by commas; also: token by token")
+    parser.add_argument(
+        "--only", default="ours,fla,flash_qla,sdpa", help="names, separated by commas; also: token by token"
+    )
     parser.add_argument("--rep", type=int, default=60, help="milliseconds of repetition a figure")
     parser.add_argument("--cold", action="store_true", help="also time the first call in a fresh process")
     parser.add_argument(
@@ -207,10 +218,8 @@ def main() -> None:
         shapes = [(1, 1024 * 4**i, 16, 128) for i in range(4)] + [(1, 131072, 16, 128)]
     gpu = torch.cuda.get_device_name()
     versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
-    if "fla" in functions:
-        import fla
-
-        versions["fla"] = fla.__version__
+    for peer in PEERS.keys() & functions.keys():
+        versions[peer] = importlib.import_module(peer).__version__
     rows = []
     record = {
         "gpu": gpu,
@@ -230,16 +239,15 @@ def main() -> None:
     for shape in shapes:
         results = {}
         for name, f in functions.items():
-            if name == "token by token" and shape[1] > 32768 or name == "sdpa" and shape[1] > 65536:
-                continue
-            results[name] = measure(f, shape, args.rep)
-            torch.cuda.empty_cache()
+            if takes(name, shape):
+                results[name] = measure(f, shape, args.rep)
+                torch.cuda.empty_cache()
         rows.append({"shape": shape, "results": results})
-        ours, fla = results.get("ours"), results.get("fla")
-        if ours and fla:
-            rows[-1]["ratio"] = {k: round(fla[k] / ours[k], 2) for k in ours}
+        for key, peer in (("ratio", "fla"), ("ratio_flash_qla", "flash_qla")):
+            if "ours" in results and peer in results:
+                rows[-1][key] = {k: round(results[peer][k] / x, 2) for k, x in results["ours"].items()}
         save()
-        print(shape, json.dumps(rows[-1]["results"]), json.dumps(rows[-1].get("ratio")), flush=True)
+        print(json.dumps(rows[-1]), flush=True)
     if args.errors:
         record["errors"] = []
         sizes = sorted({shape[2:] for shape in shapes})
