@@ -9,6 +9,7 @@
 Suffixes of a model's name:
 
     -liger        training: Liger's kernels, as with `use_liger_kernel=True`
+    -gated        training, ours: the same model with the gate (`linear_use_decay`)
     -keep         training, ours: nothing is recomputed; -keepmixer, -keepmlp: not this part of a layer
     -compiled     training: torch.compile with fullgraph; decoding: a static cache and Transformers' CompileConfig()
     -static       decoding: a static cache and what `generate` does with it: ours replays a CUDA graph of the eager
@@ -61,13 +62,13 @@ DECODE = {
     "compiled": {"compile_config": CompileConfig()},
     "cudagraphs": {"compile_config": CompileConfig(backend="cudagraphs", mode=None)},
 }
-EXTRAS = {"train": {"liger", "compiled", *KEEP}, "decode": set(DECODE)}
+EXTRAS = {"train": {"liger", "compiled", "gated", *KEEP}, "decode": set(DECODE)}
 
 
 def make_model(name: str, size: str):
     torch.manual_seed(0)
-    config = DeltaNetConfig.preset(size)
     family, *extras = name.split("-")
+    config = DeltaNetConfig.preset(size, **({"linear_use_decay": True} if "gated" in extras else {}))
     with torch.device("cuda"):  # to draw 1.3 billion numbers on the CPU takes longer than some of the measurements
         if family == "llama":
             model = LlamaForCausalLM._from_config(
@@ -211,7 +212,7 @@ def main():
     names = ["ours", "ours-liger", "ours-compiled", "ours-static", "fla", "llama", "llama-liger", "llama-compiled"]
     parser.add_argument("--only", choices=["train", "decode"], help="one of the two measurements (default both)")
     parser.add_argument("--models", nargs="+", default=names, help=f"default {' '.join(names)}")
-    parser.add_argument("--size", default="1.3B", help="preset, 340M or 1.3B (default 1.3B)")
+    parser.add_argument("--size", default="1.3B", help="a preset of DeltaNetConfig (default 1.3B)")
     parser.add_argument("--batch", type=int, default=8, help="sequences a training step (default 8)")
     parser.add_argument("--length", type=int, default=4096, help="tokens a training sequence (default 4096)")
     parser.add_argument("--decode-batch", type=int, default=8, help="sequences generated at once (default 8)")
