@@ -8,8 +8,9 @@ import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import cache, partial, partialmethod
 from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
 from multiprocessing import get_context
 
 import torch
@@ -82,6 +83,7 @@ def routes(device: torch.device, peer: str | None = None) -> tuple[Route, ...]:
     if peer == "fla" and missing_peer(device) is None:
         import fla.ops
 
+        _tune_nothing()
         chunks, steps = (partial(_fla, partial(_by_gate, fla.ops, kind)) for kind in ("chunk", "fused_recurrent"))
         found += [
             Route("fla, chunks", chunks, RULE, dtypes=DTYPES[:2], is_peer=True, is_slow=True),
@@ -108,6 +110,26 @@ def missing_peer(device: torch.device) -> str | None:
     except ImportError as error:
         return f"flash-linear-attention is not installed ({error})"
     return None
+
+
+def _tune_nothing() -> None:
+    """From here on, Triton's tuned kernels of this process take the first launch configuration that runs.
+
+    To time them all takes fla minutes for each size, and their errors are the same.
+    """
+    from triton.runtime.autotuner import Autotuner
+
+    Autotuner._bench = partialmethod(_first_that_runs, Autotuner._bench)
+
+
+def _first_that_runs(tuner, bench, *args, config, **meta) -> list[float]:
+    """In the place of `Autotuner._bench`: the times of a configuration, infinite after one that ran in this call."""
+    if getattr(tuner, "_served", None) is tuner.nargs:  # a new dict for each call
+        return [float("inf")] * 3
+    times = bench(tuner, *args, config=config, **meta)
+    if times[0] < float("inf"):
+        tuner._served = tuner.nargs
+    return times
 
 
 def _by_gate(module, kind: str, *, g=None, **inputs):
@@ -147,8 +169,15 @@ def run(
     if jobs == 1:
         yield from map(one, cases)
         return
+    # what shares compiled kernels, in one process
+    together = [list(group) for _, group in groupby(cases, key=lambda case: (case.K, case.V, case.dtype))]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(one, cases)
+        for rows in pool.map(partial(_each, one), together):
+            yield from rows
+
+
+def _each(function, items: list) -> list:
+    return [function(item) for item in items]
 
 
 def _run_routes(case: Case, device: torch.device, peer: str | None, seed: int, chosen=None) -> list[dict]:

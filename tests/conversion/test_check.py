@@ -166,6 +166,31 @@ def test_slow_routes_leave_most_of_a_table_out(monkeypatch):
     assert slow == {(64, 64), (128, 128)}
 
 
+def test_a_peer_takes_the_first_configuration_that_runs(monkeypatch):
+    """fla times all of its launch configurations for each size: a check of all of them would take a day."""
+    autotuner = pytest.importorskip("triton.runtime.autotuner")
+    monkeypatch.setattr(autotuner.Autotuner, "_bench", autotuner.Autotuner._bench)  # to be given back
+    check_run._tune_nothing()
+    ran = []
+
+    class Kernel:
+        fn = staticmethod(lambda: None)
+        run = staticmethod(lambda n, *, block, **options: ran.append((n, block)))
+
+    def bench(kernel_call, quantiles):
+        kernel_call()
+        if ran[-1][1] == 16:
+            raise autotuner.OutOfResources(1, 0, "shared memory")
+        return [1.0] * 3
+
+    configs = [autotuner.Config({"block": block}) for block in (16, 32, 64, 128)]
+    tuner = autotuner.Autotuner(Kernel, ["n"], configs, ["n"], None, None, do_bench=bench)
+    for n in (1, 1, 2):
+        tuner.run(n)
+    # two configurations tried for each n, then the call itself; the second call of n = 1 has its configuration
+    assert ran == [(1, 16), (1, 32), (1, 32), (1, 32), (2, 16), (2, 32), (2, 32)]
+
+
 def test_bits_that_change_between_calls_are_found():
     """A race is right in most calls."""
     calls = iter(range(100))
@@ -184,6 +209,6 @@ def test_jobs_and_words(monkeypatch):
     """Processes give the same rows; the command's words must reach the kernels, or a bisection bisects nothing."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    case = [check.Case(16, 16, "float32", "length 1")]
+    case = [check.Case(16, 16, dtype, "length 1") for dtype in ("float32", "float16", "float16")]
     one, two = (list(check_run.run(case, CPU, jobs=jobs)) for jobs in (1, 2))
     assert [[row["route"] for row in rows] for rows in one] == [[row["route"] for row in rows] for rows in two]

@@ -228,5 +228,8 @@ def test_fla_computes_what_we_decline_on_a_gpu(real_fla, monkeypatch, caplog):
     """The variable that turns our backend off would be ignored."""
     monkeypatch.setenv("FLA_DELTANET_KERNELS", "0")
     monkeypatch.setenv("FLA_FLASH_QLA", "0")
-    compare(real_fla, "none", torch.bfloat16, 2e-2, T=300, K=128, V=128)
+    try:
+        compare(real_fla, "none", torch.bfloat16, 2e-2, T=300, K=128, V=128)
+    except RuntimeError as refusal:  # of fla's backward, on Hopper beside Triton 3.4 to 3.7.0
+        assert "produces incorrect results for gated chunk_bwd_dqkwg" in str(refusal)
     assert "-> deltanet_kernels" not in caplog.text
