@@ -19,6 +19,7 @@ step that does not fit into the GPU's memory is measured with half the batch, an
 import argparse
 import datetime
 import importlib.metadata
+import os
 import statistics
 import sys
 import time
@@ -53,6 +54,7 @@ WAYS = ("torch", "fla", "ours")
 
 def make_model(name: str, way: str):
     """On the GPU, in bf16; to be called first in a process."""
+    os.environ.setdefault("FLA_FLASH_QLA", "0")  # fla hands its calls to FlashQLA where it finds it
     if way == "torch":
         sys.modules["fla"] = None  # Transformers finds none
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -176,7 +178,9 @@ def main():
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this benchmark needs a CUDA device")
-    versions = {package: version_of(package) for package in ("flash-linear-attention", "fla-core", "causal-conv1d")}
+    versions = {
+        package: version_of(package) for package in ("flash-linear-attention", "fla-core", "tilelang", "causal-conv1d")
+    }
     ways = [way for way in args.ways if way != "fla" or versions["fla-core"]]
     if ways != args.ways:
         console.print("flash-linear-attention is not installed: its rows are left out")

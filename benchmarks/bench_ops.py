@@ -77,6 +77,7 @@ def candidates(names: list[str], gated: bool = False) -> dict:
     found = {"ours": delta(getattr(deltanet_kernels, name))}
     if not gated:
         found |= {"sdpa": sdpa, "token by token": delta(deltanet_kernels.fused_recurrent_delta_rule)}
+    os.environ.setdefault("FLA_FLASH_QLA", "0")  # fla hands its calls to FlashQLA where it finds it
     for peer, (module, distribution) in PEERS.items():
         if peer in names and (gated or peer != "flash_qla"):
             try:
@@ -220,6 +221,10 @@ def main() -> None:
     versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
     for peer in PEERS.keys() & functions.keys():
         versions[peer] = importlib.import_module(peer).__version__
+    if (
+        "tilelang" in sys.modules
+    ):  # by which fla, too, computes the gate's backward on Hopper beside Triton before 3.7.1
+        versions["tilelang"] = sys.modules["tilelang"].__version__
     rows = []
     record = {
         "gpu": gpu,
@@ -240,12 +245,17 @@ def main() -> None:
         results = {}
         for name, f in functions.items():
             if takes(name, shape):
-                results[name] = measure(f, shape, args.rep)
+                try:
+                    results[name] = measure(f, shape, args.rep)
+                except Exception as error:  # a peer that fails loses its own column
+                    if name not in PEERS:
+                        raise
+                    results[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
                 torch.cuda.empty_cache()
         rows.append({"shape": shape, "results": results})
         for key, peer in (("ratio", "fla"), ("ratio_flash_qla", "flash_qla")):
             if "ours" in results and peer in results:
-                rows[-1][key] = {k: round(results[peer][k] / x, 2) for k, x in results["ours"].items()}
+                rows[-1][key] = {k: round(x / results["ours"][k], 2) for k, x in results[peer].items() if k != "error"}
         save()
         print(json.dumps(rows[-1]), flush=True)
     if args.errors:
