@@ -151,8 +151,8 @@ def _fla(function, q, k, v, beta, cu_seqlens=None, **options):
 def run(
     cases: Iterable[Case], device: torch.device, peer: str | None = None, seed: int = 0, jobs: int = 1
 ) -> Iterator[list[dict]]:
-    """For each case, in order, a row for each route that takes it. `jobs` processes share the compiling, fewer where
-    they would fill the GPU's memory.
+    """For each case, in order, a row for each route that takes it. `jobs` processes share the compiling, and all GPUs
+    where the device is "cuda" without a number; fewer where they would fill a GPU's memory.
 
     Of more than FEW_SIZES head sizes, slow routes compute those of published models (`check.SIZES`), a peer one of
     them.
@@ -164,16 +164,35 @@ def run(
     sizes = {(case.K, case.V) for case in cases}
     chosen = (sizes, sizes) if len(sizes) <= FEW_SIZES else (sizes & set(SIZES), sizes & set(SIZES[:1]))
     one = partial(_run_routes, device=device, peer=peer, seed=seed, chosen=chosen)
-    if device.type == "cuda":
-        jobs = min(jobs, max(1, torch.cuda.mem_get_info(device)[0] // MEMORY))
-    if jobs == 1:
+    places = _places(device, jobs)
+    if len(places) == 1:
         yield from map(one, cases)
         return
     # what shares compiled kernels, in one process
     together = [list(group) for _, group in groupby(cases, key=lambda case: (case.K, case.V, case.dtype))]
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    queue = context.SimpleQueue()
+    for place in places:
+        queue.put(place)
+    with ProcessPoolExecutor(len(places), context, _take_place, (queue,)) as pool:
         for rows in pool.map(partial(_each, one), together):
             yield from rows
+
+
+def _places(device: torch.device, jobs: int) -> list[int | None]:
+    """For each process its GPU: of all, unless the device is a certain one; None on a CPU."""
+    if device.type != "cuda":
+        return [None] * jobs
+    gpus = range(torch.cuda.device_count()) if device.index is None else [device.index]
+    room = {gpu: max(1, torch.cuda.mem_get_info(gpu)[0] // MEMORY) for gpu in gpus}
+    rounds = [gpu for i in range(max(room.values())) for gpu in gpus if i < room[gpu]]
+    return rounds[:jobs]
+
+
+def _take_place(queue) -> None:
+    gpu = queue.get()
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
 
 
 def _each(function, items: list) -> list:

@@ -212,3 +212,14 @@ def test_jobs_and_words(monkeypatch):
     case = [check.Case(16, 16, dtype, "length 1") for dtype in ("float32", "float16", "float16")]
     one, two = (list(check_run.run(case, CPU, jobs=jobs)) for jobs in (1, 2))
     assert [[row["route"] for row in rows] for rows in one] == [[row["route"] for row in rows] for rows in two]
+
+
+def test_jobs_share_the_gpus(monkeypatch):
+    """Three of four GPUs would be idle; or a process too many would find no memory."""
+    free = {0: 13, 1: 1, 2: 0, 3: 2}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free[gpu] * check_run.MEMORY, 0))
+    assert check_run._places(torch.device("cuda"), 7) == [0, 1, 2, 3, 0, 3, 0]
+    assert len(check_run._places(torch.device("cuda"), 99)) == 13 + 1 + 1 + 2
+    assert check_run._places(torch.device("cuda", 3), 9) == [3, 3]
+    assert check_run._places(CPU, 2) == [None, None]
