@@ -149,10 +149,10 @@ def _fla(function, q, k, v, beta, cu_seqlens=None, **options):
 
 
 def run(
-    cases: Iterable[Case], device: torch.device, peer: str | None = None, seed: int = 0, jobs: int = 1
+    cases: Iterable[Case], device: torch.device, peer: str | None = None, seed: int = 0, jobs: int = 1, first: int = 0
 ) -> Iterator[list[dict]]:
-    """For each case, in order, a row for each route that takes it. `jobs` processes share the compiling, and all GPUs
-    where the device is "cuda" without a number; fewer where they would fill a GPU's memory.
+    """For each case from the `first` on, in order, a row for each route that takes it. `jobs` processes share the
+    compiling, and all GPUs where the device is "cuda" without a number; fewer where they would fill a GPU's memory.
 
     Of more than FEW_SIZES head sizes, slow routes compute those of published models (`check.SIZES`), a peer one of
     them.
@@ -164,6 +164,7 @@ def run(
     sizes = {(case.K, case.V) for case in cases}
     chosen = (sizes, sizes) if len(sizes) <= FEW_SIZES else (sizes & set(SIZES), sizes & set(SIZES[:1]))
     one = partial(_run_routes, device=device, peer=peer, seed=seed, chosen=chosen)
+    cases = cases[first:]
     places = _places(device, jobs)
     if len(places) == 1:
         yield from map(one, cases)

@@ -10,9 +10,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from modeling_deltanet.cache_deltanet import new_file
+
 from . import check, check_run
 
 
+SAVE_EVERY = 30  # seconds: a report that is cut off is continued by the same command
 # The table is for 80 columns; the report holds every quantity.
 COLUMNS = {
     "output": ("output", "output without gradients"),
@@ -36,35 +39,66 @@ def run_and_show(
     if missing:
         stderr.print(f"skipped: {missing}", markup=False)
 
-    started, rows = time.perf_counter(), [check_run.reference_row(where, seed)]
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=stderr, transient=True) as progress:
-        task = progress.add_task("", total=len(cases))
-        for case, some in zip(cases, check_run.run(cases, where, peer, seed, jobs)):
-            rows += some
-            progress.update(task, advance=1, description=str(case))
-    wrong = [row for row in rows if check_run.is_wrong(row) and not row["is_peer"]]
-    report = {
-        "ok": not wrong,
+    call = {
         "cases": len(cases),
-        "wrong": len(wrong),
-        "seconds": round(time.perf_counter() - started, 1),
         "seed": seed,
         "environment": check_run.environment(where),
         "skipped": [missing] if missing else [],
-        "tolerances": check.TOLERANCES | check.OF_QUANTITY | {"factor for repeated keys": check.REPEATED},
-        "plans": check_run.plans(cases, where, seed),
-        "summary": check_run.summary(rows),
-        "rows": rows,
+        "peer": peer,
     }
-    if json_file is not None:
-        text = _to_json(_finite(report))
-        if json_file == "-":
-            print(text)
-            return report["ok"]
-        Path(json_file).write_text(text + "\n")
-    _show(report, wrong)
-    return report["ok"]
+    is_file = json_file not in (None, "-")
+    kept = _kept(Path(json_file), call) if is_file else None
+    done, earlier, rows = kept or (0, 0.0, [check_run.reference_row(where, seed)])
+    started = saved = time.perf_counter()
+
+    def report() -> dict:
+        wrong = [row for row in rows if check_run.is_wrong(row) and not row["is_peer"]]
+        return call | {
+            "ok": not wrong,
+            "done": done,
+            "wrong": len(wrong),
+            "seconds": round(earlier + time.perf_counter() - started, 1),
+            "tolerances": check.TOLERANCES | check.OF_QUANTITY | {"factor for repeated keys": check.REPEATED},
+            "summary": check_run.summary(rows),
+            "rows": rows,
+        }
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=stderr, transient=True) as progress:
+        task = progress.add_task("", total=len(cases), completed=done)
+        for case, some in zip(cases[done:], check_run.run(cases, where, peer, seed, jobs, first=done)):
+            rows += some
+            done += 1
+            progress.update(task, advance=1, description=str(case))
+            if is_file and time.perf_counter() - saved > SAVE_EVERY:
+                _write(report(), Path(json_file))
+                saved = time.perf_counter()
+    found = report() | {"plans": check_run.plans(cases, where, seed)}
+    if json_file == "-":
+        print(_to_json(_finite(found)))
+        return found["ok"]
+    if is_file:
+        _write(found, Path(json_file))
+    _show(found, [row for row in rows if check_run.is_wrong(row) and not row["is_peer"]])
+    return found["ok"]
+
+
+def _write(report: dict, file: Path) -> None:
+    with new_file(file) as unfinished:
+        unfinished.write_text(_to_json(_finite(report)) + "\n")
+
+
+def _kept(file: Path, call: dict) -> tuple[int, float, list[dict]] | None:
+    """Cases done, seconds and rows of an unfinished report of the same call."""
+    try:
+        report = json.loads(file.read_text())
+        if report["done"] == report["cases"] or any(report[key] != value for key, value in call.items()):
+            return None
+        numbers = ("errors", "too_large")  # "inf" among them
+        rows = [row | {key: {n: float(x) for n, x in row[key].items()} for key in numbers} for row in report["rows"]]
+        return report["done"], report["seconds"], rows
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # no such file, or another one, which is written anew as it always was
 
 
 def _to_json(report: dict) -> str:

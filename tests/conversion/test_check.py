@@ -1,5 +1,6 @@
 """`deltanet check`: what it says of a machine must be so, of a wrong one above all."""
 
+import contextlib
 import json
 from importlib.metadata import version
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from test_cli import deltanet  # noqa: F401  a fixture
 
-from deltanet_conversion import check, check_run
+from deltanet_conversion import check, check_run, cli_check
 from modeling_deltanet.delta_rule import torch_chunk_delta_rule
 
 
@@ -212,6 +213,43 @@ def test_jobs_and_words(monkeypatch):
     case = [check.Case(16, 16, dtype, "length 1") for dtype in ("float32", "float16", "float16")]
     one, two = (list(check_run.run(case, CPU, jobs=jobs)) for jobs in (1, 2))
     assert [[row["route"] for row in rows] for rows in one] == [[row["route"] for row in rows] for rows in two]
+
+
+def test_a_check_that_was_cut_off_goes_on(deltanet, tmp_path, monkeypatch):  # noqa: F811
+    """An hour of compiling would be lost with the shell that ran it."""
+    quickly(monkeypatch)
+    monkeypatch.setattr(cli_check, "SAVE_EVERY", 0)
+    whole, cut = tmp_path / "whole.json", tmp_path / "cut.json"
+    assert deltanet("check", "--device", "cpu", "--json", whole)[0] == 0
+    run, ran = check_run._run_routes, []
+
+    def break_off(case, *args, **options):
+        if ran:
+            raise KeyboardInterrupt
+        ran.append(case)
+        rows = run(case, *args, **options)
+        rows[0]["errors"]["dq"] = float("inf")  # which JSON has no number for
+        return rows
+
+    monkeypatch.setattr(check_run, "_run_routes", break_off)
+    with contextlib.suppress(KeyboardInterrupt):  # which the command line may turn into an exit code
+        deltanet("check", "--device", "cpu", "--json", cut)
+    assert json.loads(cut.read_text())["done"] == 1
+
+    def go_on(case, *args, **options):
+        ran.append(case)
+        return run(case, *args, **options)
+
+    monkeypatch.setattr(check_run, "_run_routes", go_on)
+    assert deltanet("check", "--device", "cpu", "--json", cut)[0] == 0
+    assert len(ran) == 2 and ran[0] != ran[1]
+    got, wanted = (json.loads(file.read_text()) for file in (cut, whole))
+    assert got["rows"][1]["errors"].pop("dq") == "inf"
+    wanted["rows"][1]["errors"].pop("dq")
+    assert all(got[key] == wanted[key] for key in ("rows", "cases", "done", "ok"))
+    # another call's report is not continued
+    deltanet("check", "--device", "cpu", "--json", cut, "--seed", "1")
+    assert len(ran) == 4
 
 
 def test_jobs_share_the_gpus(monkeypatch):
