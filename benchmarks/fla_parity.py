@@ -31,12 +31,12 @@ from transformers import AutoModelForCausalLM
 
 import modeling_deltanet  # noqa: F401  makes `model_type: deltanet` known to the Auto classes
 from deltanet_conversion import convert_from_fla
+from deltanet_conversion.check_run import tune_nothing
 
 
 LOGITS, RATIO = 1e-4, 1.2  # the bars
 PROMPTS, NEW_TOKENS, LENGTH = (1, 7, 64), 64, 2048
 VOCAB = 1024
-# fla searches its launch configurations anew for each head size: all but one case share 8 heads of 64.
 SIZES = {"hidden_size": 512, "num_heads": 8, "num_hidden_layers": 2, "vocab_size": VOCAB, "intermediate_size": 1024}
 FULL = {"layers": [1], "num_heads": 8}
 SLIDING = FULL | {"num_kv_heads": 2, "window_size": 100}
@@ -89,6 +89,7 @@ def import_fla():
     from fla.layers import attn
     from fla.models import DeltaNetConfig, DeltaNetForCausalLM, GatedDeltaNetConfig, GatedDeltaNetForCausalLM
 
+    tune_nothing()
     attention = "flash-attn"
     if attn.flash_attn_func is None:
         attn.flash_attn_func, attn.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func

@@ -83,7 +83,7 @@ def routes(device: torch.device, peer: str | None = None) -> tuple[Route, ...]:
     if peer == "fla" and missing_peer(device) is None:
         import fla.ops
 
-        _tune_nothing()
+        tune_nothing()
         chunks, steps = (partial(_fla, partial(_by_gate, fla.ops, kind)) for kind in ("chunk", "fused_recurrent"))
         found += [
             Route("fla, chunks", chunks, RULE, dtypes=DTYPES[:2], is_peer=True, is_slow=True),
@@ -112,7 +112,7 @@ def missing_peer(device: torch.device) -> str | None:
     return None
 
 
-def _tune_nothing() -> None:
+def tune_nothing() -> None:
     """From here on, Triton's tuned kernels of this process take the first launch configuration that runs.
 
     To time them all takes fla minutes for each size, and their errors are the same.
