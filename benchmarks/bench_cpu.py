@@ -192,7 +192,7 @@ def main():
         "against_token_by_token": ([shape, token_by_token] for shape in RECURRENT_SHAPES),
     }
     rows = len(CHUNK_SHAPES) + len(RECURRENT_SHAPES) + 1
-    print(f"{rows} rows of {args.seconds:g} s, and some seconds of preparation: about {rows * args.seconds + 10:.0f} s")
+    print(f"{rows} rows of {args.seconds:g} s, and some seconds between them: about {rows * args.seconds + 10:.0f} s")
     results = {
         "machine": f"{platform.machine()}, {args.threads} threads, {torch.backends.cpu.get_cpu_capability()}",
         "torch": torch.__version__,
