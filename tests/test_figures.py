@@ -1,0 +1,102 @@
+"""Every measured figure of the documentation is what a file under `benchmarks/results/` says.
+
+For a writer: a table of figures is a block that `benchmarks/figures.py` writes. A figure in a sentence (a number with
+a unit of time, memory or speed, or one below 1) names its file in the same paragraph, as a link. A model card's files
+lie beside it.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+import figures  # noqa: E402
+
+
+UNITS = {"ms": 1, "us": 1e3, "s": 1, "MB": 1, "GB": 1, "TB/s": 1, "tokens/s": 1, "K tokens/s": 1e-3}
+FIGURE = re.compile(
+    r"(?<![\w.^,/-])(?:(\d[\d,]*(?:\.\d+)?) ?(K tokens/s|tokens/s|TB/s|ms|us|s|MB|GB)\b|(0\.\d+)(?![\w.]))"
+)
+# What looks like a figure and is none: code, equations, versions, addresses.
+NO_FIGURE = re.compile(
+    r"```.*?```|^ {4,}\S.*?$|`[^`]*`|\]\([^)]*\)"
+    r"|(?:attention|bitsandbytes|fla|kernels|liger|torch|Transformers|Triton) v?\d+(?:\.\d+)+",
+    re.DOTALL | re.MULTILINE,
+)
+
+
+def numbers(value) -> list[float]:
+    """All numbers in a file of results, those in its notes too."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [x for each in value for x in numbers(each)]
+    if isinstance(value, str):
+        return [float(x) for x in re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?![\w]|\.\d)", value)]
+    return [value] if isinstance(value, int | float) else []
+
+
+def paragraphs(text: str) -> list[str]:
+    """Paragraphs, items of lists and rows of tables, without the blocks that `figures.py` writes."""
+    return re.split(r"\n\s*\n|\n(?=\s*(?:[-*]\s|\||\d+\.\s))", figures.BLOCK.sub("", text))
+
+
+def unproved(paragraph: str, beside: list[Path]) -> list[str]:
+    """The figures of a paragraph that none of its files has, to the digits that are written."""
+    named = [figures.RESULTS / name for name in re.findall(r"results/([\w-]+\.json)", paragraph)]
+    found = [x for path in [*named, *beside] for x in numbers(json.loads(path.read_text()))]
+    wrong = []
+    for number, unit, fraction in FIGURE.findall(NO_FIGURE.sub(" ", paragraph)):
+        written = (number or fraction).replace(",", "")
+        places, scale = len(written.partition(".")[2]), UNITS.get(unit, 1)
+        if not any(f"{scale * x:.{places}f}" == written for x in found):
+            wrong.append(f"{written} {unit}".strip())
+    return wrong
+
+
+@pytest.mark.parametrize("path", figures.documents(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_figure_is_what_its_file_says(path):
+    """A reader would decide by a figure that nobody measured, or that another version had."""
+    text = path.read_text()
+    assert figures.written(text) == text, "python benchmarks/figures.py writes the tables anew"
+    beside = sorted(path.parent.glob("*.json")) if "model_cards" in path.parts else []
+    wrong = {paragraph: found for paragraph in paragraphs(text) if (found := unproved(paragraph, beside))}
+    assert not wrong, "\n\n".join(f"no file has {', '.join(found)}: {text}" for text, found in wrong.items())
+
+
+@pytest.mark.parametrize(
+    "paragraph, wrong",
+    [
+        ("It takes 3.3 us.", ["3.3 us"]),
+        ("It takes 3.3 us ([file](results/h200_step.json)), and 4.4 us.", ["4.4 us"]),
+        ("An error of 0.0048, beside fla 0.6.0, `x = 0.5`, 24 tokens.", ["0.0048"]),
+        ("68.9 K tokens/s and 66 GB ([file](results/h200_train.json)), not 65 GB.", ["65 GB"]),
+    ],
+)
+def test_a_figure_without_a_file_is_found(paragraph, wrong):
+    """The test above would pass because it sees nothing."""
+    assert unproved(paragraph, []) == wrong
+
+
+def test_every_file_of_results_is_named_and_says_where_it_comes_from():
+    """A figure could not be repeated, or a measurement would lie there unread."""
+    files = {path.stem for path in figures.RESULTS.glob("*.json")}
+    assert files == figures.FILES.keys() and {name for runs in figures.RUNS.values() for name in runs} <= files
+    for name in files:
+        record = figures.load(name)
+        assert {"date", "commit"} <= record.keys() and {"command", "what"} & record.keys(), name
+
+
+def test_every_picture_says_what_was_measured():
+    """A curve without shape, hardware and date says nothing, and cannot be told from an older one."""
+    pictures = {path.name for path in figures.RESULTS.iterdir() if path.suffix in (".png", ".svg")}
+    assert pictures == set(figures.PLOTS.values())
+    for name, picture in figures.PLOTS.items():
+        title = Image.open(figures.RESULTS / picture).text["Title"]
+        assert title == figures.title_of(figures.load(name)), "python benchmarks/figures.py --plot draws it anew"
