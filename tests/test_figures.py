@@ -93,6 +93,30 @@ def test_every_file_of_results_is_named_and_says_where_it_comes_from():
         assert {"date", "commit"} <= record.keys() and {"command", "what"} & record.keys(), name
 
 
+FORWARD_AND_BOTH = [
+    ("fwd_ms", "fwdbwd_ms"),
+    ("forward_ms", "forward_backward_ms"),
+    ("other_forward_ms", "other_forward_backward_ms"),
+]
+
+
+def pairs(value) -> list[tuple[float, float]]:
+    """The times in a file of results: of a forward pass, and of the same with backward."""
+    if isinstance(value, list):
+        return [pair for each in value for pair in pairs(each)]
+    if not isinstance(value, dict):
+        return []
+    here = [(value[x], value[y]) for x, y in FORWARD_AND_BOTH if isinstance(value.get(x), float)]
+    return here + pairs([each for key, each in value.items() if key != "ratio"])
+
+
+def test_no_row_comes_from_a_busy_machine():
+    """A forward pass that takes longer than with its backward says that the row was not measured in quiet."""
+    found = {name: pairs(figures.load(name)) for name in figures.FILES}
+    assert len(found["cpu"]) > 8 and len(found["h200_ops"]) > 10
+    assert not [(name, forward, both) for name in found for forward, both in found[name] if forward > both]
+
+
 def test_every_picture_says_what_was_measured():
     """A curve without shape, hardware and date says nothing, and cannot be told from an older one."""
     pictures = {path.name for path in figures.RESULTS.iterdir() if path.suffix in (".png", ".svg")}
