@@ -1,12 +1,18 @@
-"""`docs/features.md` links each promise to a test, and the tests are found."""
+"""What the documentation says of the project is so: promises, functions, requirements, files."""
 
 import re
+import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
+import pytest
+from packaging.requirements import Requirement
 
-DOCS = Path(__file__).parent.parent / "docs"
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 
 
 def test_every_test_in_the_feature_table_exists():
@@ -21,5 +27,43 @@ def test_plain_pytest_finds_the_tests():
     """`pytest`, which puts no folder on the path as `python -m pytest` does, would end before the first test."""
     file = "tests/ops/test_half_precision.py"
     command = [sys.executable, "-P", "-m", "pytest", "--collect-only", "-q", file]
-    done = subprocess.run(command, cwd=DOCS.parent, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and file in done.stdout, done.stdout
+
+
+def test_the_page_of_functions_is_up_to_date():
+    """A user would call a function with arguments that it had once, or miss those that it has."""
+    pytest.importorskip("deltanet_kernels")
+    assert runpy.run_path(str(DOCS / "api.py"))["page"]() == (DOCS / "api.md").read_text(), "run python docs/api.py"
+
+
+def test_the_readme_names_what_is_required():
+    """An installation would fail, or bring what nobody announced."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    install = (ROOT / "README.md").read_text().partition("## Install")[2].partition("\n## ")[0]
+    extras = project["optional-dependencies"]
+    public = [*project["dependencies"], *extras["distill"], *extras["examples"], *extras["liger"]]
+    names = {Requirement(line).name for line in public} - {"modeling-deltanet"}
+    assert {name for name in names if not re.search(rf"\b{name}\b", install, re.IGNORECASE)} == set()
+    versions = {r.name: min(str(s.version) for s in r.specifier) for r in map(Requirement, project["dependencies"])}
+    assert f"Python {project['requires-python'].removeprefix('>=')}" in install
+    assert f"torch {versions['torch']}" in install and f"Transformers {versions['transformers']}" in install
+    assert {f".[{extra}]" for extra in extras if extra not in ("test", "dev")} <= set(
+        re.findall(r"\.\[\w+\]", install)
+    )
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/features.md", "benchmarks/README.md"])
+def test_what_a_page_links_to_exists(page):
+    """A reader would be sent to nothing: a file that was renamed, a section that was rewritten."""
+    text = (ROOT / page).read_text()
+    short = {"M/": "modeling_deltanet/", "K/": "kernels/torch-ext/deltanet_kernels/"}
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    for link in (link for link in links if "://" not in link):
+        file, _, section = link.partition("#")
+        target = (ROOT / page).parent / file if file else ROOT / page
+        assert target.exists(), link
+        heads = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if section else ()
+        assert not section or section in {re.sub(r"[^\w -]", "", x).lower().replace(" ", "-") for x in heads}, link
+    for name in re.findall(r"`([MK]/\w+\.py)`", text):
+        assert (ROOT / short[name[:2]] / name[2:]).exists(), name
