@@ -65,5 +65,6 @@ def test_what_a_page_links_to_exists(page):
         assert target.exists(), link
         heads = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if section else ()
         assert not section or section in {re.sub(r"[^\w -]", "", x).lower().replace(" ", "-") for x in heads}, link
-    for name in re.findall(r"`([MK]/\w+\.py)`", text):
-        assert (ROOT / short[name[:2]] / name[2:]).exists(), name
+    for name, file in re.findall(r"(?:`(\w+)`\s(?:in|of)\s)?`((?:[MK]|conversion|tests)/[\w/]+\.py)`", text):
+        path = ROOT / (short[file[:2]] + file[2:] if file[:2] in short else file)
+        assert path.exists() and name in path.read_text(), f"{name} in {file}"
