@@ -26,6 +26,7 @@ RUNS = {
     "long_rows": ["h100_long_rows"],
     "errors": ["h200_ops", "h100_ops"],
     "gated": ["h100_gated"],
+    "accelerate": [],
     "kernels": ["h200_kernels"],
     "lengths": ["h100_lengths"],
     "token_by_token": ["h100_token_by_token"],
@@ -110,9 +111,9 @@ def shapes(table: str) -> list[tuple]:
 
 
 def times(table: str, shape: tuple, who: str, key: str) -> list[float]:
-    """Milliseconds of `who` at `shape` in each run that has it."""
+    """Milliseconds of `who` at `shape` in each run that has it (a peer may have failed there)."""
     rows = (row for record in runs(table) for row in record["rows"] if tuple(row["shape"]) == shape)
-    return [row["results"][who][key] for row in rows if who in row["results"]]
+    return [row["results"][who][key] for row in rows if key in row["results"].get(who, ())]
 
 
 def rule_h100() -> str:
@@ -173,16 +174,55 @@ def errors() -> str:
     return markdown(["H, d", *quantities], rows)
 
 
+GATED_PEERS = {"fla": "fla", "flash_qla": "FlashQLA"}
+
+
 def gated() -> str:
-    rows = []
-    for shape in shapes("gated"):
-        plain = (*shape[:3], shape[-1])
-        cells = (
-            f"{span(times('gated', shape, 'ours', key))} ({span(times('rule_h100', plain, 'ours', key))})"
-            for key in (FORWARD, BOTH)
-        )
-        rows.append([shape_of(shape), *cells])
-    return markdown(["B, T, H, HV, K, V", "forward, ms (plain)", "forward + backward, ms (plain)"], rows)
+    """In parentheses the rule without a gate, and the peers that ran."""
+    peers = {
+        who: name for who, name in GATED_PEERS.items() if any(times("gated", x, who, FORWARD) for x in shapes("gated"))
+    }
+
+    def cell(shape, key):
+        plain = times("rule_h100", (*shape[:3], shape[-1]), "ours", key) if shape[2] == shape[3] else []
+        others = [plain, *(times("gated", shape, who, key) for who in peers)]
+        return f"{span(times('gated', shape, 'ours', key))} ({'; '.join(span(x) if x else '-' for x in others)})"
+
+    named = "; ".join(["plain", *peers.values()])
+    rows = [[shape_of(shape), cell(shape, FORWARD), cell(shape, BOTH)] for shape in shapes("gated")]
+    return markdown(["B, T, H, HV, K, V", f"forward, ms ({named})", f"forward + backward, ms ({named})"], rows)
+
+
+def gated_errors() -> str:
+    """Against fp64, the range over lengths; in parentheses fla's."""
+    quantities = ["o", "dq", "dk", "dv", "dbeta", "dg"]
+    found = {}
+    for row in (row for record in runs("gated") for row in record.get("errors", ())):
+        found.setdefault((shape_of(row["shape"][2:]), row["gate"]), []).append(row)
+
+    def cell(rows, x):
+        ours, fla = ([row[who][x] for row in rows if who in row] for who in ("ours", "fla"))
+        return span(ours, 2) + (f" ({span(fla, 2)})" if fla else "")
+
+    rows = [[*case, *(cell(rows, x) for x in quantities)] for case, rows in found.items()]
+    return markdown(["H, HV, K, V", "gate", *quantities], rows)
+
+
+def accelerate() -> str:
+    """Whole models of Transformers, by who computes the rule in them."""
+    parts = []
+    for task, (key, unit) in {
+        "train": ("tokens_per_second", "tokens/s"),
+        "prefill": ("ms", "ms"),
+        "decode": ("ms_per_token", "ms per token"),
+    }.items():
+        found, ways = {}, {}
+        for row in (row for record in runs("accelerate") for row in record.get(task, ())):
+            ways[row["way"]] = True
+            found.setdefault(row["model"], {}).setdefault(row["way"], []).extend([row[key]] if key in row else [])
+        rows = [[m, *(span(cells[way]) if cells.get(way) else "-" for way in ways)] for m, cells in found.items()]
+        parts += [markdown([f"{task}, {unit}", *ways], rows)] if rows else []
+    return "\n".join(parts)
 
 
 def kernels() -> str:
