@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from tiny import tiny_model, tiny_tokenizer
 
 
 ROOT = Path(__file__).parent.parent
@@ -68,3 +69,19 @@ def test_what_a_page_links_to_exists(page):
     for name, file in re.findall(r"(?:`(\w+)`\s(?:in|of)\s)?`((?:[MK]|conversion|tests)/[\w/]+\.py)`", text):
         path = ROOT / (short[file[:2]] + file[2:] if file[:2] in short else file)
         assert path.exists() and name in path.read_text(), f"{name} in {file}"
+
+
+def test_the_python_of_the_readme_runs_without_a_warning(tmp_path):
+    """What a user types first would end in a traceback, or begin with lines that are no business of theirs."""
+    pytest.importorskip("deltanet_kernels")
+    quickstart = tmp_path / "runs" / "quickstart" / "deltanet-quickstart"
+    tiny_model(vocab_size=96).save_pretrained(quickstart)
+    tiny_tokenizer().save_pretrained(quickstart)
+    snippets = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert len(snippets) >= 6
+    quiet = "import sys; sys.modules['bitsandbytes'] = None\n"  # which PEFT brings in, and prints on some CPUs
+    done = subprocess.run(
+        [sys.executable, "-c", quiet + "".join(snippets)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert not re.findall(r"^(?!Loading weights).*(?:warn|deprecat|\[transformers\]).*$", done.stderr, re.I | re.M)
