@@ -1,13 +1,21 @@
 """What a benchmark found, as JSON that a person can read: one row per line."""
 
 import json
+import subprocess
 from pathlib import Path
 
 from modeling_deltanet.cache_deltanet import new_file
 
 
 def write(path: Path, record: dict) -> None:
-    """Under a temporary name first: benchmarks write after every figure, and one that is cut off keeps what it has."""
+    """Under a temporary name first: benchmarks write after every figure, and one that is cut off keeps what it has.
+
+    The commit that was measured is written too, where there is a repository ("-dirty": with changes).
+    """
+    describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--exclude=*"]
+    found = subprocess.run(describe, capture_output=True, text=True)
+    if found.returncode == 0:
+        record.setdefault("commit", found.stdout.strip())
     with new_file(path) as unfinished:
         unfinished.write_text(_expanded(record, "") + "\n")
 

@@ -1,6 +1,8 @@
-"""The benchmarks of the kernels call what the package has: a figure needs a GPU, a name or an argument does not."""
+"""The benchmarks call what the package has: a figure wants a quiet machine or a GPU, a name or an argument neither."""
 
 import importlib
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,39 @@ def test_errors_are_those_of_the_rule(bench, shape, gate):
     found = bench_ops.errors(functions, shape, gate, device="cpu")["ours"]
     assert found.keys() == {"o", "dq", "dk", "dv", "dbeta"} | ({"dg"} if gate else set())
     assert max(found.values()) < 1.5e-2, found
+
+
+@pytest.fixture
+def bench_cpu(bench, monkeypatch, tmp_path):
+    """`bench_cpu.py` at a size of milliseconds, as a function of its results file."""
+    bench_cpu = bench("bench_cpu")
+    monkeypatch.setattr(bench_cpu, "CHUNK_SHAPES", [(1, 64, 1, 16)])
+    monkeypatch.setattr(bench_cpu, "RECURRENT_SHAPES", [(1, 64, 1, 16)])
+    monkeypatch.setattr(bench_cpu, "DECODE_CONTEXTS", [8, 16])
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr(bench_cpu.transformers.logging, "set_verbosity_error", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["bench_cpu.py", "--seconds", "0", "--out", str(tmp_path / "cpu.json")])
+    return bench_cpu, tmp_path / "cpu.json"
+
+
+def test_the_benchmark_of_the_cpu_shows_what_it_does(bench_cpu, capsys, monkeypatch):
+    """`make bench` would say nothing for minutes, and its user would end it."""
+    module, file = bench_cpu
+    shown = []
+    monkeypatch.setattr(module, "bench_decode", lambda seconds: shown.append(capsys.readouterr().out) or ())
+    monkeypatch.setattr(module, "noise", lambda found: None)
+    module.main()
+    assert shown[0].startswith("3 rows of 0 s") and shown[0].count("1,64,1,16 ") == 2
+    [row] = json.loads(file.read_text())["against_token_by_token"]
+    low, high = row["forward_ms_quartiles"]
+    assert row["rounds"] == 5 and low <= row["forward_ms"] <= high
+
+
+def test_figures_of_a_busy_machine_are_not_written(bench_cpu, monkeypatch):
+    """A forward pass slower than itself and its backward would stand in the documentation."""
+    module, file = bench_cpu
+    forward = module.without_gradients
+    monkeypatch.setattr(module, "without_gradients", lambda *x: [forward(*x) for _ in range(20)][-1])
+    with pytest.raises(SystemExit, match="(?s)measure again.*busy"):
+        module.main()
+    assert not file.exists()
