@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from figures import plot
 from results_file import write
 
 from deltanet_conversion.check import GATES
@@ -170,25 +171,6 @@ def cold(module: str) -> float | None:
     return round(float(lines[0].split()[1]), 1) if lines else None
 
 
-def plot(rows: list[dict], path: str) -> None:
-    import matplotlib
-
-    matplotlib.use("svg" if path.endswith("svg") else "agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for axis, key, title in zip(axes, ("fwd_ms", "fwdbwd_ms"), ("forward", "forward + backward"), strict=True):
-        for name in dict.fromkeys(n for row in rows for n in row["results"]):
-            points = [(r["shape"][1], r["results"][name][key]) for r in rows if key in r["results"].get(name, {})]
-            axis.plot(*zip(*points, strict=True), marker="o", label=name)
-        axis.set(xscale="log", yscale="log", xlabel="sequence length", title=title)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("ms")
-    axes[0].legend()
-    figure.tight_layout()
-    figure.savefig(path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="*", help="B,T,H,d each, gated B,T,H,HV,K,V; default: the table")
@@ -272,7 +254,7 @@ def main() -> None:
         save()
         print("first call", record["first_call_s"], f"({time.time() - start:.0f} s with imports)")
     if args.plot:
-        plot(rows, args.plot)
+        plot(record, Path(args.plot))
 
 
 if __name__ == "__main__":

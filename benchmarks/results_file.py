@@ -1,6 +1,7 @@
 """What a benchmark found, as JSON that a person can read: one row per line."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,9 +14,10 @@ def write(path: Path, record: dict) -> None:
     The commit that was measured is written too, where there is a repository ("-dirty": with changes).
     """
     describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--exclude=*"]
-    found = subprocess.run(describe, capture_output=True, text=True)
-    if found.returncode == 0:
-        record.setdefault("commit", found.stdout.strip())
+    if shutil.which("git") is not None:
+        found = subprocess.run(describe, capture_output=True, text=True)
+        if found.returncode == 0:
+            record.setdefault("commit", found.stdout.strip())
     with new_file(path) as unfinished:
         unfinished.write_text(_expanded(record, "") + "\n")
 
