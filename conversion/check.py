@@ -390,6 +390,9 @@ TOLERANCES = {
 }
 # A key that comes again and again makes the triangular system as bad as it gets.
 REPEATED = 10
+# Of few keys each one's rounding counts more: 0.0142 at K = 16 and 0.0100 at K = 32, where fla has 0.0171 and 0.0126;
+# 0.0090 at K = 48, where fla has 0.0093 (V = 64, H200, f9b106b, 2026-11-27, h200_small_beta.json).
+FEW_KEYS, OF_FEW_KEYS = 48, 1.5
 OF_QUANTITY = {
     "dbeta of small beta": {"kernels": {"bfloat16": 1e-2, "float16": 1e-2, "float32": 1e-3}},
     "between calls": {"kernels": dict.fromkeys(DTYPES, 0.0)},
@@ -400,7 +403,12 @@ REFERENCE = 1e-10
 def tolerance(case: Case, kind: str) -> Callable[[str], float]:
     """What each quantity's error may be; `kind` is "kernels" or "torch"."""
     factor = REPEATED if case.inputs == "repeated" else 1
-    return lambda quantity: OF_QUANTITY.get(quantity, {}).get(kind, TOLERANCES[kind])[case.dtype] * factor
+
+    def allowed(quantity: str) -> float:
+        few = OF_FEW_KEYS if quantity == "dbeta of small beta" and case.K < FEW_KEYS else 1
+        return OF_QUANTITY.get(quantity, {}).get(kind, TOLERANCES[kind])[case.dtype] * factor * few
+
+    return allowed
 
 
 def too_large(errors: dict[str, float], allowed: Callable[[str], float]) -> dict[str, float]:

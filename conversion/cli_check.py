@@ -58,7 +58,12 @@ def run_and_show(
             "done": done,
             "wrong": len(wrong),
             "seconds": round(earlier + time.perf_counter() - started, 1),
-            "tolerances": check.TOLERANCES | check.OF_QUANTITY | {"factor for repeated keys": check.REPEATED},
+            "tolerances": check.TOLERANCES
+            | check.OF_QUANTITY
+            | {
+                "factor for repeated keys": check.REPEATED,
+                "factor for small beta, K < 48": check.OF_FEW_KEYS,
+            },
             "summary": check_run.summary(rows),
             "rows": rows,
         }
