@@ -33,8 +33,9 @@ RUNS = {
     "segments": ["h100_segments"],
     "step": ["h200_step"],
     "train": ["h200_train"],
+    "train_gated": ["h100_train_gated"],
     "decode": ["h200_decode_model"],
-    "parity": ["fla_parity"],
+    "parity": ["fla_parity", "h200_fla_parity_gated"],
     "cpu": ["cpu"],
     "memory": ["convert_memory"],
 }
@@ -44,18 +45,22 @@ FILES = {
     "h100_ops": ("the same, and softmax attention", True),
     "h100_ops_17d4db3": ("chunked rule beside fla and an older commit", False),
     "h100_ops_c4f9cfe": ("the same after the rewrite, four shapes beside fla", False),
-    "h100_gated": ("the gated rule, two shapes, without a peer", False),
+    "h100_ops_f9b106b": ("the six shapes beside the commit before the rewrite", False),
+    "h100_gated": ("the gated rule, five shapes and its errors, without a peer", False),
     "h200_kernels": ("each kernel beside its bytes", True),
     "h100_lengths": ("by sequence length, with a picture", True),
     "h100_long_rows": ("one long sequence of any length", True),
     "h100_segments": ("every number of segments, in CUDA graphs", True),
     "h100_token_by_token": ("chunked against token by token", True),
     "h100_sizes": ("errors of 2304 cases of head sizes", False),
+    "h200_small_beta": ("dbeta of a small beta, few keys, beside fla", False),
     "h100_ptxas": ("a fault of ptxas 12.8, trial by trial", False),
     "h200_step": ("one decode step beside fla", True),
     "h200_train": ("training of models of 1.3B", True),
+    "h100_train_gated": ("training of a model of 1.3B with and without the gate", False),
     "h200_decode_model": ("`generate` of models of 1.3B", True),
     "fla_parity": ("fla's models, converted, against ours", True),
+    "h200_fla_parity_gated": ("the same of gated ones", False),
     "cpu": ("the torch rule on two cores", False),
     "convert_memory": ("peak memory of a conversion", False),
 }
@@ -316,13 +321,17 @@ def step() -> str:
     return markdown(["batch", "eager, us", "in a CUDA graph, us", "of copy bandwidth"], rows)
 
 
-def train() -> str:
+def train(table: str = "train") -> str:
     def row(r):
         speed, ms = f"{r['tokens_per_second'] / 1e3:.1f}K", f"{r['step_ms']:.0f}"
         return [r["model"], speed, ms, f"{r['peak_GB']:.0f}", f"{r['first_step_s']:.1f}"]
 
-    rows = [row(r) for record in runs("train") for r in record["train"]]
+    rows = [row(r) for record in runs(table) for r in record["train"]]
     return markdown(["model", "tokens/s", "step, ms", "peak, GB", "first step, s"], rows)
+
+
+def train_gated() -> str:
+    return train("train_gated")
 
 
 def decode() -> str:
@@ -335,17 +344,20 @@ def decode() -> str:
 
 
 def parity() -> str:
-    [record] = runs("parity")
     cases = {}
-    for case in [*record["cases"], *record["again"]["cases"]]:
-        cases.setdefault(case["case"], []).append(case)
+    for record in runs("parity"):
+        again = record.get("again", {"cases": []})
+        for run in (record, again):
+            for case in run["cases"]:
+                cases.setdefault(case["case"], []).append((case, run))
     rows = []
     for name, found in cases.items():
-        ratios = f"{found[0]['bf16_ratio']:.2f}"
-        if found[1:]:
-            ratios += f"; on an {hardware(record['again'])} a day later {found[1]['bf16_ratio']:.2f}"
-        equal = "equal" if all(case["greedy_equal"] for case in found) else "differ"
-        rows.append([name, f"{max(case['fp32_max_difference'] for case in found):.1e}", equal, ratios])
+        first, *more = found
+        ratios = f"{first[0]['bf16_ratio']:.2f}"
+        for case, run in more:
+            ratios += f"; on an {hardware(run)} a day later {case['bf16_ratio']:.2f}"
+        equal = "equal" if all(case["greedy_equal"] for case, _ in found) else "differ"
+        rows.append([name, f"{max(case['fp32_max_difference'] for case, _ in found):.1e}", equal, ratios])
     return markdown(["case", "fp32", "greedy", "bf16, ours over fla's"], rows)
 
 
@@ -451,7 +463,8 @@ def readme() -> str:
 def _conditions(records: list[dict]) -> str:
     """Versions and dates of several files."""
     names = {"torch": "torch", "triton": "Triton", "fla": "fla"}
-    found = {name: {r.get("versions", r)[key].partition("+")[0] for r in records} for key, name in names.items()}
+    versions = [record.get("versions", record) for record in records]
+    found = {name: {v[key].partition("+")[0] for v in versions if v.get(key)} for key, name in names.items()}
     versions = ", ".join(f"{name} {' and '.join(sorted(each))}" for name, each in found.items())
     dates = sorted({record["date"] for record in records})
     return f"bf16, {versions}, {dates[0]} to {dates[-1]}.\n"
