@@ -248,7 +248,8 @@ class DeltaNetPreTrainedModel(PreTrainedModel):
         return super()._resolve_parallel_plans(distributed_config)
 
 
-@auto_docstring
+# Transformers takes a model's name for its docstring from the folder of its own source tree
+@auto_docstring(custom_intro="DeltaNet without a head: the hidden states of its last layer.")
 class DeltaNetModel(DeltaNetPreTrainedModel):
     def __init__(self, config: DeltaNetConfig):
         super().__init__(config)
@@ -338,7 +339,7 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
         )
 
 
-@auto_docstring
+@auto_docstring(custom_intro="DeltaNet with a language-modelling head.")
 class DeltaNetForCausalLM(DeltaNetPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}

@@ -736,3 +736,9 @@ def test_tiny_models_are_not_vacuous():
             moved = (model(x).logits - model(changed).logits).abs().amax(-1)[0]
         assert moved[:3].max() < 1e-6 and moved[3:8].min() > 0.05, fields
     assert redraw(tiny_model()).lm_head.weight.std() > 0.1
+
+
+@pytest.mark.parametrize("model", [DeltaNetModel, DeltaNetForCausalLM])
+def test_help_names_the_model(model):
+    """`help` would speak of "The None Model": Transformers knows names of its own source tree alone."""
+    assert model.__doc__.startswith("DeltaNet") and "None" not in model.__doc__
