@@ -1,4 +1,4 @@
-"""What `deltanet check` prints: progress on stderr, a table, a line for each wrong result, and the whole as JSON."""
+"""What `deltanet check` shows: progress on stderr, a table, a line for each wrong result, and the whole as JSON."""
 
 import json
 import math
@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from . import check, check_run
+from .cli_output import Result, console, errors, say
 
 
 # The table is for 80 columns; the report holds every quantity.
@@ -21,12 +21,11 @@ COLUMNS = {
 }
 
 
-def run_and_show(
+def run_check(
     everything: bool, sizes: str | None, dtypes: list[str] | None, peer: str | None, device: str | None, seed: int,
-    jobs: int, json_file: str | None,
-) -> bool:  # fmt: skip
-    """Whether everything was right. With `json_file` "-" the report is all that stdout gets."""
-    stderr = Console(stderr=True)
+    jobs: int, file: Path | None,
+) -> Result:  # fmt: skip
+    """The report, which also goes to `file`; exit code 1 if something was wrong."""
     where = check_run.choose_device(device)
     pairs = check_run.parse_sizes(sizes, check.ALL_SIZES)
     choose = check.full if everything else check.quick
@@ -34,11 +33,11 @@ def run_and_show(
     cases = list(choose(**options))
     missing = check_run.missing_peer(where) if peer else None
     if missing:
-        stderr.print(f"skipped: {missing}", markup=False)
+        errors.print(f"skipped: {missing}", markup=False)
 
     started, rows = time.perf_counter(), [check_run.reference_row(where, seed)]
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=stderr, transient=True) as progress:
+    with Progress(*columns, console=errors, transient=True) as progress:
         task = progress.add_task("", total=len(cases))
         for case, some in zip(cases, check_run.run(cases, where, peer, seed, jobs)):
             rows += some
@@ -57,14 +56,10 @@ def run_and_show(
         "summary": check_run.summary(rows),
         "rows": rows,
     }
-    if json_file is not None:
-        text = _to_json(_finite(report))
-        if json_file == "-":
-            print(text)
-            return report["ok"]
-        Path(json_file).write_text(text + "\n")
-    _show(report, wrong)
-    return report["ok"]
+    finite = _finite(report)
+    if file is not None:
+        file.write_text(_to_json(finite) + "\n")
+    return Result(finite, lambda: _show(report, wrong), code=0 if report["ok"] else 1)
 
 
 def _to_json(report: dict) -> str:
@@ -86,10 +81,9 @@ def _finite(x):
 
 
 def _show(report: dict, wrong: list[dict]) -> None:
-    console = Console()
     for name, value in report["environment"].items():
         if value is not None:
-            console.print(f"{name}: {value}", markup=False, highlight=False, soft_wrap=True)
+            say(f"{name}: {value}")
     table = Table("route", "dtype", "cases", *COLUMNS, "ran", title="Largest error against fp64", box=box.SIMPLE)
     for line in report["summary"]:
         worst = [[line["worst"][name] for name in names if name in line["worst"]] for names in COLUMNS.values()]
@@ -99,17 +93,11 @@ def _show(report: dict, wrong: list[dict]) -> None:
         )
     console.print(table)
     for text in report["plans"]:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(text)
     for row in wrong:
         case = check.Case(**row["case"]) if row["case"] else "reference"
         found = row["failure"] or ", ".join(f"{name} {value:.1e}" for name, value in row["too_large"].items())
         kernels = f" ({', '.join(row['kernels'])})" if row["kernels"] else ""
-        console.print(
-            f"wrong: {row['route']}: {case}: {found}{kernels}", markup=False, highlight=False, soft_wrap=True
-        )
+        say(f"wrong: {row['route']}: {case}: {found}{kernels}")
     verdict = "all right" if report["ok"] else f"{report['wrong']} wrong"
-    console.print(
-        f"{verdict}: {report['cases']} cases in {report['seconds']} s, seed {report['seed']}",
-        markup=False,
-        highlight=False,
-    )
+    say(f"{verdict}: {report['cases']} cases in {report['seconds']} s, seed {report['seed']}")

@@ -27,24 +27,26 @@ class Distillation(Stage):
 
 
 class DistillationTrainer(Trainer):
-    """Trainer on KL(teacher || student), the mean over tokens in nats."""
+    """Trainer on KL(teacher || student), the mean in nats over the tokens that the student learns to predict."""
 
     def __init__(self, teacher: PreTrainedModel, **kwargs):
         super().__init__(**kwargs)
         self.teacher = teacher.to(self.args.device)
-        # All blocks have one length: the mean over accumulated batches is the mean over tokens.
-        self.model_accepts_loss_kwargs = False
+        self.model_accepts_loss_kwargs = True  # the loss is divided by `num_items_in_batch`
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(input_ids=inputs["input_ids"], use_cache=False)
         with torch.no_grad():
             wanted = self.teacher(inputs["input_ids"], use_cache=False).logits
+        learned = inputs["shift_labels"] != -100
         loss = F.kl_div(
-            F.log_softmax(outputs.logits.float(), dim=-1).flatten(0, 1),
-            F.log_softmax(wanted.float(), dim=-1).flatten(0, 1),
-            reduction="batchmean",
+            F.log_softmax(outputs.logits[learned].float(), dim=-1),
+            F.log_softmax(wanted[learned].float(), dim=-1),
+            reduction="sum",
             log_target=True,
         )
+        # Trainer counts what is learned in all batches of the step on all processes, whose gradients it averages.
+        loss = loss * self.accelerator.num_processes / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
 

@@ -105,7 +105,7 @@ def test_every_documented_size_is_in_the_table():
 def test_the_command_reports_and_exits(deltanet, tmp_path, monkeypatch):  # noqa: F811
     """A script could not tell a wrong machine from a right one, and a report would lack what it is for."""
     quickly(monkeypatch)
-    code, out, err = deltanet("check", "--device", "cpu", "--json", tmp_path / "report.json")
+    code, out, err = deltanet("check", "--device", "cpu", "--report", tmp_path / "report.json")
     report = json.loads((tmp_path / "report.json").read_text())
     assert code == 0 and report["ok"] and "all right: 2 cases" in out and "seed 0" in out
     assert report["environment"]["torch"] == version("torch") and report["environment"]["transformers"] in out
@@ -116,7 +116,7 @@ def test_the_command_reports_and_exits(deltanet, tmp_path, monkeypatch):  # noqa
 
     monkeypatch.setattr(check_run.delta_rule, "torch_chunk_delta_rule", spoiled("output"))
     check_run.routes.cache_clear()
-    code, out, _ = deltanet("check", "--device", "cpu", "--json", "-", "--peer", "fla")
+    code, out, _ = deltanet("check", "--device", "cpu", "--json", "--peer", "fla")
     report = json.loads(out)
     assert code == 1 and not report["ok"] and "on a GPU" in report["skipped"][0]
     (wrong,) = [row for row in report["rows"] if row["too_large"]]

@@ -41,12 +41,12 @@ def test_the_way_from_a_teacher_to_text(deltanet, pair, tmp_path):  # noqa: F811
     code, out, _ = deltanet(
         "align", teacher, tmp_path / "hybrid", tmp_path / "aligned", "--data", data, *sizes, "--json"
     )
-    assert code == 0 and json.loads(out.splitlines()[-1])["steps"] == 2
+    assert code == 0 and json.loads(out)["steps"] == 2
     code, out, _ = deltanet(
         "distill", teacher, tmp_path / "aligned", tmp_path / "done", "--data", data, *sizes,
         "--lora-rank", 2, "--mixer-learning-rate", 1e-3, "--json",
     )  # fmt: skip
-    settings = json.loads(out.splitlines()[-1])
+    settings = json.loads(out)
     assert code == 0 and (settings["lora_rank"], settings["mixer_learning_rate"]) == (2, 1e-3)
     code, out, _ = deltanet(
         "generate", tmp_path / "done", "w1 w2", "--max-new-tokens", 3, "--temperature", 0, "--json"
@@ -61,7 +61,7 @@ def test_errors_are_one_line_and_exit_code_one(deltanet, tmp_path):
     make_teacher("llama", tmp_path / "teacher")
     code, out, err = deltanet("convert", tmp_path / "teacher", tmp_path / "out")
     assert (code, out) == (1, "") and "Traceback" not in err
-    assert err.splitlines()[-1].startswith("error: ValueError:") and "keep" in err.splitlines()[-1]
+    assert err.splitlines()[-1].startswith("error: ") and "--keep" in err.splitlines()[-1]
     code, _, err = deltanet("convert", tmp_path / "teacher", tmp_path / "out", "--keep", "none", "--to", "fla")
     assert code == 1 and "'llama', not 'deltanet'" in err
     assert deltanet("convert", tmp_path / "teacher")[0] == 2
