@@ -20,7 +20,6 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
@@ -36,7 +35,7 @@ from .text import blocks, load_text
 
 
 HELD_OUT = 0.02  # of the blocks, at most 64, never trained on
-SETTINGS, LOSS_BEFORE = "settings.json", "loss_before.json"
+SETTINGS = "settings.json"
 # What a run may go on with otherwise than it began: none of it changes what is learned.
 FREE_SETTINGS = ("save_steps", "activation_checkpointing", "report_to", "device", "keep_training")
 OPEN_DECAY_EPSILON = 1e-15  # of Adam, to which the gradient of a decay that starts open would be nothing beside 1e-8
@@ -140,8 +139,10 @@ class Stage:
         }
         trainer = make_trainer(teacher.eval().requires_grad_(False), student, trainer_arguments)
         self._claim(work, name)
-        before = self._loss_before(trainer, work)
         checkpoint = get_last_checkpoint(str(work))
+        # Not by `trainer.evaluate()` first: accelerate takes a model that was evaluated for one that is prepared, and
+        # several processes would not exchange gradients (in 1.15).
+        trainer.args.eval_on_start = checkpoint is None
         trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.state.global_step < trainer.args.max_steps:
             raise KeyboardInterrupt(
@@ -152,7 +153,7 @@ class Stage:
             **dataclasses.asdict(self) | {"data": [_public(source) for source in self.data], "precision": precision},
             "steps": trainer.state.global_step,
             "trained_tokens": trainer.state.global_step * self._tokens_a_step(trainer.args.world_size),
-            "loss_before": before,
+            "loss_before": next(log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log),
             "loss_after": trainer.evaluate()["eval_loss"],
             "seconds": round(time.perf_counter() - start, 1),
             "resumed": checkpoint is not None,
@@ -201,11 +202,8 @@ class Stage:
                 )
 
     def _claim(self, work: Path, name: str) -> None:
-        settings = self._settings(name)
         work.mkdir(parents=True, exist_ok=True)
-        if (work / SETTINGS).exists() and read_json(work / SETTINGS) != settings:
-            (work / LOSS_BEFORE).unlink(missing_ok=True)
-        (work / SETTINGS).write_text(json.dumps(settings, indent=2))
+        (work / SETTINGS).write_text(json.dumps(self._settings(name), indent=2))
 
     def _check_report_to(self) -> None:
         get_reporting_integration_callbacks(self.report_to)  # knows all names
@@ -267,17 +265,6 @@ class Stage:
         args.logging_steps = max(1, args.max_steps // 50)
         args.save_steps = self.save_steps or max(1, args.max_steps // 10)
         return args
-
-    @staticmethod
-    def _loss_before(trainer: Trainer, work: Path) -> float:
-        """The held-out loss of the student that came, kept for the case that the run is resumed."""
-        file = work / LOSS_BEFORE
-        if not file.exists():
-            loss = trainer.evaluate()["eval_loss"]
-            if trainer.is_world_process_zero():
-                file.write_text(json.dumps(loss))
-            return loss
-        return json.loads(file.read_text())
 
 
 def _public(source: str) -> str:

@@ -2,7 +2,11 @@
 
 import copy
 import json
+import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -218,7 +222,6 @@ def test_what_a_retry_may_change(pair, tmp_path, monkeypatch):
     work = tmp_path / "other.training"
     work.mkdir()
     (work / "settings.json").write_text('{"seed": 1}')
-    (work / "loss_before.json").write_text("7.0")
     again = align(Stage(**pair | {"output": str(tmp_path / "other"), "tokens": 64}))
     assert not again["resumed"] and again["loss_before"] == resumed["loss_before"]
 
@@ -382,6 +385,29 @@ def test_a_step_on_answers_is_a_mean_over_them(pair, tmp_path):
     kl = (p * (p / q).log()).sum(-1)
     assert 0 < learned.sum() < learned.numel()
     assert whole["loss_before"] == pytest.approx(kl[learned].mean().item(), rel=1e-3)
+
+
+def test_two_processes_learn_what_one_does(pair, tmp_path):
+    """`accelerate launch` would train as many students as there are processes, and save one of them."""
+    pair |= {"tokens": 3 * 4 * 12, "length": 12}  # of whose blocks 4 are held out
+    one = distill(Distillation(**pair))
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "deltanet_conversion.cli",
+        "distill", pair["teacher"], pair["student"], str(tmp_path / "two"), "--data", pair["data"][0],
+        "--tokens", "144", "--length", "12", "--batch-size", "2", "--device", "cpu", "--json",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = json.loads(done.stdout)
+    assert (two["steps"], two["trained_tokens"]) == (one["steps"], one["trained_tokens"])
+    for folder in (tmp_path / "out", tmp_path / "two"):
+        assert not Path(f"{folder}.training").exists()
+    histories = [
+        json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"] for name in ("out", "two")
+    ]
+    assert _logged(histories[1]) == pytest.approx(_logged(histories[0]), rel=1e-4)
+    assert two["loss_after"] == pytest.approx(one["loss_after"], rel=1e-4)
+    assert "find_unused_parameters" not in done.stderr
 
 
 def _logged(history) -> list[float]:
