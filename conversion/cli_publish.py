@@ -59,6 +59,7 @@ def card(
     """
     from .card import MISSING, make_card, write_card
 
+    _check_folder(checkpoint)
     file = output or checkpoint / "README.md"
     if file.exists() and not force:
         raise ValueError(f"{file} exists and may have been edited: --force replaces it")
@@ -124,6 +125,7 @@ def push(
 
     from .push import prepare, preview, publish
 
+    _check_folder(folder)
     with errors.status("Loading it and generating a token ..."):
         plan = prepare(folder, repo_id, base_model=base_model)
     if dry_run:
@@ -161,8 +163,14 @@ def kernels_build(
     """
     from .hub_kernel import build
 
+    _check_folder(source)
     built = [str(variant) for variant in build(source, output, repo_id=repo_id)]
     return Result({"variants": built}, lambda: say("\n".join(built)))
+
+
+def _check_folder(path: Path) -> None:
+    if not path.is_dir():
+        raise ValueError(f"{path} is a file: wanted a folder" if path.exists() else f"no such folder: {path}")
 
 
 def _planned(plan, changes) -> Result:

@@ -12,7 +12,7 @@ try:
     from datasets import Dataset, concatenate_datasets, load_dataset
     from datasets.exceptions import DatasetsError
 except ImportError as error:
-    raise ImportError(f"text is read by the package datasets, which is not installed: {error}") from error
+    raise ImportError("datasets is not installed, which reads the text: pip install datasets") from error
 
 from .files import local_folder
 
@@ -44,19 +44,20 @@ def load_text(
         files = _files(source)
         if not files and (Path(source).exists() or glob.has_magic(source)):
             raise ValueError(f"{source} holds no text: wanted files in {', '.join((*TEXT_SUFFIXES, *BUILDERS))}")
-        try:
-            if files:
-                loaded = [
-                    load_dataset(builder, data_files=names, split="train", **more) for builder, names, more in files
-                ]
-            else:
-                name, _, configuration = source.partition(":")
-                local_folder(name)  # a path that is mistyped is none of the Hub's names
+        if files:
+            try:
+                loaded = [load_dataset(kind, data_files=names, split="train", **more) for kind, names, more in files]
+            except Exception as error:  # noqa: BLE001 (whatever a parser raises, it is about the file)
+                raise ValueError(
+                    f"{source} cannot be read: {str(error.__cause__ or error) or 'it is empty'}"
+                ) from error
+        else:
+            name, _, configuration = source.partition(":")
+            local_folder(name)  # a path that is mistyped is none of the Hub's names
+            try:
                 loaded = [load_dataset(name, configuration or None, split=split)]
-        except (DatasetsError, ConnectionError) as error:
-            if files:
-                raise ValueError(f"{source} cannot be read: {error.__cause__ or error}") from error
-            raise ValueError(f"no such file or folder: {source}; as a dataset on the Hub: {error}") from error
+            except (DatasetsError, ConnectionError) as error:
+                raise ValueError(f"no such file or folder: {source}; as a dataset on the Hub: {error}") from error
         parts += [_documents(source, rows, text_column, tokenizer, completion_only) for rows in loaded]
     return concatenate_datasets(parts)
 
@@ -68,6 +69,10 @@ def _documents(source: str, rows: Dataset, text_column: str, tokenizer, completi
     if column in names:
         if completion_only:
             raise ValueError(f"{source} is plain text: completion_only needs 'messages', or 'prompt' and 'completion'")
+        if getattr(rows.features[column], "dtype", None) not in ("string", "large_string"):
+            raise ValueError(f"{source} has {rows.features[column]} in {column!r}: wanted texts")
+        if missing := rows.data.column(column).null_count:
+            raise ValueError(f"{source} has no {column!r} in {missing} of {len(rows)} rows")
         return rows.select_columns([column]).rename_column(column, "text") if column != "text" else (
             rows.select_columns(["text"])
         )  # fmt: skip

@@ -104,8 +104,7 @@ def test_every_command_fails_in_one_way(deltanet, arguments, tmp_path, monkeypat
     code, out, err = deltanet(*arguments.split())
     assert (code, out) == (1, "") and err.startswith("error: ") and "Traceback" not in err
     folder = next(word for word in arguments.split() if "typo" in word or "/" in word)
-    if not arguments.startswith(("card", "push", "kernels")):
-        assert err.startswith(f"error: no such folder: {folder}") and len(err.splitlines()) == 1
+    assert err.startswith(f"error: no such folder: {folder}") and len(err.splitlines()) == 1
     code, out, _ = deltanet(*arguments.split(), "--json")
     failure = json.loads(out)
     assert code == failure["exit_code"] == 1 and f"error: {failure['error']}\n" == err

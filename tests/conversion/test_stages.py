@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from deltanet_conversion import Distillation, Stage, align, alignment, convert_from_llama, distill
+from deltanet_conversion import stage as stage_module
 from deltanet_conversion.alignment import LayerwiseAlignment
 from deltanet_conversion.text import blocks, load_text
 
@@ -282,6 +283,20 @@ def test_checkpointing_saves_activations_and_changes_nothing(pair, tmp_path, sta
     assert [str(warning.message) for warning in recwarn if "deprecated" in str(warning.message)] == []
 
 
+def test_one_process_takes_one_gpu(pair, tmp_path, monkeypatch):
+    """On a machine with several GPUs batches would be spread over them, and the teacher be on one."""
+
+    class OnFour(stage_module.TrainingArguments):
+        def __post_init__(self):
+            super().__post_init__()
+            self._n_gpu = 4
+
+    monkeypatch.setattr(stage_module, "TrainingArguments", OnFour)
+    config = AutoModelForCausalLM.from_pretrained(pair["student"]).config
+    args = Stage(**pair)._training_arguments(tmp_path, False, "float32", config)
+    assert (args.n_gpu, args.train_batch_size) == (1, 4)
+
+
 @pytest.mark.parametrize("stage", ["align", "distill"])
 def test_bfloat16_on_a_cpu(pair, tmp_path, stage, monkeypatch):
     """`--precision bfloat16` would be taken and compute in fp32, or the result would be stored in another dtype."""
@@ -428,12 +443,20 @@ def test_text_of_every_kind(tmp_path, tokenizer):
         load_text([str(tmp_path / "c.jsonl")])
     with pytest.raises(ValueError, match="holds no text"):
         load_text([str(tmp_path / "ignored.bin")])
-    (tmp_path / "broken.jsonl").write_text('{"text": "w1"\n')
-    with pytest.raises(ValueError, match="broken.jsonl cannot be read"):
-        load_text([str(tmp_path / "broken.jsonl")])
-    (tmp_path / "alpaca.json").write_text('[{"instruction": "w1", "input": "", "output": "w2"}]')
-    with pytest.raises(ValueError, match="has columns instruction, input, output, but no 'text', no 'messages'"):
-        load_text([str(tmp_path / "alpaca.json")])
+    for name, content, message in (
+        ("broken.jsonl", '{"text": "w1"\n', "cannot be read"),
+        ("empty.jsonl", "", "cannot be read"),
+        ("blank.jsonl", "\n", "cannot be read"),
+        ("empty.csv", "", "cannot be read"),
+        ("broken.parquet", "x", "cannot be read"),
+        ("alpaca.json", '[{"instruction": "w1", "output": ""}]', "has columns instruction, output, but no 'text', no"),
+        ("numbers.jsonl", '{"text": 5}', r"has Value\('int64'\) in 'text': wanted texts"),
+        ("mixed.jsonl", '{"text": "w1"}\n{"txt": "w1"}', "has no 'text' in 1 of 2 rows"),
+        ("messages.jsonl", '{"messages": "w1"}', "wanted texts or lists of messages"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=f"{name} {message}"):
+            load_text([str(tmp_path / name)])
     with pytest.raises(ValueError, match=r"no such .*\./typo"):
         load_text(["./typo"])
 
