@@ -184,7 +184,7 @@ def align(
     stage = Stage(
         teacher, student, str(output), tuple(data), tokens, length, batch_size, accumulation, learning_rate, seed,
         text_column, save_steps, precision and precision.value, activation_checkpointing, report_to,
-        device and device.value, keep_training=keep_training,
+        device and device.value, keep_training,
     )  # fmt: skip
     return Result(run(stage))
 
@@ -235,7 +235,7 @@ def distill(
     stage = Distillation(
         teacher, student, str(output), tuple(data), tokens, length, batch_size, accumulation, learning_rate, seed,
         text_column, save_steps, precision and precision.value, activation_checkpointing, report_to,
-        device and device.value, completion_only, keep_training, mixer_learning_rate, lora_rank,
+        device and device.value, keep_training, mixer_learning_rate, lora_rank, completion_only,
     )  # fmt: skip
     return Result(run(stage))
 

@@ -19,11 +19,13 @@ class Distillation(Stage):
         mixer_learning_rate: for the linear layers' mixers, which have more to learn.
         lora_rank: train LoRA adapters of this rank on every projection, with `mixer_learning_rate`, and merge them at
             the end; by default all parameters are trained.
+        completion_only: of chats, and of prompts with completions, learn the answers only.
     """
 
     learning_rate: float = 1e-5
     mixer_learning_rate: float = 1e-4
     lora_rank: int | None = None
+    completion_only: bool = False
 
 
 class DistillationTrainer(Trainer):

@@ -62,8 +62,6 @@ class Stage:
             curves come to lie in `OUTPUT.runs`.
         device: "cuda" or "cpu"; a GPU by default, and of several the first. For all of them, start the command line
             with `accelerate launch -m deltanet_conversion.cli`.
-        completion_only: of chats, and of prompts with completions, learn from the answers only. Distillation alone
-            heeds it: an alignment learns from every token.
         keep_training: leave the folder `OUTPUT.training`.
     """
 
@@ -83,8 +81,9 @@ class Stage:
     activation_checkpointing: bool = False
     report_to: str = "none"
     device: Literal["cuda", "cpu"] | None = None
-    completion_only: bool = False
     keep_training: bool = False
+
+    completion_only = False  # a setting of distillation; an alignment learns from every token
 
     def run(self, name: str, make_trainer: Callable, finish: Callable | None = None) -> dict:
         """Train what `make_trainer(teacher, student, trainer_arguments)` returns and save the student.

@@ -156,7 +156,8 @@ def blocks(documents: Dataset, tokenizer, length: int, seed: int = 0) -> Dataset
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def cut(batch):
-        pieces = [_pieces(*document) for document in zip(*(batch[name] for name in documents.column_names))]
+        answers = batch["answers"] if "answers" in documents.column_names else [None] * len(batch["text"])
+        pieces = [_pieces(*document) for document in zip(batch["text"], answers)]
         texts = [text for document in pieces for text, _ in document]
         ids = iter(tokenizer(texts, add_special_tokens=False, verbose=False).input_ids)
         stream, labels = [], []
@@ -181,7 +182,7 @@ def blocks(documents: Dataset, tokenizer, length: int, seed: int = 0) -> Dataset
     return cut_documents
 
 
-def _pieces(text: str, answers: list | None = None) -> list[tuple[str, bool]]:
+def _pieces(text: str, answers: list | None) -> list[tuple[str, bool]]:
     """A document cut into what is learned and what is not: all of it is, without `answers`."""
     if answers is None:
         return [(text, True)]

@@ -248,10 +248,11 @@ def test_settings_that_do_not_fit_are_refused(pair, tmp_path):
         ({"device": "tpu"}, "device must be .* got 'tpu'"),
         ({"report_to": "dvclive"}, "report_to is 'dvclive', which is not installed here"),
         ({"report_to": "nothing"}, "nothing is not supported"),
-        ({"completion_only": True}, "is plain text: completion_only needs"),
     ):
         with pytest.raises(ValueError, match=message):
             align(Stage(**pair, **options))
+    with pytest.raises(ValueError, match="is plain text: completion_only needs"):
+        distill(Distillation(**pair, completion_only=True))
     assert not (tmp_path / "out.training").exists()
 
 
