@@ -66,7 +66,7 @@ def command(app: typer.Typer, name: str | None = None) -> Callable:
                 _fail(error, code, as_json)
             except KeyboardInterrupt as interrupt:
                 _fail(interrupt, 130, as_json)
-            if int(os.environ.get("RANK", 0)) == 0:  # one of several processes tells the result
+            if _is_first_process():
                 _print_json(result.content) if as_json else (result.show or (lambda: _table(result.content)))()
             if result.code:
                 raise typer.Exit(result.code)
@@ -86,6 +86,11 @@ def say(text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def _is_first_process() -> bool:
+    """Of those that `accelerate launch` starts, one prints to stdout."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def _exit_code(error: Exception) -> int | None:
     """None for what is a fault of this program, and shows a traceback."""
     from .push import HubFailure, VerificationFailed  # not at the top: `deltanet --help` need not wait for it
@@ -103,7 +108,7 @@ def _fail(error: BaseException, code: int, as_json: bool) -> None:
     message = str(error) or ("" if interrupted else type(error).__name__)
     if interrupted:
         message = f"interrupted: {message}" if message else "interrupted"
-    if as_json:
+    if as_json and _is_first_process():
         problems = [dataclasses.asdict(problem) for problem in getattr(error, "problems", [])]
         _print_json({"error": message, "problems": problems, "exit_code": code})
     else:

@@ -147,6 +147,8 @@ def test_one_of_several_processes_tells_the_result(deltanet, monkeypatch):
     """`accelerate launch` would print the result of each process, which together is no JSON."""
     monkeypatch.setenv("RANK", "1")
     assert deltanet("env", "--json")[:2] == (0, "")
+    code, out, err = deltanet("inspect", "./typo", "--json")
+    assert (code, out) == (1, "") and "no such folder" in err
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_a_stage_goes_on_from_its_last_checkpoint(pair, tmp_path, monkeypatch, h
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_stage_that_trained_nothing_leaves_nothing(pair, tmp_path):
+def test_a_stage_that_trained_nothing_leaves_nothing(pair, tmp_path, monkeypatch):
     """After a typing error the corrected command would be refused for the folder of the first; checkpoints as large as
     three models would stay for good.
     """
@@ -199,6 +199,11 @@ def test_a_stage_that_trained_nothing_leaves_nothing(pair, tmp_path):
     assert not work.exists() and (tmp_path / "out" / "trainer_state.json").exists()
     summary = align(Stage(**pair | {"output": str(tmp_path / "kept")}, keep_training=True))
     assert (tmp_path / "kept.training" / "checkpoint-2").is_dir() and "keep_training" in summary
+
+    with monkeypatch.context() as patch:
+        stop(patch, 1, lambda: (tmp_path / "curves.training" / "runs" / "host").mkdir(parents=True))
+        align(Stage(**pair | {"output": str(tmp_path / "curves")}))
+    assert (tmp_path / "curves.runs" / "host").is_dir() and not (tmp_path / "curves.training").exists()
 
     work.mkdir()
     (tmp_path / "out").rename(tmp_path / "old")
