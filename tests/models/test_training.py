@@ -57,7 +57,7 @@ def assert_same_weights(model, other, **tolerance):
 
 
 def test_a_trained_folder_brings_a_cache(tmp_path):
-    """Trainer turns `use_cache` off: whoever loads what it trained would get no past, by checkpoint or merged adapter."""
+    """Trainer turns `use_cache` off: whoever loads a trained folder or a merged adapter would get no past."""
     run = trainer(tmp_path, tiny_model(), data(4), max_steps=1, save_strategy="steps", save_steps=1)
     run.train()
     run.save_model(tmp_path / "saved")
