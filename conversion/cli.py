@@ -81,7 +81,8 @@ def convert(
     keep: Annotated[
         str | None,
         typer.Option(
-            help="Layers that keep softmax attention: 'all', 'none', '0.25', '25%' or '3,7'. A Llama-like requires it."
+            help="Required for a Llama-like: the layers that keep softmax attention, 'all', 'none', '0.25', '25%' or "
+            "'3,7'."
         ),
     ] = None,
     linear_rope: Annotated[bool, typer.Option(help="Llama-like: converted layers keep the rotary embedding.")] = True,

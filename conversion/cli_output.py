@@ -121,9 +121,18 @@ def _fail(error: BaseException, code: int, as_json: bool) -> None:
 def _table(content: dict) -> None:
     table = Table("", "", show_header=False)
     for key, value in content.items():
-        shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-        table.add_row(key.replace("_", " "), shown)
+        rows = {f"{key}: {name}": x for name, x in value.items()} if isinstance(value, dict) else {key: value}
+        for name, x in rows.items():
+            table.add_row(name.replace("_", " "), _shown(x))
     console.print(table)
+
+
+def _shown(value) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_shown, value))
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def _print_json(content: dict) -> None:

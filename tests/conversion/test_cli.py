@@ -72,7 +72,8 @@ def test_the_way_from_a_teacher_to_text(deltanet, pair, tmp_path):  # noqa: F811
     )
     assert code == 0 and json.loads(out)["tokens"] <= 3 and json.loads(out)["prompt"] == "w1 w2"
     code, out, _ = deltanet("inspect", tmp_path / "done")
-    assert code == 0 and "linear_attention" in out
+    assert code == 0 and "linear_attention" in out and "{" not in out and "[" not in out
+    assert "Required for a" in deltanet("convert", "--help")[1]
 
 
 def test_errors_are_one_line_and_exit_code_one(deltanet, tmp_path):
