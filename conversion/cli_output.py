@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 
-console, errors = Console(emoji=False), Console(stderr=True, emoji=False)  # README.md:100: is a place, not an emoji
+# A result holds names and texts of others: README.md:100: is a place and not an emoji, [/b] a folder and not an end.
+console, errors = Console(emoji=False, markup=False), Console(stderr=True, emoji=False)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 

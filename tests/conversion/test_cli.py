@@ -144,6 +144,12 @@ def test_figures_that_are_none_are_valid_json(deltanet, monkeypatch):
     assert deltanet("inspect", "x", "--json")[:2] == (0, '{"loss": [null, 1.5]}\n')
 
 
+def test_names_with_brackets_are_shown_as_they_are(deltanet, monkeypatch):
+    """A folder `runs[/b]` would end the command with a traceback about markup."""
+    monkeypatch.setattr("deltanet_conversion.inspect.inspect_checkpoint", lambda *args: {"output": "runs[/b] :100:"})
+    assert "runs[/b] :100:" in deltanet("inspect", "x")[1]
+
+
 def test_one_of_several_processes_tells_the_result(deltanet, monkeypatch):
     """`accelerate launch` would print the result of each process, which together is no JSON."""
     monkeypatch.setenv("RANK", "1")
