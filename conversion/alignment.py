@@ -7,6 +7,7 @@ next.
 
 import torch
 import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Trainer
 
 from .stage import Stage
@@ -31,6 +32,7 @@ class LayerwiseAlignment(nn.Module):
             raise ValueError("the student keeps softmax attention in every layer: there is nothing to align")
         self.teacher = [teacher.model]  # in a list, and so no submodule
         self.seen: dict[str, tuple] = {}
+        self.is_activation_checkpointing = False
         for i in self.mixers:
             teacher.model.layers[int(i)].self_attn.register_forward_hook(self._remember(i), with_kwargs=True)
 
@@ -40,17 +42,31 @@ class LayerwiseAlignment(nn.Module):
 
         return hook
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        """What Trainer calls for `activation_checkpointing`: backward computes each mixer again."""
+        self.is_activation_checkpointing = True
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
         """The mean over layers of squared error over the square of what was wanted: 1 for a mixer that gives nothing.
 
-        `labels` come with every block of text and are not used.
+        `labels` and `shift_labels` come with every block of text and are not used.
         """
         with torch.no_grad():
             self.teacher[0](input_ids, use_cache=False)
         losses = []
         for i, mixer in self.mixers.items():
             hidden_states, position_embeddings, wanted = self.seen.pop(i)
-            got = mixer(hidden_states, position_embeddings=position_embeddings)
+            if self.is_activation_checkpointing and self.training:
+                got = checkpoint(mixer, hidden_states, position_embeddings=position_embeddings, use_reentrant=False)
+            else:
+                got = mixer(hidden_states, position_embeddings=position_embeddings)
             losses.append((got - wanted).float().square().mean() / wanted.float().square().mean())
         return {"loss": torch.stack(losses).mean()}
 

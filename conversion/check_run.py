@@ -288,7 +288,8 @@ def describe_kernels(names: Iterable[str]) -> str:
 
 def environment(device: torch.device) -> dict[str, str | None]:
     """Versions, device and switches: what a report of a wrong result needs."""
-    found = {name: _version(name) for name in ("modeling-deltanet", "torch", "triton", "transformers")}
+    names = "modeling-deltanet torch triton transformers accelerate peft huggingface-hub safetensors datasets trl"
+    found = {name: _version(name) for name in names.split()}
     found["flash-linear-attention"] = _version("flash-linear-attention") or _version("fla-core")
     found |= {"python": platform.python_version(), "platform": platform.platform()}
     found["device"] = f"CPU, {platform.machine()}, {os.cpu_count()} cores"
@@ -332,7 +333,13 @@ def _output(*command: str) -> str | None:
 
 
 def choose_device(name: str | None) -> torch.device:
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:1', got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {name!r}, but torch finds no GPU here")
+    return device
 
 
 def parse_sizes(words: str | None, everything: Iterable[tuple[int, int]]) -> list[tuple[int, int]] | None:

@@ -7,25 +7,26 @@ than one target shard is in memory at a time.
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import RemoteEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
+from transformers import AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 
 from modeling_deltanet import DeltaNetConfig, DeltaNetForCausalLM
 
-from .files import INDEX, check_named_files, own_file, read_index, read_json
+from .files import INDEX, check_named_files, hub_errors, local_folder, own_file, read_index, read_json
 
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, ADAPTER_CONFIG = "config.json", "model.safetensors", "adapter_config.json"
 FACTS = "conversion.json"  # what a converted model came from and went through, which its card tells
 # What the model computes with in fp32, whatever dtype the rest of it has (a linear layer's decay).
 KEPT_WIDE = (".A_log", ".dt_bias")
@@ -65,9 +66,9 @@ class Checkpoint:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         config_file = self.folder / CONFIG
-        if not os.path.lexists(config_file):
-            raise ValueError(f"{self.folder} is no checkpoint: it has no {CONFIG}")
-        self.config = read_json(own_file(self.folder, CONFIG))
+        if not self.folder.is_dir():
+            raise ValueError(f"no such folder: {folder}")
+        self.config = fetch_config(folder)
         if (weights := self.config.get("transformers_weights")) not in (None, WEIGHTS, INDEX):
             raise ValueError(f"{config_file} has transformers_weights: {weights!r}; only {WEIGHTS} or {INDEX} is read")
         self.tensors: dict[str, TensorInfo] = {}
@@ -140,17 +141,77 @@ def fetch(source: str | Path, revision: str | None = None) -> Path:
     """A folder with the checkpoint: `source` itself where it is one, otherwise the Hub's repository of that name.
 
     Raises:
-        ValueError: a `revision` of a local folder, or files that name others outside the folder.
+        ValueError: no such folder or repository, a `revision` of a local folder, or files that name others outside
+        the folder.
     """
-    if Path(source).is_dir():
-        if revision is not None:
-            raise ValueError(f"revision {revision!r} was given, but {source} is a local folder")
-        folder = Path(source)
-    else:
+    folder = local_folder(source, revision)
+    if folder is None:
         patterns = [CONFIG, "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
-        folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
+        with hub_errors(source):
+            folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
     check_named_files(folder)
     return folder
+
+
+def config_file(source: str | Path, revision: str | None = None) -> Path:
+    """The `config.json` of a folder or of a repository on the Hub, or an adapter's `adapter_config.json`; no weights.
+
+    Errors are those of `fetch`, and ValueError where there is neither.
+    """
+    folder = local_folder(source, revision)
+    if folder is None:
+        with hub_errors(source):
+            try:
+                return Path(hf_hub_download(str(source), CONFIG, revision=revision))
+            except RemoteEntryNotFoundError:
+                return Path(hf_hub_download(str(source), ADAPTER_CONFIG, revision=revision))
+    for name in (CONFIG, ADAPTER_CONFIG):
+        if os.path.lexists(folder / name):
+            return own_file(folder, name)
+    raise ValueError(f"{folder} is no checkpoint: it has no {CONFIG}")
+
+
+def fetch_config(source: str | Path, revision: str | None = None) -> dict:
+    """The `config.json` of a folder or repository; errors are `config_file`'s, and ValueError for an adapter."""
+    file = config_file(source, revision)
+    config = read_json(file)
+    if file.name == ADAPTER_CONFIG:
+        base = config.get("base_model_name_or_path")
+        raise ValueError(f"{source} is an adapter and no model of its own: take its base, {base!r}, or merge both")
+    return config
+
+
+def load_tokenizer(source: str | Path, revision: str | None = None):
+    """Transformers' tokenizer of a folder or repository.
+
+    Raises:
+        ValueError: a folder that has none.
+    """
+    if Path(source).is_dir() and not has_tokenizer(os.listdir(source)):
+        raise ValueError(
+            f"{source} has no tokenizer (tokenizer.json): save one there with `tokenizer.save_pretrained(folder)`"
+        )
+    with hub_errors(source):
+        return AutoTokenizer.from_pretrained(source, revision=revision)
+
+
+def has_tokenizer(names: Iterable[str]) -> bool:
+    """Whether a folder's files are enough for a tokenizer."""
+    return not {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json"}.isdisjoint(names)
+
+
+def check_new(path: str | Path) -> None:
+    """Refuse a path that cannot be made a new folder; an empty folder is taken for a new one.
+
+    Raises:
+        ValueError: it is there already, or lies below a file.
+    """
+    path = Path(path).absolute()
+    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path} is there already: name another output, or remove it")
+    for parent in path.parents:
+        if parent.exists() and not parent.is_dir():
+            raise ValueError(f"{path} cannot be made: {parent} is a file, not a folder")
 
 
 @contextmanager
@@ -160,11 +221,10 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     It lies beside `path`, so that the last step is a rename.
 
     Raises:
-        ValueError: `path` is there already; an empty folder is taken for a new one.
+        ValueError: what `check_new` refuses.
     """
     path = Path(path).absolute()
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"{path} is there already: name another output, or remove it")
+    check_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.parent / f".{path.name}.unfinished-{os.getpid()}"
     unfinished.mkdir()

@@ -1,10 +1,7 @@
-"""The command line `deltanet`: each command calls a public function of this package and prints what it returns.
-
-Exit codes: 0 done, 1 refused or failed (one line on stderr says why), 2 wrong usage, 130 interrupted; `push` has two
-more (`cli_publish.py`).
+"""The command line `deltanet`: each command calls a public function of this package and returns what it found, which
+`cli_output.py` shows.
 """
 
-import json
 import os
 import sys
 from enum import StrEnum
@@ -12,10 +9,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from huggingface_hub.errors import StrictDataclassError
-from rich.console import Console
-from rich.table import Table
 
+from .cli_output import AsJson, Result, command, say
 from .cli_publish import register
 
 
@@ -24,11 +19,9 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-console, errors = Console(), Console(stderr=True)
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository on the Hub.")]
 
 
@@ -43,45 +36,54 @@ class DType(StrEnum):
     FLOAT16 = "float16"
 
 
+class Device(StrEnum):
+    CUDA = "cuda"
+    CPU = "cpu"
+
+
 class Peer(StrEnum):
     FLA = "fla"
 
 
 def main() -> None:
-    """The entry point: an error of the user's or the disk's is one line and exit code 1, not a traceback."""
-    try:
-        app()
-    except (ValueError, OSError, StrictDataclassError) as error:
-        errors.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
-        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
-    except KeyboardInterrupt as interrupt:
-        errors.print(f"interrupted: {interrupt}" if str(interrupt) else "interrupted", markup=False)
-        sys.exit(130)
+    """The entry point."""
+    app()
 
 
-def show(result: dict, as_json: bool, title: str) -> None:
-    """A result as JSON for programs, or as a table for people."""
-    if as_json:
-        print(json.dumps(result))
-        return
-    table = Table("", "", title=title, show_header=False)
-    for key, value in result.items():
-        shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-        table.add_row(key.replace("_", " "), shown)
-    console.print(table)
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"deltanet {version('modeling-deltanet')}")
+        raise typer.Exit
 
 
-@app.command()
+@app.callback()
+def deltanet(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@command(app)
 def convert(
     source: Annotated[
-        str, typer.Argument(help="Folder, or repository on the Hub: one of fla's DeltaNets, ours, or a Llama-like.")
+        str,
+        typer.Argument(
+            help="Folder, or repository on the Hub: one of fla's DeltaNets, ours, or a Llama-like "
+            "(Llama, Mistral, Qwen2, Qwen3)."
+        ),
     ],
     output: Annotated[Path, typer.Argument(help="Folder to make.")],
     to: Annotated[Target, typer.Option(help="'fla' writes one of our checkpoints in fla's form.")] = Target.DELTANET,
     keep: Annotated[
         str | None,
-        typer.Option(help="Llama-like: layers that keep softmax attention: 'all', 'none', '0.25', '25%' or '3,7'."),
+        typer.Option(
+            help="Required for a Llama-like: the layers that keep softmax attention, 'all', 'none', '0.25', '25%' or "
+            "'3,7'."
+        ),
     ] = None,
     linear_rope: Annotated[bool, typer.Option(help="Llama-like: converted layers keep the rotary embedding.")] = True,
     linear_decay: Annotated[
@@ -91,10 +93,14 @@ def convert(
     max_shard_size: Annotated[
         str | None, typer.Option(help="Of a file of weights, such as '2GB'; by default the source's largest.")
     ] = None,
-    verify: Annotated[bool, typer.Option(help="Also compare the logits of both (fla's need fla and a GPU).")] = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="Also compare the logits of both (fla's need fla and a GPU); exit code 1 if they differ."
+        ),
+    ] = False,
     revision: Revision = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Result:
     """Convert a checkpoint, one shard in memory at a time. All or nothing: a failure leaves no output behind.
 
     Examples:
@@ -111,17 +117,17 @@ def convert(
         source, output, to=to.value, keep=keep, linear_use_rope=linear_rope, dtype=dtype and dtype.value,
         max_shard_size=max_shard_size, verify=verify, revision=revision, linear_use_decay=linear_decay,
     )  # fmt: skip
-    show(result, as_json, f"{output}")
+    return Result(result, code=int(verify and result["logits"]["verdict"] == "different"))
 
 
 # What align and distill have in common.
 Teacher = Annotated[str, typer.Argument(help="The Llama-like model that was converted: folder or repository.")]
 Student = Annotated[str, typer.Argument(help="The converted model: folder or repository.")]
-Output = Annotated[Path, typer.Argument(help="Folder to make; OUTPUT.training holds checkpoints until then.")]
+Output = Annotated[Path, typer.Argument(help="Folder to make; OUTPUT.training holds checkpoints until it is done.")]
 Data = Annotated[
     list[str],
     typer.Option(
-        help="Text: a dataset ('name' or 'name:config'), folder, file or pattern; may be given several times."
+        help="Text or chats: a dataset ('name' or 'name:config'), folder, file or pattern; may be given several times."
     ),
 ]
 Length = Annotated[int, typer.Option(help="Tokens per block.", min=2)]
@@ -129,10 +135,21 @@ BatchSize = Annotated[int, typer.Option(help="Blocks per step and device.", min=
 Accumulation = Annotated[int, typer.Option(help="Batches per step.", min=1)]
 Seed = Annotated[int, typer.Option(help="Of the order of the text and all that is drawn.")]
 TextColumn = Annotated[str, typer.Option(help="Column of a dataset that holds the text.")]
-SaveSteps = Annotated[int | None, typer.Option(help="Steps between checkpoints; a tenth of the stage by default.")]
+SaveSteps = Annotated[
+    int | None, typer.Option(help="Steps between checkpoints; a tenth of the stage by default.", min=1)
+]
+Precision = Annotated[
+    DType | None, typer.Option(help="To compute in; by default bfloat16 on a GPU, float32 on a CPU.")
+]
+Checkpointing = Annotated[
+    bool, typer.Option("--activation-checkpointing", help="Less memory: backward computes each layer again.")
+]
+ReportTo = Annotated[str, typer.Option(help="Where Trainer reports to: 'tensorboard', 'wandb', 'trackio', ...")]
+TrainOn = Annotated[Device | None, typer.Option(help="A GPU by default, of several the first one visible.")]
+KeepTraining = Annotated[bool, typer.Option("--keep-training", help="Leave OUTPUT.training, with its checkpoints.")]
 
 
-@app.command()
+@command(app)
 def align(
     teacher: Teacher,
     student: Student,
@@ -146,8 +163,12 @@ def align(
     seed: Seed = 0,
     text_column: TextColumn = "text",
     save_steps: SaveSteps = None,
-    as_json: AsJson = False,
-) -> None:
+    precision: Precision = None,
+    activation_checkpointing: Checkpointing = False,
+    report_to: ReportTo = "none",
+    device: TrainOn = None,
+    keep_training: KeepTraining = False,
+) -> Result:
     """First stage after a conversion: each new mixer learns its teacher layer's attention output.
 
     Interrupted, the same command goes on from the last checkpoint.
@@ -155,18 +176,21 @@ def align(
     Example:
 
         deltanet align ./teacher ./hybrid ./aligned --data ./texts --data wikitext:wikitext-2-raw-v1 --tokens 100000000
+
+    All GPUs of a machine: `accelerate launch -m deltanet_conversion.cli align` and the same arguments.
     """
     from .alignment import align as run
     from .stage import Stage
 
     stage = Stage(
         teacher, student, str(output), tuple(data), tokens, length, batch_size, accumulation, learning_rate, seed,
-        text_column, save_steps,
+        text_column, save_steps, precision and precision.value, activation_checkpointing, report_to,
+        device and device.value, keep_training,
     )  # fmt: skip
-    show(run(stage), as_json, f"{output}")
+    return Result(run(stage))
 
 
-@app.command()
+@command(app)
 def distill(
     teacher: Teacher,
     student: Student,
@@ -186,8 +210,16 @@ def distill(
     seed: Seed = 0,
     text_column: TextColumn = "text",
     save_steps: SaveSteps = None,
-    as_json: AsJson = False,
-) -> None:
+    precision: Precision = None,
+    activation_checkpointing: Checkpointing = False,
+    report_to: ReportTo = "none",
+    device: TrainOn = None,
+    completion_only: Annotated[
+        bool,
+        typer.Option("--completion-only", help="Of chats, and of prompts with completions, learn the answers only."),
+    ] = False,
+    keep_training: KeepTraining = False,
+) -> Result:
     """Second stage after a conversion: the whole student learns the teacher's next-token distributions.
 
     Interrupted, the same command goes on from the last checkpoint.
@@ -195,23 +227,25 @@ def distill(
     Example:
 
         deltanet distill ./teacher ./aligned ./distilled --data ./texts --tokens 300000000
+
+        deltanet distill ./teacher ./aligned ./distilled --data chats.jsonl --completion-only
     """
     from .distillation import Distillation
     from .distillation import distill as run
 
     stage = Distillation(
         teacher, student, str(output), tuple(data), tokens, length, batch_size, accumulation, learning_rate, seed,
-        text_column, save_steps, mixer_learning_rate, lora_rank,
+        text_column, save_steps, precision and precision.value, activation_checkpointing, report_to,
+        device and device.value, keep_training, mixer_learning_rate, lora_rank, completion_only,
     )  # fmt: skip
-    show(run(stage), as_json, f"{output}")
+    return Result(run(stage))
 
 
-@app.command()
+@command(app)
 def inspect(
     source: Annotated[str, typer.Argument(help="Folder, or repository on the Hub.")],
     revision: Revision = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Result:
     """Architecture, layer pattern, sizes, parameters and memory of a checkpoint; its weights are not downloaded.
 
     Example:
@@ -220,12 +254,12 @@ def inspect(
     """
     from .inspect import inspect_checkpoint
 
-    show(inspect_checkpoint(source, revision), as_json, source)
+    return Result(inspect_checkpoint(source, revision))
 
 
-@app.command()
+@command(app)
 def generate(
-    source: Annotated[str, typer.Argument(help="Folder, or repository on the Hub.")],
+    source: Annotated[str, typer.Argument(help="Folder, or repository on the Hub; a model or an adapter.")],
     prompt: Annotated[str, typer.Argument(help="What to go on from; '-' reads it from stdin.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.", min=1)] = 100,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0.0)] = 0.8,
@@ -233,7 +267,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     revision: Revision = None,
     as_json: AsJson = False,
-) -> None:
+) -> Result:
     """Go on from a prompt, token by token as they come.
 
     Example:
@@ -244,11 +278,10 @@ def generate(
 
     text = sys.stdin.read() if prompt == "-" else prompt
     result = generate_text(source, text, max_new_tokens, temperature, top_k, seed, revision, stream=not as_json)
-    if as_json:
-        print(json.dumps(result))
+    return Result(result, show=lambda: None)  # it was shown as it came
 
 
-@app.command()
+@command(app)
 def check(
     everything: Annotated[
         bool, typer.Option("--full", help="All head sizes in all dtypes: an hour of compiling on a GPU; see --jobs.")
@@ -265,10 +298,14 @@ def check(
     device: Annotated[str | None, typer.Option(help="'cuda', 'cuda:1' or 'cpu'; a GPU by default.")] = None,
     seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
     jobs: Annotated[int, typer.Option(help="Processes that share the compiling.", min=1)] = 1,
-    json_file: Annotated[
-        str | None, typer.Option("--json", help="File for the whole report, '-' for stdout; attach it to an issue.")
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="File for the whole report, as --json prints it; attach it to an issue. The same command goes on with "
+            "one that was cut off."
+        ),
     ] = None,
-) -> None:
+) -> Result:
     """Does the delta rule compute right on this machine? Every route and gradient against fp64, in about a minute.
 
     Exit code 0: every error is within its tolerance; 1: one is not, or a route failed.
@@ -277,17 +314,35 @@ def check(
 
         deltanet check
 
-        deltanet check --json report.json --peer fla
+        deltanet check --report report.json --peer fla
 
         deltanet check --sizes 32x64 --dtype bfloat16 --kernels no-gluon,no-segments
     """
     if kernels is not None:
         os.environ["DELTANET_KERNELS"] = kernels  # which is read when the kernels are imported
-    from .cli_check import run_and_show
+    from .cli_check import run_check
 
     dtypes = None if dtype is None else [d.value for d in dtype]
-    if not run_and_show(everything, sizes, dtypes, peer and peer.value, device, seed, jobs, json_file):
-        sys.exit(1)
+    return run_check(everything, sizes, dtypes, peer and peer.value, device, seed, jobs, report)
+
+
+@command(app)
+def env() -> Result:
+    """Versions, device and switches of this machine, for a bug report.
+
+    Example:
+
+        deltanet env
+    """
+    from .check_run import choose_device, environment
+
+    found = environment(choose_device(None))
+
+    def show():
+        for name, value in found.items():
+            say(f"{name}: {'-' if value is None else value}")
+
+    return Result(found, show)
 
 
 register(app)  # card, push, kernels build

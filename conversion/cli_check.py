@@ -1,4 +1,4 @@
-"""What `deltanet check` prints: progress on stderr, a table, a line for each wrong result, and the whole as JSON."""
+"""What `deltanet check` shows: progress on stderr, a table, a line for each wrong result, and the whole as JSON."""
 
 import json
 import math
@@ -6,13 +6,13 @@ import time
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from modeling_deltanet.cache_deltanet import new_file
 
 from . import check, check_run
+from .cli_output import Result, console, errors, say
 
 
 SAVE_EVERY = 30  # seconds: a report that is cut off is continued by the same command
@@ -24,12 +24,11 @@ COLUMNS = {
 }
 
 
-def run_and_show(
+def run_check(
     everything: bool, sizes: str | None, dtypes: list[str] | None, peer: str | None, device: str | None, seed: int,
-    jobs: int, json_file: str | None,
-) -> bool:  # fmt: skip
-    """Whether everything was right. With `json_file` "-" the report is all that stdout gets."""
-    stderr = Console(stderr=True)
+    jobs: int, file: Path | None,
+) -> Result:  # fmt: skip
+    """The report, which also goes to `file`; exit code 1 if something was wrong."""
     where = check_run.choose_device(device)
     pairs = check_run.parse_sizes(sizes, check.ALL_SIZES)
     choose = check.full if everything else check.quick
@@ -37,7 +36,7 @@ def run_and_show(
     cases = list(choose(**options))
     missing = check_run.missing_peer(where) if peer else None
     if missing:
-        stderr.print(f"skipped: {missing}", markup=False)
+        errors.print(f"skipped: {missing}", markup=False)
 
     call = {
         "cases": len(cases),
@@ -46,55 +45,56 @@ def run_and_show(
         "skipped": [missing] if missing else [],
         "peer": peer,
     }
-    is_file = json_file not in (None, "-")
-    kept = _kept(Path(json_file), call) if is_file else None
+    kept = None if file is None else _kept(file, call)
     done, earlier, rows = kept or (0, 0.0, [check_run.reference_row(where, seed)])
     started = saved = time.perf_counter()
+    factors = {
+        "factor for repeated keys": check.REPEATED,
+        f"factor for small beta, K < {check.FEW_KEYS}": check.OF_FEW_KEYS,
+    }
 
     def report() -> dict:
-        wrong = [row for row in rows if check_run.is_wrong(row) and not row["is_peer"]]
+        count = len(_wrong(rows))
         return call | {
-            "ok": not wrong,
+            "ok": count == 0,
             "done": done,
-            "wrong": len(wrong),
+            "wrong": count,
             "seconds": round(earlier + time.perf_counter() - started, 1),
-            "tolerances": check.TOLERANCES
-            | check.OF_QUANTITY
-            | {
-                "factor for repeated keys": check.REPEATED,
-                "factor for small beta, K < 48": check.OF_FEW_KEYS,
-            },
+            "tolerances": check.TOLERANCES | check.OF_QUANTITY | factors,
             "summary": check_run.summary(rows),
             "rows": rows,
         }
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=stderr, transient=True) as progress:
+    with Progress(*columns, console=errors, transient=True) as progress:
         task = progress.add_task("", total=len(cases), completed=done)
         for case, some in zip(cases[done:], check_run.run(cases, where, peer, seed, jobs, first=done)):
             rows += some
             done += 1
             progress.update(task, advance=1, description=str(case))
-            if is_file and time.perf_counter() - saved > SAVE_EVERY:
-                _write(report(), Path(json_file))
+            if file is not None and time.perf_counter() - saved > SAVE_EVERY:
+                _write(_finite(report()), file)
                 saved = time.perf_counter()
     found = report() | {"plans": check_run.plans(cases, where, seed)}
-    if json_file == "-":
-        print(_to_json(_finite(found)))
-        return found["ok"]
-    if is_file:
-        _write(found, Path(json_file))
-    _show(found, [row for row in rows if check_run.is_wrong(row) and not row["is_peer"]])
-    return found["ok"]
+    finite = _finite(found)
+    if file is not None:
+        _write(finite, file)
+    return Result(finite, lambda: _show(found, _wrong(rows)), code=0 if found["ok"] else 1)
+
+
+def _wrong(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if check_run.is_wrong(row) and not row["is_peer"]]
 
 
 def _write(report: dict, file: Path) -> None:
     with new_file(file) as unfinished:
-        unfinished.write_text(_to_json(_finite(report)) + "\n")
+        unfinished.write_text(_to_json(report) + "\n")
 
 
 def _kept(file: Path, call: dict) -> tuple[int, float, list[dict]] | None:
-    """Cases done, seconds and rows of an unfinished report of the same call."""
+    """Cases done, seconds and rows of an unfinished report of the same call; None of anything else, which is written
+    anew.
+    """
     try:
         report = json.loads(file.read_text())
         if report["done"] == report["cases"] or any(report[key] != value for key, value in call.items()):
@@ -103,7 +103,7 @@ def _kept(file: Path, call: dict) -> tuple[int, float, list[dict]] | None:
         rows = [row | {key: {n: float(x) for n, x in row[key].items()} for key in numbers} for row in report["rows"]]
         return report["done"], report["seconds"], rows
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # no such file, or another one, which is written anew as it always was
+        return None
 
 
 def _to_json(report: dict) -> str:
@@ -125,10 +125,9 @@ def _finite(x):
 
 
 def _show(report: dict, wrong: list[dict]) -> None:
-    console = Console()
     for name, value in report["environment"].items():
         if value is not None:
-            console.print(f"{name}: {value}", markup=False, highlight=False, soft_wrap=True)
+            say(f"{name}: {value}")
     table = Table("route", "dtype", "cases", *COLUMNS, "ran", title="Largest error against fp64", box=box.SIMPLE)
     for line in report["summary"]:
         worst = [[line["worst"][name] for name in names if name in line["worst"]] for names in COLUMNS.values()]
@@ -138,17 +137,11 @@ def _show(report: dict, wrong: list[dict]) -> None:
         )
     console.print(table)
     for text in report["plans"]:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(text)
     for row in wrong:
         case = check.Case(**row["case"]) if row["case"] else "reference"
         found = row["failure"] or ", ".join(f"{name} {value:.1e}" for name, value in row["too_large"].items())
         kernels = f" ({', '.join(row['kernels'])})" if row["kernels"] else ""
-        console.print(
-            f"wrong: {row['route']}: {case}: {found}{kernels}", markup=False, highlight=False, soft_wrap=True
-        )
+        say(f"wrong: {row['route']}: {case}: {found}{kernels}")
     verdict = "all right" if report["ok"] else f"{report['wrong']} wrong"
-    console.print(
-        f"{verdict}: {report['cases']} cases in {report['seconds']} s, seed {report['seed']}",
-        markup=False,
-        highlight=False,
-    )
+    say(f"{verdict}: {report['cases']} cases in {report['seconds']} s, seed {report['seed']}")

@@ -1,31 +1,22 @@
-"""The commands `deltanet card`, `deltanet push` and `deltanet kernels build`.
-
-Exit codes: 0 done, 1 refused (the message says what and where), 2 wrong usage, 3 the Hub failed, 4 what came back from
-the Hub is not what was sent. With --json the result is one JSON object on stdout; all else goes to stderr.
-"""
+"""The commands `deltanet card`, `deltanet push` and `deltanet kernels build`; for exit codes see `cli_output.py`."""
 
 import dataclasses
-import json
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-
-console = Console(stderr=True, emoji=False)  # README.md:100: is a place, not an emoji
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+from .cli_output import Result, command, console, errors, say
 
 
 def register(app: typer.Typer) -> None:
     """Add the publishing commands to a command line."""
-    app.command()(card)
-    app.command()(push)
+    command(app)(card)
+    command(app)(push)
     kernels = typer.Typer(help="Build the Triton kernels as a kernel of the Hub.", no_args_is_help=True)
-    kernels.command("build")(kernels_build)
+    command(kernels, "build")(kernels_build)
     app.add_typer(kernels, name="kernels")
 
 
@@ -54,8 +45,7 @@ def card(
     template: Annotated[Path | None, typer.Option(help="Another Jinja template.")] = None,
     output: Annotated[Path | None, typer.Option(help="File to write; README.md in the folder by default.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a card that exists, edits included.")] = False,
-    as_json: Json = False,
-) -> None:
+) -> Result:
     """Write the model card of a checkpoint or adapter, from its files.
 
     Figures come from evaluation files (lm-evaluation-harness's, or JSON with "command" and "results"): one without the
@@ -64,41 +54,41 @@ def card(
 
     \b
     deltanet card runs/mine --repo-id me/mine --license apache-2.0 --summary "A small DeltaNet."
-    deltanet card runs/mine --repo-id me/mine --evaluation results.json --trainer-state
-    runs/checkpoint-900/trainer_state.json deltanet card runs/lora --repo-id me/mine-lora --base-model me/mine
-    --license apache-2.0 --force
+    deltanet card runs/mine --repo-id me/mine --evaluation results.json
+    deltanet card runs/lora --repo-id me/mine-lora --base-model me/mine --license apache-2.0 --force
     """
     from .card import MISSING, make_card, write_card
 
+    _check_folder(checkpoint)
     file = output or checkpoint / "README.md"
-    with _refusals(as_json):
-        if file.exists() and not force:
-            raise ValueError(f"{file} exists and may have been edited: --force replaces it")
-        made = make_card(
-            checkpoint,
-            repo_id,
-            title=title,
-            summary=summary,
-            license=license,
-            language=language,
-            datasets=dataset,
-            base_model=base_model,
-            training=training,
-            limits=limits,
-            evaluations=evaluation,
-            trainer_state=trainer_state,
-            conversion=conversion,
-            template=template,
-        )
-        write_card(made, file)
+    if file.exists() and not force:
+        raise ValueError(f"{file} exists and may have been edited: --force replaces it")
+    made = make_card(
+        checkpoint,
+        repo_id,
+        title=title,
+        summary=summary,
+        license=license,
+        language=language,
+        datasets=dataset,
+        base_model=base_model,
+        training=training,
+        limits=limits,
+        evaluations=evaluation,
+        trainer_state=trainer_state,
+        conversion=conversion,
+        template=template,
+    )
+    write_card(made, file)
     to_fill = [i for i, line in enumerate(made.content.splitlines(), start=1) if MISSING in line]
     figures = len(made.data.eval_results or [])
-    if as_json:
-        _print_json({"card": str(file), "figures": figures, "lines_to_fill_in": to_fill})
-        return
-    console.print(f"{file}: {figures} figures in its metadata", highlight=False)
-    if to_fill:
-        console.print(f"To be filled in by you: line {', '.join(map(str, to_fill))}", highlight=False)
+
+    def show():
+        say(f"{file}: {figures} figures in its metadata")
+        if to_fill:
+            say(f"To be filled in by you: line {', '.join(map(str, to_fill))}")
+
+    return Result({"card": str(file), "figures": figures, "lines_to_fill_in": to_fill}, show)
 
 
 def push(
@@ -116,8 +106,7 @@ def push(
         str | None, typer.Option(help="An adapter's base on the Hub, instead of a local folder.")
     ] = None,
     message: Annotated[str, typer.Option(help="The commit's message.")] = "Upload by `deltanet push`",
-    as_json: Json = False,
-) -> None:
+) -> Result:
     """Publish a checkpoint or an adapter on the Hub, in one commit.
 
     First the folder is validated: it loads by its own code and generates a token, the card is complete, no file holds
@@ -133,33 +122,29 @@ def push(
     deltanet push runs/lora me/mine-lora --base-model me/mine
     """
     from huggingface_hub import constants
-    from huggingface_hub.utils import disable_progress_bars
 
     from .push import prepare, preview, publish
 
-    if as_json:
-        disable_progress_bars()
-    with _refusals(as_json):
-        with console.status("Loading it and generating a token ..."):
-            plan = prepare(folder, repo_id, base_model=base_model)
-        if dry_run:
-            changes = None if constants.HF_HUB_OFFLINE else preview(plan, revision=revision)
-            _show_plan(plan, changes, as_json)
+    _check_folder(folder)
+    with errors.status("Loading it and generating a token ..."):
+        plan = prepare(folder, repo_id, base_model=base_model)
+    if dry_run:
+        changes = None if constants.HF_HUB_OFFLINE else preview(plan, revision=revision)
+        return _planned(plan, changes)
+    done = publish(plan, private=private, revision=revision, create_pr=create_pr, message=message)
+
+    def show():
+        if not done.sent:
+            say(f"{done.url} holds all of it already, at {done.commit}: nothing was sent")
             return
-        done = publish(plan, private=private, revision=revision, create_pr=create_pr, message=message)
-    if as_json:
-        _print_json(dataclasses.asdict(done))
-    elif not done.sent:
-        console.print(f"{done.url} holds all of it already, at {done.commit}: nothing was sent", highlight=False)
-    else:
         sent = len(done.changes.new) + len(done.changes.changed)
-        console.print(
-            f"{done.url} at {done.commit}: {sent} files sent, {done.verified} pulled back and equal", highlight=False
-        )
+        say(f"{done.url} at {done.commit}: {sent} files sent, {done.verified} pulled back and equal")
         for name in done.changes.removed:
-            console.print(f"  removed there: {name}, weights of an earlier push", highlight=False)
+            say(f"  removed there: {name}, weights of an earlier push")
         if done.pull_request:
-            console.print(f"  {done.pull_request}", highlight=False)
+            say(f"  {done.pull_request}")
+
+    return Result(dataclasses.asdict(done), show)
 
 
 def kernels_build(
@@ -168,8 +153,7 @@ def kernels_build(
     ),
     output: Annotated[Path | None, typer.Option(help="Folder to make; SOURCE/build by default.")] = None,
     repo_id: Annotated[str | None, typer.Option(help="Repository for the card, instead of build.toml's.")] = None,
-    as_json: Json = False,
-) -> None:
+) -> Result:
     """Assemble the kernel project into the form that the `kernels` package loads.
 
     \b
@@ -179,59 +163,38 @@ def kernels_build(
     """
     from .hub_kernel import build
 
-    with _refusals(as_json):
-        built = build(source, output, repo_id=repo_id)
-    if as_json:
-        _print_json({"variants": [str(variant) for variant in built]})
-        return
-    for variant in built:
-        console.print(str(variant), highlight=False)
+    _check_folder(source)
+    built = [str(variant) for variant in build(source, output, repo_id=repo_id)]
+    return Result({"variants": built}, lambda: say("\n".join(built)))
 
 
-def _show_plan(plan, changes, as_json: bool) -> None:
-    what = {} if changes is None else {name: k for k, names in vars(changes).items() for name in names}
-    if as_json:
-        _print_json(
-            {
-                "repo_id": plan.repo_id,
-                "kind": plan.kind,
-                "bytes": plan.size,
-                "files": {name: {"bytes": c.size, "sha256": c.sha256} for name, c in plan.files.items()},
-                "left_out": plan.left_out,
-                "changes": None if changes is None else dataclasses.asdict(changes),
-                "loaded": plan.loaded,
-            }
-        )
-        return
-    table = Table(
-        "file", "size", "on the Hub", title=f"{plan.kind} for {plan.repo_id}: {decimal(plan.size)}, nothing sent"
-    )
-    for name, content in plan.files.items():
-        table.add_row(name, decimal(content.size), what.get(name, "not compared"))
-    for name in [] if changes is None else changes.removed:
-        table.add_row(name, "", "to be removed: weights of an earlier push")
-    for name, reason in plan.left_out.items():
-        table.add_row(name, "", f"left out: {reason}", style="dim")
-    console.print(table)
-    console.print(f"It loads as {plan.loaded['class']}, {plan.loaded['parameters']:,} parameters.", highlight=False)
+def _check_folder(path: Path) -> None:
+    if not path.is_dir():
+        raise ValueError(f"{path} is a file: wanted a folder" if path.exists() else f"no such folder: {path}")
 
 
-@contextmanager
-def _refusals(as_json: bool):
-    """Turns the errors that a user can cause or meet into a message and an exit code."""
-    from .push import HubFailure, VerificationFailed
+def _planned(plan, changes) -> Result:
+    content = {
+        "repo_id": plan.repo_id,
+        "kind": plan.kind,
+        "bytes": plan.size,
+        "files": {name: {"bytes": c.size, "sha256": c.sha256} for name, c in plan.files.items()},
+        "left_out": plan.left_out,
+        "changes": None if changes is None else dataclasses.asdict(changes),
+        "loaded": plan.loaded,
+    }
 
-    try:
-        yield
-    except (ValueError, HubFailure) as error:
-        code = 4 if isinstance(error, VerificationFailed) else 3 if isinstance(error, HubFailure) else 1
-        if as_json:
-            problems = [dataclasses.asdict(problem) for problem in getattr(error, "problems", [])]
-            _print_json({"error": str(error), "problems": problems, "exit_code": code})
-        else:
-            console.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(code) from error
+    def show():
+        what = {} if changes is None else {name: k for k, names in vars(changes).items() for name in names}
+        title = f"{plan.kind} for {plan.repo_id}: {decimal(plan.size)}, nothing sent"
+        table = Table("file", "size", "on the Hub", title=title)
+        for name, file in plan.files.items():
+            table.add_row(name, decimal(file.size), what.get(name, "not compared"))
+        for name in [] if changes is None else changes.removed:
+            table.add_row(name, "", "to be removed: weights of an earlier push")
+        for name, reason in plan.left_out.items():
+            table.add_row(name, "", f"left out: {reason}", style="dim")
+        console.print(table)
+        say(f"It loads as {plan.loaded['class']}, {plan.loaded['parameters']:,} parameters.")
 
-
-def _print_json(content) -> None:
-    typer.echo(json.dumps(content, indent=2))
+    return Result(content, show)

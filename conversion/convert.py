@@ -7,7 +7,9 @@ from typing import Literal
 import torch
 from huggingface_hub.serialization._base import parse_size_to_int
 
-from .checkpoint import CONFIG, Checkpoint, fetch
+from modeling_deltanet import DeltaNetConfig
+
+from .checkpoint import CONFIG, check_new, fetch, fetch_config
 from .fla import MODEL_TYPES, convert_from_fla, convert_to_fla
 from .inspect import inspect_checkpoint
 from .llama import TEACHERS, convert_from_llama
@@ -49,35 +51,26 @@ def convert_checkpoint(
 
     Raises:
         ValueError: what does not fit, see the three functions that this one chooses from, or a model whose layers
-        ours are not; nothing is written.
+        ours are not; nothing is written, and of a repository no weights are downloaded.
         OSError: the disk is full; nothing is left.
     """
+    check_new(target)
+    model_type = fetch_config(source, revision).get("model_type")
+    _check_options(source, model_type, to, keep, linear_use_rope, linear_use_decay)
     folder = fetch(source, revision)
     options = {
         "dtype": None if dtype is None else getattr(torch, dtype),
         "max_shard_size": parse_size_to_int(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size,
     }
-    model_type = Checkpoint(folder).config.get("model_type")
-    if keep is not None and model_type not in TEACHERS:
-        raise ValueError(f"keep ({keep!r}) is for {', '.join(TEACHERS)}; {source} is {model_type!r}")
-    if linear_use_decay and model_type not in TEACHERS:
-        raise ValueError(f"linear_use_decay is for {', '.join(TEACHERS)}; {source} is {model_type!r}")
     if to == "fla":
         convert_to_fla(folder, target, **options)
     elif model_type in MODEL_TYPES:
         convert_from_fla(folder, target, **options)
-    elif model_type in TEACHERS:
-        if keep is None:
-            raise ValueError(f"{source} is {model_type!r}: say by keep which layers keep softmax attention")
+    else:
         name = Path(source).name if Path(source).is_dir() else str(source)
         convert_from_llama(
             folder, target, keep, linear_use_rope, **options, linear_use_decay=linear_use_decay, teacher_name=name
         )
-    else:
-        if isinstance(model_type, str) and model_type in REFUSED:
-            raise ValueError(f"{source} is {model_type!r}, which cannot be converted: {REFUSED[model_type]}")
-        known = ", ".join((*MODEL_TYPES, *TEACHERS))
-        raise ValueError(f"{source} is {model_type!r}; what can be converted is {known}")
     summary = inspect_checkpoint(target)
     result = {
         "from": model_type,
@@ -87,3 +80,34 @@ def convert_checkpoint(
         "tensors_verified": True,
     }
     return result | ({"logits": logit_difference(folder, target)} if verify else {})
+
+
+def _check_options(
+    source, model_type, to: str, keep: str | None, linear_use_rope: bool, linear_use_decay: bool
+) -> None:
+    """Refuse a model that cannot be converted, and then what does not fit the one that can."""
+    if isinstance(model_type, str) and model_type in REFUSED:
+        raise ValueError(f"{source} is {model_type!r}, which cannot be converted: {REFUSED[model_type]}")
+    known = (DeltaNetConfig.model_type, *MODEL_TYPES, *TEACHERS)
+    if model_type not in known:
+        raise ValueError(f"{source} is {model_type!r}, which cannot be converted: what can is {', '.join(known)}")
+    if to == "fla" and model_type != DeltaNetConfig.model_type:
+        raise ValueError(
+            f"{source} is {model_type!r}, not {DeltaNetConfig.model_type!r}, and only that is written in fla's form"
+        )
+    if to == "deltanet" and model_type == DeltaNetConfig.model_type:
+        raise ValueError(f"{source} is {model_type!r} already: to 'fla' (--to fla) is what it can be converted to")
+    is_teacher = model_type in TEACHERS
+    given = {
+        "keep (--keep)": keep is not None,
+        "linear_use_rope=False (--no-linear-rope)": not linear_use_rope,
+        "linear_use_decay (--linear-decay)": linear_use_decay,
+    }
+    for option, is_given in given.items():
+        if is_given and not is_teacher:
+            raise ValueError(f"{option} is for {', '.join(TEACHERS)}; {source} is {model_type!r}")
+    if is_teacher and keep is None:
+        raise ValueError(
+            f"{source} is {model_type!r}: keep (--keep) must say which layers keep softmax attention, such as '25%', "
+            "'3,7', 'all' or 'none'"
+        )

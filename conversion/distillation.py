@@ -19,32 +19,36 @@ class Distillation(Stage):
         mixer_learning_rate: for the linear layers' mixers, which have more to learn.
         lora_rank: train LoRA adapters of this rank on every projection, with `mixer_learning_rate`, and merge them at
             the end; by default all parameters are trained.
+        completion_only: of chats, and of prompts with completions, learn the answers only.
     """
 
     learning_rate: float = 1e-5
     mixer_learning_rate: float = 1e-4
     lora_rank: int | None = None
+    completion_only: bool = False
 
 
 class DistillationTrainer(Trainer):
-    """Trainer on KL(teacher || student), the mean over tokens in nats."""
+    """Trainer on KL(teacher || student), the mean in nats over the tokens that the student learns to predict."""
 
     def __init__(self, teacher: PreTrainedModel, **kwargs):
         super().__init__(**kwargs)
         self.teacher = teacher.to(self.args.device)
-        # All blocks have one length: the mean over accumulated batches is the mean over tokens.
-        self.model_accepts_loss_kwargs = False
+        self.model_accepts_loss_kwargs = True  # the loss is divided by `num_items_in_batch`
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(input_ids=inputs["input_ids"], use_cache=False)
         with torch.no_grad():
             wanted = self.teacher(inputs["input_ids"], use_cache=False).logits
+        learned = inputs["shift_labels"] != -100
         loss = F.kl_div(
-            F.log_softmax(outputs.logits.float(), dim=-1).flatten(0, 1),
-            F.log_softmax(wanted.float(), dim=-1).flatten(0, 1),
-            reduction="batchmean",
+            F.log_softmax(outputs.logits[learned].float(), dim=-1),
+            F.log_softmax(wanted[learned].float(), dim=-1),
+            reduction="sum",
             log_target=True,
         )
+        # Trainer counts what is learned in all batches of the step on all processes, whose gradients it averages.
+        loss = loss * self.accelerator.num_processes / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
 

@@ -7,9 +7,19 @@ published.
 import json
 import os
 import stat
+from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 
 
@@ -59,6 +69,46 @@ def is_hub_id(name) -> bool:
     except HFValidationError:
         return False
     return isinstance(name, str) and name.count("/") == 1 and not name.startswith(".") and not Path(name).exists()
+
+
+def local_folder(source: str | os.PathLike, revision: str | None = None) -> Path | None:
+    """The folder that `source` names, or None where it can only be a repository on the Hub.
+
+    Raises:
+        ValueError: what is neither a folder nor a name that a repository could have, or a `revision` of a folder.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision {revision!r} was given, but {source} is a local folder")
+        return path
+    if path.exists():
+        raise ValueError(f"{source} is a file: wanted the folder of a checkpoint")
+    try:
+        validate_repo_id(str(source))
+    except HFValidationError:
+        raise ValueError(f"no such folder: {source}") from None
+    return None
+
+
+@contextmanager
+def hub_errors(source: str | os.PathLike):
+    """What the Hub says of a name that it does not have, or cannot be asked about, as an error about the name: most
+    often it is a folder's, mistyped.
+    """
+    missing = f"no such folder: {source}; and "
+    try:
+        yield
+    except GatedRepoError as error:
+        raise ValueError(
+            f"{source} is gated: ask for access on its page on the Hub, and log in by `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"{missing}the Hub has no such repository, or none that you may read") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise ValueError(f"{missing}the Hub, where it might be, cannot be reached") from error
+    except (RevisionNotFoundError, EntryNotFoundError, NotASafetensorsRepoError) as error:
+        raise ValueError(f"{source} on the Hub: {error}") from error
 
 
 def read_json(path: str | os.PathLike) -> dict:

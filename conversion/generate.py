@@ -1,13 +1,16 @@
 """Text from a checkpoint and a prompt."""
 
+import os
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+from transformers import AutoModelForCausalLM, TextStreamer, set_seed
 
 import modeling_deltanet  # noqa: F401  makes `model_type: deltanet` known to the Auto classes
 
-from .files import check_named_files
+from .checkpoint import ADAPTER_CONFIG, config_file, fetch_config, has_tokenizer, load_tokenizer
+from .files import check_named_files, read_json
+from .fla import MODEL_TYPES
 
 
 def generate_text(
@@ -20,7 +23,8 @@ def generate_text(
     revision: str | None = None,
     stream: bool = False,
 ) -> dict:
-    """Generate from a local folder or a repository on the Hub, on the GPU if there is one.
+    """Generate from a local folder or a repository on the Hub, on the GPU if there is one. An adapter is loaded with
+    its base.
 
     Args:
         temperature: 0 for the likeliest token each time.
@@ -30,11 +34,12 @@ def generate_text(
     Returns `prompt`, `text` (what was added) and `tokens` (how many those are).
 
     Raises:
-        ValueError: the prompt has no token, or files name others outside their folder.
+        ValueError: the prompt has no token, files name others outside their folder, an adapter's base or the tokenizer
+            is missing, or it is one of fla's checkpoints.
     """
     if Path(source).is_dir():
         check_named_files(Path(source))
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    tokenizer = load_tokenizer(*_tokenizer_of(source, revision))
     model = AutoModelForCausalLM.from_pretrained(source, revision=revision)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
@@ -51,3 +56,22 @@ def generate_text(
         **sampling,
     )[0, length:]
     return {"prompt": prompt, "text": tokenizer.decode(ids, skip_special_tokens=True), "tokens": len(ids)}
+
+
+def _tokenizer_of(source: str | Path, revision: str | None) -> tuple[str | Path, str | None]:
+    """Where the tokenizer of a source is, which can be loaded: an adapter's with it or with its base."""
+    file = config_file(source, revision)
+    if file.name != ADAPTER_CONFIG:
+        if read_json(file).get("model_type") in MODEL_TYPES:
+            raise ValueError(f"{source} is in fla's form: convert it first (deltanet convert)")
+        return source, revision
+    base = str(read_json(file).get("base_model_name_or_path"))
+    try:
+        fetch_config(base)
+    except ValueError as error:
+        raise ValueError(f"{source} is an adapter, and its base is missing: {error}") from error
+    if Path(base).is_dir():
+        check_named_files(Path(base))
+    if Path(source).is_dir() and not has_tokenizer(os.listdir(source)):
+        return base, None
+    return source, revision

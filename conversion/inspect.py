@@ -1,14 +1,15 @@
 """What a checkpoint is, told from its config and the headers of its files; no weight is read or downloaded."""
 
 import math
+import os
 from pathlib import Path
 
-from huggingface_hub import get_safetensors_metadata, hf_hub_download
+from huggingface_hub import get_safetensors_metadata, list_repo_files
 
 from modeling_deltanet import DeltaNetConfig
 
-from .checkpoint import CONFIG, Checkpoint, reads_config
-from .files import read_json
+from .checkpoint import Checkpoint, fetch_config, has_tokenizer, reads_config
+from .files import hub_errors, local_folder
 from .fla import MODEL_TYPES, config_from_fla
 from .llama import TEACHERS, config_from_llama
 
@@ -28,22 +29,23 @@ def inspect_checkpoint(source: str | Path, revision: str | None = None) -> dict:
 
     Returns a dict that JSON can hold. Memory is for one sequence while generating: `state_bytes` whatever its length,
     `kv_bytes_per_token` for each token that full attention has seen (sliding layers stop at their window, and their
-    whole window counts as state).
+    whole window counts as state). `tokenizer` says whether the folder has one.
 
     Raises:
-        ValueError: no checkpoint, or of a model type that nothing here converts.
+        ValueError: no checkpoint, an adapter, or of a model type that nothing here converts.
     """
-    if Path(source).is_dir():
-        if revision is not None:
-            raise ValueError(f"revision {revision!r} was given, but {source} is a local folder")
-        checkpoint = Checkpoint(source)
-        raw, names = checkpoint.config, checkpoint.tensors
+    folder = local_folder(source, revision)
+    if folder is not None:
+        checkpoint = Checkpoint(folder)
+        raw, names, files = checkpoint.config, checkpoint.tensors, os.listdir(folder)
         tensors = [(info.dtype, info.shape) for info in checkpoint.tensors.values()]
     else:
-        raw = read_json(hf_hub_download(str(source), CONFIG, revision=revision))
-        files = get_safetensors_metadata(str(source), revision=revision).files_metadata.values()
-        names = {name for file in files for name in file.tensors}
-        tensors = [(tensor.dtype, tuple(tensor.shape)) for file in files for tensor in file.tensors.values()]
+        raw = fetch_config(source, revision)
+        with hub_errors(source):
+            weights = get_safetensors_metadata(str(source), revision=revision).files_metadata.values()
+            files = list_repo_files(str(source), revision=revision)
+        names = {name for file in weights for name in file.tensors}
+        tensors = [(tensor.dtype, tuple(tensor.shape)) for file in weights for tensor in file.tensors.values()]
     config = _our_config(raw, names)
 
     parameters: dict[str, int] = {}
@@ -84,6 +86,7 @@ def inspect_checkpoint(source: str | Path, revision: str | None = None) -> dict:
         },
         "parameters": sum(parameters.values()),
         "parameters_by_dtype": {DTYPE_NAMES.get(dtype, dtype): n for dtype, n in parameters.items()},
+        "tokenizer": has_tokenizer(files),
         "weight_bytes": sum(BYTES[dtype] * n for dtype, n in parameters.items()),
         **_memory(config, counts, element),
     }  # fmt: skip

@@ -1,7 +1,7 @@
 """What alignment and distillation share: teacher, student and text, Trainer's arguments, resuming, and the result.
 
 A stage works in the folder `OUTPUT.training`, where Trainer's checkpoints lie, and makes `OUTPUT` when it is done. The
-same call goes on from the last checkpoint.
+same call goes on from the last checkpoint; without one, a stage that fails leaves nothing.
 """
 
 import dataclasses
@@ -9,25 +9,26 @@ import glob
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_deltanet import DeltaNetConfig, DeltaNetForCausalLM
 
-from .checkpoint import FACTS, copy_tokenizer, fetch, new_folder
+from .checkpoint import FACTS, check_new, copy_tokenizer, fetch, load_tokenizer, new_folder
 from .files import own_file, read_json
 from .interrupt import SaveOnInterrupt
 from .text import blocks, load_text
@@ -35,6 +36,8 @@ from .text import blocks, load_text
 
 HELD_OUT = 0.02  # of the blocks, at most 64, never trained on
 SETTINGS = "settings.json"
+# What a run may go on with otherwise than it began: none of it changes what is learned.
+FREE_SETTINGS = ("save_steps", "activation_checkpointing", "report_to", "device", "keep_training")
 OPEN_DECAY_EPSILON = 1e-15  # of Adam, to which the gradient of a decay that starts open would be nothing beside 1e-8
 
 
@@ -52,6 +55,14 @@ class Stage:
         accumulation: batches per step.
         learning_rate: its peak; a twentieth of the steps to rise, a cosine to fall.
         save_steps: steps between checkpoints, a tenth of the stage by default.
+        precision: what both models compute in; bfloat16 on a GPU by default, otherwise float32. What is trained stays
+            in float32.
+        activation_checkpointing: backward computes each layer again instead of keeping what it needs of it.
+        report_to: where Trainer reports to ("tensorboard", "wandb", "trackio", ...), beside its log. TensorBoard's
+            curves come to lie in `OUTPUT.runs`.
+        device: "cuda" or "cpu"; a GPU by default, and of several the first. For all of them, start the command line
+            with `accelerate launch -m deltanet_conversion.cli`.
+        keep_training: leave the folder `OUTPUT.training`.
     """
 
     teacher: str
@@ -66,6 +77,13 @@ class Stage:
     seed: int = 0
     text_column: str = "text"
     save_steps: int | None = None
+    precision: Literal["float32", "bfloat16", "float16"] | None = None
+    activation_checkpointing: bool = False
+    report_to: str = "none"
+    device: Literal["cuda", "cpu"] | None = None
+    keep_training: bool = False
+
+    completion_only = False  # a setting of distillation; an alignment learns from every token
 
     def run(self, name: str, make_trainer: Callable, finish: Callable | None = None) -> dict:
         """Train what `make_trainer(teacher, student, trainer_arguments)` returns and save the student.
@@ -75,40 +93,55 @@ class Stage:
         `conversion.json`, and Trainer's log lies beside it.
 
         Raises:
-            ValueError: the output is there already, a folder of another run is in the way, or teacher and student do
-                not fit together.
+            ValueError: the output is there already, a folder of another run is in the way, teacher and student do not
+                fit together, or there is too little text.
         """
         output, work = Path(self.output), Path(f"{self.output}.training")
-        if output.exists():
-            raise ValueError(f"{output} is there already: name another output, or remove it")
-        self._claim(work, name)
+        check_new(output)
+        self._check_work(work, name)
+        self._check_report_to()
+        on_gpu = self._uses_gpu()
+        try:
+            return self._run(name, make_trainer, finish, output, work, on_gpu)
+        except BaseException:
+            if work.exists() and get_last_checkpoint(str(work)) is None:
+                shutil.rmtree(work, ignore_errors=True)  # nothing to go on from
+            raise
+
+    def _run(
+        self, name: str, make_trainer: Callable, finish: Callable | None, output: Path, work: Path, on_gpu: bool
+    ) -> dict:
         set_seed(self.seed)
         start = time.perf_counter()
 
         teacher_folder, student_folder = fetch(self.teacher), fetch(self.student)
-        on_gpu = torch.cuda.is_available()
-        teacher = AutoModelForCausalLM.from_pretrained(
-            teacher_folder, dtype=torch.bfloat16 if on_gpu else torch.float32
-        )
+        precision = self.precision or ("bfloat16" if on_gpu else "float32")
+        teacher = AutoModelForCausalLM.from_pretrained(teacher_folder, dtype=getattr(torch, precision))
         student = AutoModelForCausalLM.from_pretrained(student_folder, dtype=torch.float32)
         saved_dtype = getattr(torch, student_dtype(student_folder))
         _check_pair(teacher, student)
-        tokenizer = AutoTokenizer.from_pretrained(student_folder)
-        text = blocks(load_text(list(self.data), self.text_column), tokenizer, self.length, self.seed)
+        tokenizer = load_tokenizer(student_folder)
+        documents = load_text(
+            list(self.data), self.text_column, tokenizer=tokenizer, completion_only=self.completion_only
+        )
+        text = blocks(documents, tokenizer, self.length, self.seed)
         held_out = max(1, min(64, int(len(text) * HELD_OUT)))
         if len(text) <= held_out:
             raise ValueError(
                 f"{', '.join(self.data)} gives {len(text)} block of {self.length} tokens: too little to train on"
             )
         trainer_arguments = {
-            "args": self._training_arguments(work, on_gpu, student.config),
+            "args": self._training_arguments(work, on_gpu, precision, student.config),
             "train_dataset": text.select(range(held_out, len(text))),
             "eval_dataset": text.select(range(held_out)),
             "callbacks": [SaveOnInterrupt()],
         }
         trainer = make_trainer(teacher.eval().requires_grad_(False), student, trainer_arguments)
-        before = self._loss_before(trainer, work)
+        self._claim(work, name)
         checkpoint = get_last_checkpoint(str(work))
+        # Not by `trainer.evaluate()` first: accelerate takes a model that was evaluated for one that is prepared, and
+        # several processes would not exchange gradients (in 1.15).
+        trainer.args.eval_on_start = checkpoint is None
         trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.state.global_step < trainer.args.max_steps:
             raise KeyboardInterrupt(
@@ -116,10 +149,10 @@ class Stage:
             )
 
         summary = {
-            **dataclasses.asdict(self) | {"data": [_public(source) for source in self.data]},
+            **dataclasses.asdict(self) | {"data": [_public(source) for source in self.data], "precision": precision},
             "steps": trainer.state.global_step,
             "trained_tokens": trainer.state.global_step * self._tokens_a_step(trainer.args.world_size),
-            "loss_before": before,
+            "loss_before": next(log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log),
             "loss_after": trainer.evaluate()["eval_loss"],
             "seconds": round(time.perf_counter() - start, 1),
             "resumed": checkpoint is not None,
@@ -131,6 +164,10 @@ class Stage:
                 copy_tokenizer(student_folder, folder)
                 (folder / FACTS).write_text(json.dumps(self._facts(student_folder, name, summary), indent=2) + "\n")
                 trainer.state.save_to_json(str(folder / "trainer_state.json"))
+            if not self.keep_training:
+                if (work / "runs").exists():
+                    shutil.copytree(work / "runs", f"{output}.runs", dirs_exist_ok=True)
+                shutil.rmtree(work)
         return summary
 
     def _facts(self, student_folder: Path, name: str, summary: dict) -> dict:
@@ -139,25 +176,63 @@ class Stage:
         facts = (
             read_json(own_file(student_folder, FACTS)) if os.path.lexists(file) else {"teacher": _public(self.teacher)}
         )
-        local = ("teacher", "student", "output", "save_steps", "resumed")
+        local = ("teacher", "student", "output", "resumed", *FREE_SETTINGS)
         return facts | {name: {key: value for key, value in summary.items() if key not in local}}
 
+    def _settings(self, name: str) -> dict:
+        """What a run must have been started with for this one to go on with it, as JSON tells it."""
+        mine = {key: value for key, value in dataclasses.asdict(self).items() if key not in FREE_SETTINGS}
+        return json.loads(json.dumps({"stage": name} | mine))
+
+    def _check_work(self, work: Path, name: str) -> None:
+        """See that the work folder is not there, or holds this very run, or one that has nothing to go on from."""
+        if not (work / SETTINGS).exists():
+            check_new(work)
+        elif get_last_checkpoint(str(work)) is not None:
+            theirs, mine = read_json(work / SETTINGS), self._settings(name)
+            other = [
+                f"{key} {theirs.get(key)!r} instead of {mine.get(key)!r}"
+                for key in {**theirs, **mine}
+                if theirs.get(key) != mine.get(key)
+            ]
+            if other:
+                raise ValueError(
+                    f"{work} holds a run with other settings ({', '.join(other)}): remove it, or name another output"
+                )
+
     def _claim(self, work: Path, name: str) -> None:
-        """Make the work folder, or see that it holds this very run."""
-        settings = json.dumps({"stage": name, **dataclasses.asdict(self)}, indent=2)
-        file = work / SETTINGS
-        if file.exists() and file.read_text() != settings:
-            raise ValueError(
-                f"{work} holds a run with other settings; remove it, or name another output. Its settings: "
-                f"{file.read_text()}"
-            )
         work.mkdir(parents=True, exist_ok=True)
-        file.write_text(settings)
+        (work / SETTINGS).write_text(json.dumps(self._settings(name), indent=2))
+
+    def _check_report_to(self) -> None:
+        get_reporting_integration_callbacks(self.report_to)  # knows all names
+        installed = get_available_reporting_integrations()
+        if self.report_to not in ("none", "all", *installed):
+            raise ValueError(
+                f"report_to is {self.report_to!r}, which is not installed here (pip install it); "
+                f"installed: {', '.join(installed) or 'none'}"
+            )
+
+    def _uses_gpu(self) -> bool:
+        """Whether the stage runs on a GPU, after a look at what was asked for."""
+        has_gpu = torch.cuda.is_available()
+        if self.device not in (None, "cuda", "cpu"):
+            raise ValueError(f"device must be 'cuda' or 'cpu', got {self.device!r} (CUDA_VISIBLE_DEVICES chooses one)")
+        if self.device == "cuda" and not has_gpu:
+            raise ValueError("device is 'cuda', but torch finds no GPU here")
+        on_gpu = has_gpu and self.device != "cpu"
+        if self.precision not in (None, "float32", "bfloat16", "float16"):
+            raise ValueError(f"precision must be 'float32', 'bfloat16' or 'float16', got {self.precision!r}")
+        if self.precision == "float16" and not on_gpu:
+            raise ValueError("precision 'float16' needs a GPU: on a CPU take 'bfloat16' or 'float32'")
+        return on_gpu
 
     def _tokens_a_step(self, processes: int) -> int:
         return self.length * self.batch_size * self.accumulation * processes
 
-    def _training_arguments(self, work: Path, on_gpu: bool, config: DeltaNetConfig) -> TrainingArguments:
+    def _training_arguments(
+        self, work: Path, on_gpu: bool, precision: str, config: DeltaNetConfig
+    ) -> TrainingArguments:
         args = TrainingArguments(
             output_dir=str(work),
             max_steps=1,
@@ -170,11 +245,18 @@ class Stage:
             save_total_limit=1,
             prediction_loss_only=True,
             remove_unused_columns=False,
-            bf16=on_gpu,
-            report_to="none",
+            bf16=precision == "bfloat16",
+            fp16=precision == "float16",
+            activation_checkpointing=self.activation_checkpointing,
+            ddp_find_unused_parameters=False,  # there are none
+            label_names=["labels"],
+            report_to=self.report_to,
             seed=self.seed,
             dataloader_pin_memory=on_gpu,
+            use_cpu=not on_gpu,
         )
+        if args.n_gpu > 1:  # one process would spread batches over all GPUs, where the teacher is not
+            args._n_gpu = 1
         if config.linear_use_decay:
             args.adam_epsilon = OPEN_DECAY_EPSILON
         args.max_steps = math.ceil(self.tokens / self._tokens_a_step(args.world_size))
@@ -182,17 +264,6 @@ class Stage:
         args.logging_steps = max(1, args.max_steps // 50)
         args.save_steps = self.save_steps or max(1, args.max_steps // 10)
         return args
-
-    @staticmethod
-    def _loss_before(trainer: Trainer, work: Path) -> float:
-        """The held-out loss of the student that came, kept for the case that the run is resumed."""
-        file = work / "loss_before.json"
-        if not file.exists():
-            loss = trainer.evaluate()["eval_loss"]
-            if trainer.is_world_process_zero():
-                file.write_text(json.dumps(loss))
-            return loss
-        return json.loads(file.read_text())
 
 
 def _public(source: str) -> str:

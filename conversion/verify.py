@@ -7,26 +7,31 @@ from transformers import AutoModelForCausalLM
 
 from .checkpoint import Checkpoint
 from .fla import MODEL_TYPES
+from .llama import TEACHERS
 
 
 TOKENS = 64  # fla computes in fp32 on up to 64 tokens only
+# Tolerances, times the logits' standard deviation: for the same weights in fp32 (fla's logits and ours are at most
+# 9e-6 apart, in benchmarks/results/fla_parity.json), and for weights that were cast to another dtype.
+EXACT, CAST = 1e-3, 0.1
 
 
 def logit_difference(source: str | Path, target: str | Path, seed: int = 0) -> dict:
     """Load two local checkpoints in fp32 and compare their logits on 64 random tokens.
 
-    Returns the largest difference, `max_difference`, and the standard deviation of the source's logits, to compare it
-    with. fla's models run on a GPU and with fla installed only: without, the reason is returned as `skipped`.
+    Returns a `verdict`: "equal" or "different", or why there is none. Then the largest difference, `max_difference`,
+    the standard deviation of the source's logits, and the `tolerance` for the former. fla's models run on a GPU and
+    with fla installed only, and where layers got new mixers, logits differ until these have learned.
     """
     source, target = Path(source), Path(target)
-    is_fla = any(Checkpoint(folder).config.get("model_type") in MODEL_TYPES for folder in (source, target))
-    if is_fla:
+    configs = [Checkpoint(folder).config for folder in (source, target)]
+    if any(config.get("model_type") in MODEL_TYPES for config in configs):
         try:
             import fla  # noqa: F401  it registers its models
         except ImportError:
-            return {"skipped": "the logits of fla's model need fla installed; every tensor was compared"}
+            return {"verdict": "not compared: fla's model needs fla installed; every tensor was compared"}
         if not torch.cuda.is_available():
-            return {"skipped": "the logits of fla's model need a GPU; every tensor was compared"}
+            return {"verdict": "not compared: fla's model needs a GPU; every tensor was compared"}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     logits = []
     for folder in (source, target):
@@ -37,4 +42,17 @@ def logit_difference(source: str | Path, target: str | Path, seed: int = 0) -> d
             logits.append(model(ids, use_cache=False).logits.float().cpu())
         del model
     wanted, got = logits
-    return {"max_difference": (wanted - got).abs().max().item(), "logit_std": wanted.std().item(), "device": device}
+    difference, size = (wanted - got).abs().max().item(), wanted.std().item()
+    dtypes = [config.get("dtype") or config.get("torch_dtype") or "float32" for config in configs]
+    tolerance = size * (EXACT if dtypes[0] == dtypes[1] else CAST)
+    types = configs[1].get("layer_types") or []
+    if configs[0].get("model_type") in TEACHERS and "linear_attention" in types:
+        verdict = (
+            f"not comparable: the mixers of {types.count('linear_attention')} of {len(types)} layers are new, and "
+            "learn in `deltanet align`"
+        )
+    else:
+        verdict = "equal" if difference <= tolerance else "different"
+    return {
+        "verdict": verdict, "max_difference": difference, "logit_std": size, "tolerance": tolerance, "device": device,
+    }  # fmt: skip

@@ -234,6 +234,26 @@ class DeltaNetPreTrainedModel(PreTrainedModel):
         "attentions": DeltaNetAttention,
     }
 
+    def __init__(self, config: DeltaNetConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self._was_made_to_cache = config.use_cache
+
+    @functools.wraps(PreTrainedModel.save_pretrained)
+    def save_pretrained(self, *args, **kwargs):
+        # Trainer turns `use_cache` off and leaves it off (in 5.23). That is for training: whoever loads the folder
+        # would get no `past_key_values`.
+        use_cache = self.config.use_cache
+        self.config.use_cache = use_cache or self._was_made_to_cache
+        try:
+            return super().save_pretrained(*args, **kwargs)
+        finally:
+            self.config.use_cache = use_cache
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """The name by which PEFT asks (in 0.21). Transformers' own property of this name warns."""
+        return self.is_activation_checkpointing
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, DeltaNetLinearAttention) and module.a_proj is not None:

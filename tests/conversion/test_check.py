@@ -106,7 +106,7 @@ def test_every_documented_size_is_in_the_table():
 def test_the_command_reports_and_exits(deltanet, tmp_path, monkeypatch):  # noqa: F811
     """A script could not tell a wrong machine from a right one, and a report would lack what it is for."""
     quickly(monkeypatch)
-    code, out, err = deltanet("check", "--device", "cpu", "--json", tmp_path / "report.json")
+    code, out, err = deltanet("check", "--device", "cpu", "--report", tmp_path / "report.json")
     report = json.loads((tmp_path / "report.json").read_text())
     assert code == 0 and report["ok"] and "all right: 2 cases" in out and "seed 0" in out
     assert report["environment"]["torch"] == version("torch") and report["environment"]["transformers"] in out
@@ -117,7 +117,7 @@ def test_the_command_reports_and_exits(deltanet, tmp_path, monkeypatch):  # noqa
 
     monkeypatch.setattr(check_run.delta_rule, "torch_chunk_delta_rule", spoiled("output"))
     check_run.routes.cache_clear()
-    code, out, _ = deltanet("check", "--device", "cpu", "--json", "-", "--peer", "fla")
+    code, out, _ = deltanet("check", "--device", "cpu", "--json", "--peer", "fla")
     report = json.loads(out)
     assert code == 1 and not report["ok"] and "on a GPU" in report["skipped"][0]
     (wrong,) = [row for row in report["rows"] if row["too_large"]]
@@ -220,7 +220,7 @@ def test_a_check_that_was_cut_off_goes_on(deltanet, tmp_path, monkeypatch):  # n
     quickly(monkeypatch)
     monkeypatch.setattr(cli_check, "SAVE_EVERY", 0)
     whole, cut = tmp_path / "whole.json", tmp_path / "cut.json"
-    assert deltanet("check", "--device", "cpu", "--json", whole)[0] == 0
+    assert deltanet("check", "--device", "cpu", "--report", whole)[0] == 0
     run, ran = check_run._run_routes, []
 
     def break_off(case, *args, **options):
@@ -233,7 +233,7 @@ def test_a_check_that_was_cut_off_goes_on(deltanet, tmp_path, monkeypatch):  # n
 
     monkeypatch.setattr(check_run, "_run_routes", break_off)
     with contextlib.suppress(KeyboardInterrupt):  # which the command line may turn into an exit code
-        deltanet("check", "--device", "cpu", "--json", cut)
+        deltanet("check", "--device", "cpu", "--report", cut)
     assert json.loads(cut.read_text())["done"] == 1
 
     def go_on(case, *args, **options):
@@ -241,14 +241,14 @@ def test_a_check_that_was_cut_off_goes_on(deltanet, tmp_path, monkeypatch):  # n
         return run(case, *args, **options)
 
     monkeypatch.setattr(check_run, "_run_routes", go_on)
-    assert deltanet("check", "--device", "cpu", "--json", cut)[0] == 0
+    assert deltanet("check", "--device", "cpu", "--report", cut)[0] == 0
     assert len(ran) == 2 and ran[0] != ran[1]
     got, wanted = (json.loads(file.read_text()) for file in (cut, whole))
     assert got["rows"][1]["errors"].pop("dq") == "inf"
     wanted["rows"][1]["errors"].pop("dq")
     assert all(got[key] == wanted[key] for key in ("rows", "cases", "done", "ok"))
     # another call's report is not continued
-    deltanet("check", "--device", "cpu", "--json", cut, "--seed", "1")
+    deltanet("check", "--device", "cpu", "--report", cut, "--seed", "1")
     assert len(ran) == 4
 
 

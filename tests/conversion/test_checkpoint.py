@@ -172,7 +172,7 @@ def test_no_checkpoint_at_all(tmp_path):
     refused(tmp_path / "empty", "config.json", "JSON")
     (tmp_path / "empty" / "config.json").write_text('{"model_type": "delta_net"}')
     (tmp_path / "empty" / "pytorch_model.bin").touch()
-    refused(tmp_path / "empty", "model.safetensors", "pytorch_model.bin")
+    refused(tmp_path / "empty", "model.safetensors", "pytorch_model.bin", to="deltanet")
 
 
 @pytest.mark.parametrize("to", ["fla", "deltanet"])

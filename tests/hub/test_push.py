@@ -581,7 +581,7 @@ def test_the_command_line_answers_by_exit_code(hub, plan, folder, monkeypatch):
     dry = run(REPO, "--dry-run", "--json")
     assert dry.exit_code == 0
     assert json.loads(dry.stdout)["changes"]["new"] == list(plan.files)
-    assert "model.safetensors" in run(REPO, "--dry-run").stderr
+    assert "model.safetensors" in run(REPO, "--dry-run").stdout
     assert hub.repositories == {}
 
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")

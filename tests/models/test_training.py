@@ -56,6 +56,27 @@ def assert_same_weights(model, other, **tolerance):
         torch.testing.assert_close(a, b, **tolerance, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def test_a_trained_folder_brings_a_cache(tmp_path):
+    """Trainer turns `use_cache` off: whoever loads a trained folder or a merged adapter would get no past."""
+    run = trainer(tmp_path, tiny_model(), data(4), max_steps=1, save_strategy="steps", save_steps=1)
+    run.train()
+    run.save_model(tmp_path / "saved")
+    assert run.model.config.use_cache is False  # saving is no reason to train with a cache
+    adapted = get_peft_model(run.model, LoraConfig(task_type="CAUSAL_LM"))
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    for folder in ("saved", "checkpoint-1", "merged"):
+        assert DeltaNetForCausalLM.from_pretrained(tmp_path / folder)(tokens(1, 4)).past_key_values is not None, folder
+    tiny_model(use_cache=False).save_pretrained(tmp_path / "without")  # somebody's own choice
+    assert DeltaNetForCausalLM.from_pretrained(tmp_path / "without").config.use_cache is False
+
+
+def test_lora_and_checkpointing_warn_of_nothing(tmp_path, recwarn):
+    """Every user of LoRA would read that `is_gradient_checkpointing` is deprecated, of which he knows nothing."""
+    model = get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM"))
+    trainer(tmp_path, model, data(4), max_steps=1, activation_checkpointing=True).train()
+    assert [str(warning.message) for warning in recwarn if issubclass(warning.category, FutureWarning)] == []
+
+
 def test_accumulation_equals_a_big_batch(tmp_path):
     """Training in small pieces would report another loss, and learn something else."""
     arguments = {"optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": 0.1, "max_grad_norm": 0.5}
