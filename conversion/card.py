@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -226,14 +227,17 @@ def _harness_figures(path, content: dict, repo_id: str) -> list[Figure]:
         command = f"lm_eval --model {model} --model_args pretrained={repo_id},trust_remote_code=True --tasks {task}"
         if shots.get(task):
             command += f" --num_fewshot {_number(f'{path}: n-shot, {task}', shots[task])}"
-        for name, value in metrics.items():
-            metric, _, metric_filter = _text(f"{path}: {task}", name, may_be_empty=True).partition(",")
-            if metric_filter and not metric.endswith("_stderr"):
-                name = metric if metric_filter == "none" else f"{metric} ({metric_filter})"
-                figures.append(
-                    Figure(task, name, _number(f"{path}: {task}, {metric}", value), command, dataset_id=task)
-                )
+        for metric, value in harness_metrics({_text(f"{path}: {task}", k, True): v for k, v in metrics.items()}):
+            figures.append(Figure(task, metric, _number(f"{path}: {task}, {metric}", value), command, dataset_id=task))
     return figures
+
+
+def harness_metrics(metrics: dict) -> Iterator[tuple[str, object]]:
+    """The metrics of one of lm-evaluation-harness's tasks, which are named `metric,filter`, without their errors."""
+    for name, value in metrics.items():
+        metric, _, metric_filter = name.partition(",")
+        if metric_filter and not metric.endswith("_stderr"):
+            yield metric if metric_filter == "none" else f"{metric} ({metric_filter})", value
 
 
 def _template() -> str:

@@ -1,4 +1,4 @@
-"""The commands `deltanet card`, `deltanet push` and `deltanet kernels build`.
+"""The commands `deltanet evaluate`, `deltanet card`, `deltanet push` and `deltanet kernels build`.
 
 Exit codes: 0 done, 1 refused (the message says what and where), 2 wrong usage, 3 the Hub failed, 4 what came back from
 the Hub is not what was sent. With --json the result is one JSON object on stdout; all else goes to stderr.
@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from .cli_evaluate import evaluate
+
 
 console = Console(stderr=True, emoji=False)  # README.md:100: is a place, not an emoji
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
@@ -22,6 +24,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on 
 
 def register(app: typer.Typer) -> None:
     """Add the publishing commands to a command line."""
+    app.command()(evaluate)
     app.command()(card)
     app.command()(push)
     kernels = typer.Typer(help="Build the Triton kernels as a kernel of the Hub.", no_args_is_help=True)
