@@ -27,7 +27,9 @@ def evaluate(
     blocks: Annotated[int, typer.Option(help="Blocks of the text, at most.", min=1)] = 64,
     recall_lengths: Annotated[
         str | None,
-        typer.Option(help="Tokens to recall from, such as '256,1024'; up to 4096 or the model's positions by default."),
+        typer.Option(
+            help="Tokens to recall from, such as '256,1024'; up to 4096 or the model's positions by default."
+        ),
     ] = None,
     episodes: Annotated[int, typer.Option(help="Texts per length to recall from.", min=1)] = 64,
     batch_size: Annotated[int, typer.Option(help="Blocks at a time.", min=1)] = 4,
@@ -40,7 +42,9 @@ def evaluate(
     dtype: Annotated[
         str | None, typer.Option(help="To compute in; by default bfloat16 on a GPU, float32 on a CPU.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="File to write; evaluation.json in the folder by default.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File to write; evaluation.json in the folder by default.")
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace a file that `deltanet evaluate` did not write.")
     ] = False,

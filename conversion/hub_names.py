@@ -51,5 +51,5 @@ def language_problem(names) -> str | None:
         is_code = isinstance(name, str) and name.isascii() and name.isalpha() and name.islower()
         if not is_code or not (name in TWO_LETTERS or len(name) == 3 or name in SPECIAL_LANGUAGES):
             hint = " (YAML reads a bare no as false: quote it)" if name is False else ""
-            return f"language {name!r} is no code of the Hub's: two or three letters such as en, or code, multilingual{hint}"
+            return f"language {name!r} is no code of the Hub's, such as en, deu, code or multilingual{hint}"
     return None

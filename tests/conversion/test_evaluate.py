@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from deltanet_conversion import Evaluation, evaluate_checkpoint
-from deltanet_conversion.card import card_problems, make_card
+from deltanet_conversion.card import make_card
+from deltanet_conversion.card_check import card_problems
 from deltanet_conversion.evaluate import _share_right
 from deltanet_conversion.recall_tasks import KEYS, WRITES, RecallTasks
 
@@ -211,7 +212,9 @@ def test_tasks_of_the_harness_stand_beside_the_rest(folder, deltanet, monkeypatc
     code, out, _ = deltanet("evaluate", folder / "student", "--task", folder / "task.yaml", *sizes, "--json")
     assert code == 0
     result = json.loads(out)
-    assert {"dataset": "deltanet_test", "dataset_id": "deltanet_test", "metric": "acc", "value": 0.5} in result["results"]
+    assert {"dataset": "deltanet_test", "dataset_id": "deltanet_test", "metric": "acc", "value": 0.5} in result[
+        "results"
+    ]
     assert "--task task.yaml" in result["command"]
     manager = TaskManager(include_path=str(folder), include_defaults=False)  # the harness's own tasks take 7 s to list
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_defaults: manager)
