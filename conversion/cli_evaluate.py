@@ -43,11 +43,9 @@ def evaluate(
         str | None, typer.Option(help="To compute in; by default bfloat16 on a GPU, float32 on a CPU.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="File to write; evaluation.json in the folder by default.")
+        Path | None,
+        typer.Option(help="File to write; evaluation.json in the folder, or evaluation-recall.json, by default."),
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace a file that `deltanet evaluate` did not write.")
-    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Measure a model: perplexity on held-out text, recall by length, distance from its teacher, and tasks.
@@ -68,7 +66,7 @@ def evaluate(
     result = evaluate_checkpoint(
         Evaluation(
             folder, teacher, tuple(data or ()), text_column, split, length, blocks, _lengths(recall_lengths), episodes,
-            batch_size, tuple(task or ()), limit, seed, dtype, None if output is None else str(output), force,
+            batch_size, tuple(task or ()), limit, seed, dtype, None if output is None else str(output),
         )
     )  # fmt: skip
     if as_json:

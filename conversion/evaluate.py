@@ -7,6 +7,7 @@ always measured.
 
 import dataclasses
 import difflib
+import glob
 import json
 import math
 import os
@@ -49,8 +50,8 @@ class Evaluation:
         batch_size: blocks at a time; for recall, as many texts as have together the tokens of so many blocks.
         tasks: of lm-evaluation-harness, by name or YAML file; `limit` examples of each, all by default.
         dtype: to compute in; bfloat16 on a GPU and float32 on a CPU by default.
-        output: the file to write; `evaluation.json` in the folder by default.
-        force: replace a file that `deltanet evaluate` did not write.
+        output: the file to write; by default `evaluation.json` in the folder, or `evaluation-recall.json` beside one
+            that something else has written.
     """
 
     folder: str
@@ -68,14 +69,13 @@ class Evaluation:
     seed: int = 0
     dtype: str | None = None
     output: str | None = None
-    force: bool = False
 
     def command(self) -> str:
         """The command line, with what is not a default, and nothing of where things lie on this machine."""
         words = ["deltanet evaluate", shlex.quote(public_name(self.folder))]
         for field in dataclasses.fields(self)[1:]:
             value = getattr(self, field.name)
-            if value == field.default or field.name in ("output", "force"):
+            if value == field.default or field.name == "output":
                 continue
             option = {"tasks": "--task"}.get(field.name, f"--{field.name.replace('_', '-')}")
             if field.name == "recall_lengths":
@@ -95,12 +95,7 @@ def evaluate_checkpoint(evaluation: Evaluation) -> dict:
             length that recall does not fit into, unknown tasks, or a file in the way. Nothing has been measured then.
     """
     e = evaluation
-    output = Path(e.output) if e.output else Path(e.folder) / "evaluation.json"
-    if output.exists() and not e.force and not _is_ours(output):
-        raise ValueError(
-            f"{output} is not of `deltanet evaluate`: name another file with output (--output), such as "
-            f"{output.with_name('evaluation-recall.json').name}, or replace it with force (--force)"
-        )
+    output = _output(e)
     tasks = _harness_tasks(e.tasks)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, e.dtype or ("bfloat16" if device == "cuda" else "float32"))
@@ -145,7 +140,9 @@ def evaluate_checkpoint(evaluation: Evaluation) -> dict:
 
 def public_name(source: str) -> str:
     """A source's name without the folders that it lies in on this machine."""
-    return Path(source).resolve().name if Path(source).exists() or Path(source).is_absolute() else source
+    path = Path(source)
+    is_local = path.exists() or path.is_absolute() or glob.has_magic(source)
+    return (path.resolve() if path.exists() else path).name if is_local else source
 
 
 def hardware() -> str:
@@ -154,8 +151,14 @@ def hardware() -> str:
     return f"{device}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
-def _is_ours(file: Path) -> bool:
-    return str(read_json(file).get("command")).startswith("deltanet evaluate ")
+def _output(e: Evaluation) -> Path:
+    """The file to write: never one that something else has written."""
+    folder = Path(e.folder) if Path(e.folder).is_dir() else Path()  # a repository's figures go to where we are
+    names = [Path(e.output)] if e.output else [folder / "evaluation.json", folder / "evaluation-recall.json"]
+    for name in names:
+        if not name.exists() or str(read_json(name).get("command")).startswith("deltanet evaluate "):
+            return name
+    raise ValueError(f"{names[-1]} is not of `deltanet evaluate`: name another file by output (--output)")
 
 
 # -------------------------------------------------------------------------------------------------- models and text
