@@ -74,7 +74,7 @@ class RecallTasks:
         for _ in range(count):
             keys, memory, lines = draw.sample(ascii_uppercase, KEYS), {}, []
             for key in draw.sample(keys * WRITES, KEYS * WRITES):
-                memory[key] = draw.choice(NUMBERS)
+                memory[key] = draw.choice([number for number in NUMBERS if number != memory.get(key)])
                 lines.append(self._keys[key] + self._values[memory[key]] + self._stop)
             end: list[Part] = [(self._in_the_end, False)]
             for key in draw.sample(keys, KEYS):

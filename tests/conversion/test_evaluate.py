@@ -83,6 +83,9 @@ def test_recall_asks_for_the_last_value(tokenizer, filler):
             text, _, end = tokenizer.decode(episode.ids[1:]).partition("\n\nIn the end:")
             writes = re.findall(r" ([A-Z]) is (\d\d)\.", text)
             assert len(writes) == KEYS * WRITES and len(dict(writes)) == KEYS
+            for key in dict(writes):
+                values = [value for other, value in writes if other == key]
+                assert len(values) == WRITES and all(a != b for a, b in zip(values, values[1:]))
             asked = re.findall(r" ([A-Z]) is (\d\d)\.", end)
             assert dict(asked) == dict(writes) and len(asked) == KEYS
             answers = [tokenizer.decode([episode.ids[i] for i in answer]) for answer in episode.answers]

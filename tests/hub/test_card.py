@@ -341,5 +341,6 @@ def test_a_card_without_owner_is_given_the_one_that_publishes_it(folder, tmp_pat
     assert (
         with_owner(text, "me/tiny-lora", REPO) == make_card(folder, "me/tiny-lora", base_model=REPO, **fields).content
     )
+    assert with_owner(text, "me/tin") == text
     with pytest.raises(ValueError, match="no repository of the Hub"):
         make_card(folder, "me/tiny-lora", base_model="tiny")
