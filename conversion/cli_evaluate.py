@@ -40,7 +40,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Examples per task; all by default.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
     dtype: Annotated[
-        str | None, typer.Option(help="To compute in; by default bfloat16 on a GPU, float32 on a CPU.")
+        str | None, typer.Option(help="float32, bfloat16 or float16; by default bfloat16 on a GPU, float32 on a CPU.")
     ] = None,
     output: Annotated[
         Path | None,

@@ -31,6 +31,7 @@ from .recall_tasks import KEYS, RecallTasks
 
 
 RECALL_LENGTHS = (256, 1024, 4096)  # those up to the model's max_position_embeddings
+DTYPES = ("float32", "bfloat16", "float16")
 THIS, TEACHER = "", "teacher"  # what a figure is of, as evaluation files say it
 
 
@@ -98,6 +99,8 @@ def evaluate_checkpoint(evaluation: Evaluation) -> dict:
     output = _output(e)
     tasks = _harness_tasks(e.tasks)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if e.dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {e.dtype!r}")
     dtype = getattr(torch, e.dtype or ("bfloat16" if device == "cuda" else "float32"))
     tokenizer = _tokenizer(e.folder)
     rows = _blocks(e, tokenizer) if e.data else None

@@ -169,7 +169,8 @@ def prepare(
     if foreign:  # nothing of them is read, not even to look for more
         raise PushRefused(folder, problems + foreign)
     check_named_files(folder)
-    problems += strays(folder, sources, tuple(include))
+    strayed = strays(folder, sources, tuple(include))
+    problems += strayed
     base = None
     if is_adapter:
         sources, base = _with_base(folder, sources, base_model)
@@ -193,7 +194,8 @@ def prepare(
         problems += [Problem("README.md", *problem) for problem in card_problems(card, repo_id, set(sources), base)]
         licence, missing = _license(card, sources)
         sources, problems = sources | licence, problems + missing
-    problems += scan(sources)
+    to_decide = {problem.file for problem in strayed}  # gigabytes, maybe: not searched before they are wanted
+    problems += scan({name: source for name, source in sources.items() if name not in to_decide})
     loaded = {}
     if not problems:  # loading takes longest, and what it would say of an incomplete folder helps nobody
         loaded = _load(folder, sources, is_adapter)

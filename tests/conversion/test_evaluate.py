@@ -4,6 +4,7 @@ import builtins
 import json
 import math
 import re
+import shlex
 from types import SimpleNamespace
 
 import pytest
@@ -173,6 +174,8 @@ def test_what_cannot_be_measured_is_refused_first(folder, tokenizer, monkeypatch
     student, refused = folder / "student", pytest.raises
     with refused(ValueError, match="there is no folder .*nowhere"):
         evaluate_checkpoint(Evaluation(str(folder / "nowhere" / "x")))
+    with refused(ValueError, match="dtype must be one of float32, .*'half'"):
+        evaluate(folder, dtype="half")
     with refused(ValueError, match="into 99 tokens"):
         evaluate(folder, recall_lengths=(99,))
     tiny_model(vocab_size=300).save_pretrained(folder / "other")
@@ -236,3 +239,19 @@ def test_the_command_shows_what_it_measured(deltanet, folder):  # noqa: F811
     assert code == 0
     assert re.search(r"teacher .*this model", out) and "perplexity" in out and "needle retrieval" in out
     assert "deltanet card" in out
+
+
+def test_the_command_in_the_file_is_the_one_that_was_given(deltanet, monkeypatch):  # noqa: F811
+    """Whoever runs the command of a card would measure something else, or meet an unknown option."""
+    given = Evaluation(
+        "x y", teacher="them/teacher", data=("a:b", "c"), text_column="d", split="e", length=3, blocks=4,
+        recall_lengths=(5, 6), episodes=7, batch_size=8, tasks=("f", "g"), limit=9, seed=10, dtype="float16",
+    )  # fmt: skip
+    seen = []
+    result = {"results": [], "hardware": "", "output": ""}
+    monkeypatch.setattr("deltanet_conversion.evaluate.evaluate_checkpoint", lambda e: seen.append(e) or result)
+    for evaluation in (given, Evaluation("x")):
+        assert deltanet(*shlex.split(evaluation.command())[1:])[0] == 0
+    assert seen == [given, Evaluation("x")]
+    code, out, _ = deltanet("evaluate", "--help")
+    assert code == 0 and "deltanet evaluate " in out and "Example" in out
