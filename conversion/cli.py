@@ -301,8 +301,8 @@ def check(
     report: Annotated[
         Path | None,
         typer.Option(
-            help="File for the whole report, as --json prints it; attach it to an issue. The same command goes on with "
-            "one that was cut off."
+            help="File for the whole report, as --json prints it; attach it to an issue. The same command goes on "
+            "with one that was cut off."
         ),
     ] = None,
 ) -> Result:

@@ -1,4 +1,6 @@
-"""The commands `deltanet card`, `deltanet push` and `deltanet kernels build`; for exit codes see `cli_output.py`."""
+"""The commands `deltanet evaluate`, `deltanet card`, `deltanet push` and `deltanet kernels build`; for exit codes see
+`cli_output.py`.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -8,11 +10,13 @@ import typer
 from rich.filesize import decimal
 from rich.table import Table
 
+from .cli_evaluate import evaluate
 from .cli_output import Result, command, console, errors, say
 
 
 def register(app: typer.Typer) -> None:
     """Add the publishing commands to a command line."""
+    command(app)(evaluate)
     command(app)(card)
     command(app)(push)
     kernels = typer.Typer(help="Build the Triton kernels as a kernel of the Hub.", no_args_is_help=True)
@@ -50,7 +54,8 @@ def card(
 
     Figures come from evaluation files (lm-evaluation-harness's, or JSON with "command" and "results"): one without the
     command that made it is refused, and what was not measured is said to be so. Texts that are not given are marked
-    [More Information Needed], which `deltanet push` refuses: edit the card, it is yours.
+    [More Information Needed], which `deltanet push` refuses: edit the card, it is yours. PEFT's empty card beside an
+    adapter is replaced.
 
     \b
     deltanet card runs/mine --repo-id me/mine --license apache-2.0 --summary "A small DeltaNet."
@@ -58,10 +63,11 @@ def card(
     deltanet card runs/lora --repo-id me/mine-lora --base-model me/mine --license apache-2.0 --force
     """
     from .card import MISSING, make_card, write_card
+    from .card_check import is_stub
 
     _check_folder(checkpoint)
     file = output or checkpoint / "README.md"
-    if file.exists() and not force:
+    if file.exists() and not force and not is_stub(file.read_text(encoding="utf-8")):
         raise ValueError(f"{file} exists and may have been edited: --force replaces it")
     made = make_card(
         checkpoint,
@@ -81,14 +87,17 @@ def card(
     )
     write_card(made, file)
     to_fill = [i for i, line in enumerate(made.content.splitlines(), start=1) if MISSING in line]
-    figures = len(made.data.eval_results or [])
+    figures = made.data.eval_results or []
+    has_recall = any("recall" in f"{x.dataset_name} {x.metric_type}".lower() for x in figures)
 
     def show():
-        say(f"{file}: {figures} figures in its metadata")
+        say(f"{file}: {len(figures)} figures in its metadata")
         if to_fill:
             say(f"To be filled in by you: line {', '.join(map(str, to_fill))}")
+        if not has_recall:
+            say(f"Recall was not measured: `deltanet evaluate {checkpoint}` does")
 
-    return Result({"card": str(file), "figures": figures, "lines_to_fill_in": to_fill}, show)
+    return Result({"card": str(file), "figures": len(figures), "lines_to_fill_in": to_fill}, show)
 
 
 def push(
@@ -105,14 +114,22 @@ def push(
     base_model: Annotated[
         str | None, typer.Option(help="An adapter's base on the Hub, instead of a local folder.")
     ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="Send what would be left out or asked about: 'wandb', '*.csv'; may be given several times."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Leave it out: 'notes', '*.gguf'; may be given several times.")
+    ] = None,
     message: Annotated[str, typer.Option(help="The commit's message.")] = "Upload by `deltanet push`",
 ) -> Result:
     """Publish a checkpoint or an adapter on the Hub, in one commit.
 
     First the folder is validated: it loads by its own code and generates a token, the card is complete, no file holds
-    a secret or a path of this machine. What is wrong is listed by file and line. Then what has changed is sent in one
-    commit, pulled back, and compared by hash. A push that fails leaves the branch as it was; give the command again.
-    Content that was uploaded already is not sent twice.
+    a secret or a path of this machine. What is wrong is listed by file and line. Logs and checkpoints of a training
+    are left out; data and big files that no model needs are asked about: --include, --exclude. Then what has changed
+    is sent in one commit, pulled back, and compared by hash. A push that fails leaves the branch as it was; give the
+    command again. Content that was uploaded already is not sent twice.
 
     \b
     deltanet push runs/mine me/mine --dry-run
@@ -120,6 +137,7 @@ def push(
     deltanet push runs/mine me/mine --revision step-2000
     deltanet push runs/mine somebody/theirs --create-pr
     deltanet push runs/lora me/mine-lora --base-model me/mine
+    deltanet push runs/mine me/mine --include examples.csv --exclude notes
     """
     from huggingface_hub import constants
 
@@ -127,7 +145,7 @@ def push(
 
     _check_folder(folder)
     with errors.status("Loading it and generating a token ..."):
-        plan = prepare(folder, repo_id, base_model=base_model)
+        plan = prepare(folder, repo_id, base_model=base_model, include=include or (), exclude=exclude or ())
     if dry_run:
         changes = None if constants.HF_HUB_OFFLINE else preview(plan, revision=revision)
         return _planned(plan, changes)
