@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Column, Table
-from shared import claim, refusals, run, train
+from shared import claim, log_in_lines, refusals, run, train
 from transformers import Trainer, TrainingArguments, set_seed
 
 from modeling_deltanet import DeltaNetConfig, DeltaNetForCausalLM, linear_attention_deltanet
@@ -134,7 +134,7 @@ def measure(folder: Path, steps: int, seed: int, rule) -> tuple[float, float, li
     with patch.object(linear_attention_deltanet, "delta_rule", rule):
         given, right = answers(model, texts)
         before = (given == right).float().mean().item()
-        train(trainer)
+        train(log_in_lines(trainer))
         given, right = answers(model, texts)
     return before, (given == right).float().mean().item(), [SYMBOLS[answer] for answer in given[0]]
 

@@ -135,9 +135,6 @@ def train(trainer: Trainer) -> None:
     Every example trains by this call, so every one can be stopped and goes on by the same command.
     """
     trainer.add_callback(SayWhenSafe)
-    if trainer.args.disable_tqdm:
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(Lines)
     if not train_or_resume(trainer):
         raise KeyboardInterrupt(
             f"Stopped at step {trainer.state.global_step}, with a checkpoint; the same command goes on from there."
@@ -152,8 +149,15 @@ class SayWhenSafe(TrainerCallback):
             print("Training. Ctrl-C saves a checkpoint and stops.", flush=True)
 
 
+def log_in_lines(trainer: Trainer) -> Trainer:
+    """The trainer, which tells its losses in readable lines, in place of dictionaries (`disable_tqdm=True`)."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Lines)
+    return trainer
+
+
 class Lines(TrainerCallback):
-    """A line for each log, in place of Trainer's dictionaries."""
+    """A line for each loss."""
 
     def on_log(self, args, state, control, logs, **kwargs):
         step = f"  step {state.global_step}" + (f" of {state.max_steps}" if state.max_steps else "")
