@@ -28,7 +28,7 @@ import torch
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from peft import LoraConfig
-from shared import Parser, check_model, check_run, check_setup, claim, refusals, run, train
+from shared import Parser, check_run, check_setup, claim, load, refusals, run, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -78,6 +78,8 @@ class CountingTrainer(SFTTrainer):
         whole.max_length = None
         tokens = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
         self.tokens_in_all, self.tokens_that_count = count(tokens)
+        if not any(label != -100 for row in tokens for label in row["labels"][1:]):
+            raise ValueError(f"the {dataset_name} data holds nothing to learn: no document of two tokens")
         return super()._prepare_dataset(tokens, processing_class, args, packing, None, dataset_name)
 
 
@@ -145,22 +147,20 @@ def prepare(args: LoraArguments, trainer_args: Defaults) -> CountingTrainer:
     del settings["merge"]
     check_run(out, settings)
     rows = load_rows(args.data)
-    tokenizer = AutoTokenizer.from_pretrained(check_model(args.model, "--model"))
+    tokenizer = load(AutoTokenizer, args.model, "--model")
     if is_chat(rows) and tokenizer.chat_template is None and trainer_args.chat_template_path is None:
         raise ValueError(
             f"--data holds chats, but the tokenizer of {args.model} has no chat template: name one by "
             "--chat_template_path, a Jinja file or a tokenizer that has one"
         )
     trainer = CountingTrainer(
-        model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),
+        model=load(AutoModelForCausalLM, args.model, "--model", dtype=torch.float32),
         args=trainer_args,
         train_dataset=rows,
         processing_class=tokenizer,
         # No target_modules: the family has defaults, every projection in the mixers and the MLPs.
         peft_config=LoraConfig(r=args.r, lora_alpha=2 * args.r, task_type="CAUSAL_LM"),
     )
-    if not count(trainer.train_dataset)[1]:
-        raise ValueError(f"--data {', '.join(args.data)}: there is nothing in it to learn")
     if trainer.is_world_process_zero():
         claim(out, settings)
     return trainer

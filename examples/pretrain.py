@@ -28,7 +28,7 @@ from typing import Literal
 
 import torch
 from datasets import IterableDataset, load_dataset
-from shared import SETTINGS, Parser, check_model, check_run, check_setup, claim, refusals, run, train, train_tokenizer
+from shared import SETTINGS, Parser, check_run, check_setup, claim, load, refusals, run, train, train_tokenizer
 from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from deltanet_conversion.text import TEXT_SUFFIXES
@@ -138,7 +138,7 @@ def packed(stream: IterableDataset, tokenizer, length: int) -> IterableDataset:
 def load_tokenizer(args: PretrainArguments, stream: IterableDataset, folder: Path, trainer_args: TrainingArguments):
     """The tokenizer that was asked for; or one trained on the beginning of the data, by the first process for all."""
     if args.tokenizer is not None:
-        tokenizer = AutoTokenizer.from_pretrained(check_model(args.tokenizer, "--tokenizer"))
+        tokenizer = load(AutoTokenizer, args.tokenizer, "--tokenizer")
         if tokenizer.eos_token_id is None:
             raise ValueError(f"--tokenizer {args.tokenizer} has no token for the end of a text (eos_token)")
         return tokenizer
@@ -182,8 +182,8 @@ def prepare(args: PretrainArguments, trainer_args: TrainingArguments):
     rows = packed(stream, tokenizer, args.length)
     if args.held_out and (found := sum(1 for _ in rows.take(args.held_out + 1))) <= args.held_out:
         raise ValueError(
-            f"the text makes {found} rows of {args.length} tokens, of which --held_out {args.held_out} leaves none to "
-            "train on"
+            f"the text is too short: rows of {args.length} tokens that it makes: {found}, and --held_out "
+            f"{args.held_out} leaves none to train on"
         )
     set_seed(trainer_args.seed)  # the same weights in every process
     trainer = Trainer(

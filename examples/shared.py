@@ -94,19 +94,13 @@ def check_setup(trainer_args: TrainingArguments) -> None:
         )
 
 
-def check_model(name: str, flag: str) -> str:
-    """The name of a model or tokenizer. Refuses a folder that is not there, which would be sought on the Hub."""
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).parent.is_dir() and "/" in name
-    if looks_local and not Path(name).is_dir():
-        raise ValueError(f"{flag} {name}: no such folder")
-    return name
-
-
-def existing_files(names: Iterable[str], flag: str) -> list[str]:
-    for name in names:
-        if not Path(name).exists():
-            raise ValueError(f"{flag} {name}: no such file")
-    return list(names)
+def load(auto_class, name: str, flag: str, **options):
+    """`from_pretrained` of a name that came by a flag."""
+    try:
+        return auto_class.from_pretrained(name, **options)
+    except OSError as error:
+        reason = str(error) if Path(name).is_dir() else f"no such folder, and none from the Hub ({error})"
+        raise ValueError(f"{flag} {name}: {reason}") from error
 
 
 # -------------------------------------------------------------------------------- training
