@@ -2,8 +2,8 @@
 
     # data: JSON lines with "text", with "prompt" and "completion", or with "messages" (chats)
     python examples/finetune_lora.py --model runs/pretrain/model --data notes.jsonl --max_steps 200
-    python examples/finetune_lora.py --model runs/pretrain/model --data notes.jsonl --r 64 --max_length 4096 --merge
-    True
+    python examples/finetune_lora.py --model runs/pretrain/model --data notes.jsonl \\
+        --r 64 --max_length 4096 --merge True
     accelerate launch --num_processes 8 examples/finetune_lora.py  ...the same...
 
     # two processes on a CPU, where `accelerate launch` starts one, whatever --num_processes says
@@ -12,7 +12,7 @@
 The adapter is written to OUTPUT_DIR/adapter, with --merge True also the merged model to OUTPUT_DIR/merged. Ctrl-C
 saves a checkpoint and stops; the same command goes on from the last one. A document that is longer than --max_length
 goes on in another row. Chats need a tokenizer with a chat template, or --chat_template_path FILE. Curves come by
---report_to tensorboard, after `pip install tensorboard`.
+--report_to tensorboard, after `pip install '.[tensorboard]'`.
 
 Every flag of TRL's SFTConfig works; below, this script's own come first.
 """

@@ -12,7 +12,7 @@
     # two processes on a CPU, where `accelerate launch` starts one, whatever --num_processes says
     torchrun --nproc_per_node 2 examples/pretrain.py  ...the same...
 
-    # faster on a GPU, with less memory, and with curves, which need `pip install tensorboard`
+    # faster on a GPU, with less memory, and with curves (`pip install '.[tensorboard]'`)
     ... --use_liger_kernel True --torch_compile True --activation_checkpointing True --report_to tensorboard
 
 Ctrl-C saves a checkpoint and stops; the same command goes on from the last one in --output_dir. Every flag of

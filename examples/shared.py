@@ -80,7 +80,7 @@ def refusals(parser: argparse.ArgumentParser):
 def check_setup(trainer_args: TrainingArguments) -> None:
     """Refuse what would fail only after the data has been read; warn of a launch that is not what it looks like."""
     if "tensorboard" in trainer_args.report_to and not is_tensorboard_available():
-        raise ValueError("--report_to tensorboard needs TensorBoard: pip install tensorboard")
+        raise ValueError("--report_to tensorboard needs TensorBoard: pip install '.[tensorboard]'")
     for name in ("logging_steps", "eval_steps", "save_steps"):  # a share, of which Trainer would warn when it resumes
         if 0 < (getattr(trainer_args, name) or 0) < 1 and trainer_args.max_steps > 0:
             setattr(trainer_args, name, max(1, math.ceil(getattr(trainer_args, name) * trainer_args.max_steps)))

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainerControl, TrainingArguments
+
+from deltanet_conversion import interrupt
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -21,12 +23,12 @@ TRAIN = "--per_device_train_batch_size 4 --max_steps 6 --logging_steps 1 --save_
 
 
 def run(script: str, *arguments, launcher: str = "") -> str:
-    """What the script prints; as a user would start it, without a network."""
+    """What the script prints and complains of; as a user would start it, without a network."""
     command = [sys.executable, *launcher.split(), EXAMPLES / script, *map(str, arguments)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert process.returncode == 0, process.stdout + process.stderr
-    return process.stdout
+    return process.stdout + process.stderr
 
 
 @pytest.fixture
@@ -90,6 +92,7 @@ def test_two_processes_learn_what_one_does(pretrained):
     launcher += " --dynamo_backend no"
     output = run("pretrain.py", *arguments, "--output_dir", folder / "two", launcher=launcher)
     assert "2 process(es)" in output
+    assert "find_unused_parameters" not in output  # DDP's warning of a search that costs time and finds nothing
     # the same rows, summed in another order
     assert losses(folder / "two" / "checkpoint-6") == pytest.approx(
         losses(folder / "whole" / "checkpoint-6"), rel=1e-4
@@ -181,6 +184,26 @@ def test_ctrl_c_costs_nothing(pretrained, here, tmp_path, monkeypatch, script):
     assert code == 2 and "other settings" in complaints and "other.jsonl" in complaints
 
 
+def test_processes_stop_together(monkeypatch):
+    """A process that hears of Ctrl-C a step later than the others would wait for their gradients for ever."""
+    others = []
+    monkeypatch.setattr(interrupt.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(interrupt.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(interrupt.dist, "new_group", lambda backend: backend)
+    monkeypatch.setattr(interrupt.dist, "all_reduce", lambda flag, op, group: flag.fill_(max(int(flag), *others)))
+    handler = signal.getsignal(signal.SIGINT)
+    callback, control = interrupt.SaveOnInterrupt(), TrainerControl()
+    callback.on_train_begin(None, None, control)
+    others[:] = [0, 0]
+    callback.on_step_end(None, None, control)
+    assert not control.should_training_stop
+    others[:] = [0, 1]
+    callback.on_step_end(None, None, control)
+    callback.on_train_end(None, None, control)
+    assert control.should_training_stop and control.should_save and callback.interrupted
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
 WRONG = {
     "Alpaca's columns": ([{"instruction": "Add.", "input": "1", "output": "2"}], '"output" is its "completion"'),
     "an empty file": ([], "data.jsonl: the file is empty"),
@@ -235,7 +258,7 @@ def test_chats_need_a_chat_template(pretrained, here, tmp_path):
         ("--text {}/text.txt --tokenizer {}/none", "none: no such folder"),
         ("--text {}/text.txt --preset 340m", "no preset '340m'"),
         ("--text {}/text.txt --sample_by lines", "invalid choice: 'lines'"),
-        ("--text {}/text.txt --report_to tensorboard", "pip install tensorboard"),
+        ("--text {}/text.txt --report_to tensorboard", "pip install '.[tensorboard]'"),
         ("--dataset {}/folder --text_column body", "has columns text"),
         ("", "give either --dataset or --text"),
     ],
