@@ -49,14 +49,34 @@ class SaveOnInterrupt(TrainerCallback):
             signal.signal(signum, handler)
 
 
+class AlreadyTrained(Exception):
+    """Ends a training of which no step is left."""
+
+
+class StopBeforeTooMuch(TrainerCallback):
+    """Trainer looks at `max_steps` after a step only: it would train one more of a checkpoint that is finished."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            raise AlreadyTrained
+
+
 def train_or_resume(trainer: Trainer) -> bool:
     """Train from the last checkpoint in the trainer's `output_dir`, or from the beginning. Whether it was trained to
-    the end: False after Ctrl-C, and the same call goes on from there.
+    the end: False after Ctrl-C, and the same call goes on from there. After the end, it loads the last checkpoint.
     """
+    checkpoint = last_checkpoint(trainer.args.output_dir)
+    tied = getattr(trainer.model, "all_tied_weights_keys", None)
+    if checkpoint is not None and tied:
+        # Where Trainer looks before it warns of tied weights, which a checkpoint holds once.
+        trainer.model._keys_to_ignore_on_save.update(tied)
     interrupt = SaveOnInterrupt()
+    trainer.callback_handler.callbacks.insert(0, StopBeforeTooMuch())  # before others say that training begins
     trainer.add_callback(interrupt)
-    trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir))
-    trainer.remove_callback(interrupt)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except AlreadyTrained:
+        trainer.is_in_train = False
     return not interrupt.interrupted
 
 

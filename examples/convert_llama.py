@@ -192,11 +192,11 @@ def only_answers(row: dict, question: int) -> dict:
 
 
 class StopWhenSolved(TrainerCallback):
-    """Ends a training whose loss has fallen to `SOLVED`."""
+    """Ends a training whose loss has fallen to `SOLVED`, with a checkpoint to go on from."""
 
     def on_log(self, args, state, control, logs, **kwargs):
         if logs.get("loss", math.inf) < SOLVED:
-            control.should_training_stop = True
+            control.should_save = control.should_training_stop = True
 
 
 def train_on(

@@ -177,6 +177,11 @@ def test_ctrl_c_costs_nothing(pretrained, here, tmp_path, monkeypatch, script):
     there, here_ = load_file(file), load_file(tmp_path / "stopped" / whole.name / file.name)
     assert all((weight == here_[name]).all() for name, weight in there.items())
 
+    steps = len(calls)
+    assert here(script, *arguments)[0] == 0
+    after = load_file(tmp_path / "stopped" / whole.name / file.name)
+    assert len(calls) == steps and all((weight == after[name]).all() for name, weight in there.items())
+
     [flag] = [name for name in ("--text", "--data") if name in arguments]
     other = write_rows(tmp_path / "other.jsonl", [{"text": "other"}])
     arguments[arguments.index(flag) + 1] = other
