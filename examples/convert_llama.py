@@ -60,7 +60,7 @@ from deltanet_conversion.checkpoint import new_folder  # noqa: E402
 from deltanet_conversion.text import blocks, load_text  # noqa: E402
 
 
-KEYS, WRITES = 8, 4  # of the task that is measured
+KEYS, WRITES = recall.AT_ONCE, 4  # of the task that is measured
 DOCUMENT = 96  # tokens of a document of the task to learn from, its end included
 MOST_FIRST = 40_000  # documents of it, and nothing else, that the teacher begins with
 SOLVED = 0.1  # loss in nats an answer at which it goes on to all the text

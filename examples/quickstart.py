@@ -178,6 +178,8 @@ def main():
     start = time.perf_counter()
     out, settings = args.output_dir, {k: v for k, v in vars(args).items() if k not in ("output_dir", "owner")}
     with refusals(parser):
+        if args.hidden_size < 64 or args.hidden_size % 64:
+            raise ValueError(f"--hidden-size must be a multiple of 64, got {args.hidden_size}")
         claim(out, settings)
     changed = [f"--{k.replace('_', '-')} {v}" for k, v in settings.items() if v != parser.get_default(k)]
     command = " ".join(["python examples/quickstart.py", *changed])

@@ -24,6 +24,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from modeling_deltanet import DeltaNetConfig, DeltaNetForCausalLM, linear_attention_deltanet
 
 
+AT_ONCE = 8  # keys that a text uses
 KEYS, VALUES, QUESTION = "abcdefgh", "0123456789", "?"
 SYMBOLS = KEYS + VALUES + QUESTION
 WRITES = 4  # under each key, of the texts that are measured
@@ -44,10 +45,10 @@ def without_delta_rule(q, k, v, beta, initial_state=None, output_final_state=Fal
 
 
 def recall_stream(draw: random.Random, keys: Sequence[str], values: Sequence[str], question: str, length: int):
-    """The task to learn from, `length` symbols: writes `key value` and questions `? key value` in any order, over 8 of
-    the keys.
+    """The task to learn from, `length` symbols: writes `key value` and questions `? key value` in any order, over
+    `AT_ONCE` of the keys.
     """
-    keys, memory, text = draw.sample(keys, 8), {}, []
+    keys, memory, text = draw.sample(keys, AT_ONCE), {}, []
     while len(text) < length:
         key = draw.choice(keys)
         if key in memory and draw.random() < 0.5:
@@ -59,8 +60,8 @@ def recall_stream(draw: random.Random, keys: Sequence[str], values: Sequence[str
 
 
 def recall_episode(draw: random.Random, keys: Sequence[str], values: Sequence[str], question: str, writes: int):
-    """The task that is measured: 8 of the keys, each written `writes` times, then all asked for."""
-    keys, memory, text = draw.sample(keys, 8), {}, []
+    """The task that is measured: `AT_ONCE` of the keys, each written `writes` times, then all asked for."""
+    keys, memory, text = draw.sample(keys, AT_ONCE), {}, []
     for key in draw.sample(keys * writes, len(keys) * writes):
         memory[key] = draw.choice(values)
         text += [key, memory[key]]

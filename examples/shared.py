@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ bos_token + message['role'] + '\\n' }}"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
     "{% else %}{{ message['content'] + eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ bos_token + 'assistant\n' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ bos_token + 'assistant\\n' }}{% endif %}"
 )
 SETTINGS = "settings.json"
 
