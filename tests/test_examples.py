@@ -144,7 +144,7 @@ def test_pretraining_reads_all_text(pretrained, here, monkeypatch):
 
 
 @pytest.mark.parametrize("script", ["pretrain.py", "finetune_lora.py"])
-def test_ctrl_c_costs_nothing(pretrained, here, tmp_path, monkeypatch, script):
+def test_an_interrupted_run_ends_in_the_same_bits(pretrained, here, tmp_path, monkeypatch, script):
     """Stopping a run would lose it; or it would go on to another model, read other text, or warn of its settings."""
     folder, arguments, _ = pretrained
     if script == "pretrain.py":
