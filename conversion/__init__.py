@@ -10,6 +10,7 @@ import importlib
 _MODULES = {
     "Checkpoint": "checkpoint",
     "Distillation": "distillation",
+    "Evaluation": "evaluate",
     "Stage": "stage",
     "align": "alignment",
     "choose_layers": "llama",
@@ -18,6 +19,7 @@ _MODULES = {
     "convert_from_llama": "llama",
     "convert_to_fla": "fla",
     "distill": "distillation",
+    "evaluate_checkpoint": "evaluate",
     "generate_text": "generate",
     "inspect_checkpoint": "inspect",
     "logit_difference": "verify",

@@ -18,11 +18,12 @@ there is no figure says so. An evaluation file is JSON, either what lm-evaluatio
 column of its own and stays out of the metadata's `model-index`.
 """
 
-import itertools
+import importlib.metadata
 import json
 import math
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -35,12 +36,13 @@ from safetensors import SafetensorError, safe_open
 import modeling_deltanet
 from modeling_deltanet import DeltaNetConfig
 from modeling_deltanet.cache_deltanet import new_file
+from modeling_deltanet.versions_deltanet import NEWEST, OLDEST
 
+from .card_check import MISSING
 from .files import is_hub_id, own_file, read_json
+from .hub_names import language_problem, license_problem
 
 
-MISSING = "[More Information Needed]"  # the Hub's own mark; `deltanet push` refuses a card that holds one
-SECTIONS = ("How to use", "Architecture", "Training", "Evaluation", "Speed", "Limits")
 EVALUATION_KEYS = {"command", "hardware", "results", "speed"}
 RESULT_KEYS = {"dataset", "dataset_id", "metric", "value", "of", "split"}
 SPEED_KEYS = {"what", "value", "unit"}
@@ -91,10 +93,13 @@ def make_card(
 
     Args:
         checkpoint: folder with `config.json` and safetensors, or with `adapter_config.json`.
-        repo_id: where it will be published, `owner/name`; the usage example loads from there.
+        repo_id: where it will be published, `owner/name`; the usage example loads from there. A name alone will do:
+            `deltanet push` fills in the owner.
         title, summary, limits: text; the repository's name, and a mark that `deltanet push` refuses, by default.
-        license, language, datasets: the metadata's fields.
-        base_model: Hub id of the model that an adapter belongs to, or that this one was made from.
+        license, language: the Hub's identifiers, such as "apache-2.0" and "en".
+        datasets: names of those on the Hub.
+        base_model: Hub id of the model that an adapter belongs to, or that this one was made from. Beside a `repo_id`
+            without an owner it may lack one, too.
         training: text about the training, put before what `trainer_state.json` says.
         evaluations: evaluation files; every `evaluation*.json` in the folder by default.
         trainer_state: a Trainer's `trainer_state.json`; the folder's own by default.
@@ -103,9 +108,13 @@ def make_card(
 
     Raises:
         ValueError: a folder that is neither a DeltaNet nor an adapter, an adapter without a base that the Hub could
-            know, a damaged file, or a figure without a number or a source. The file and the place in it are named.
+            know, a licence or a language that the Hub does not know, a damaged file, or a figure without a number or
+            a source. The file and the place in it are named.
     """
     validate_repo_id(repo_id)
+    for problem in (license is not None and license_problem(license), language and language_problem(language)):
+        if problem:
+            raise ValueError(problem)
     folder = Path(checkpoint)
     if evaluations is None:
         evaluations = [own_file(folder, file.name) for file in sorted(folder.glob("evaluation*.json"))]
@@ -116,7 +125,7 @@ def make_card(
 
     adapter = None
     if (folder / "adapter_config.json").exists():
-        adapter, architecture, layers, auto_class = _adapter(folder, base_model)
+        adapter, architecture, layers, auto_class = _adapter(folder, base_model, needs_owner="/" in repo_id)
         base_model = base_model or adapter["base_model"]
     elif (folder / "config.json").exists():
         architecture, layers, auto_class = _architecture(folder)
@@ -142,6 +151,8 @@ def make_card(
         title=title or repo_id.split("/")[-1],
         summary=summary or MISSING,
         repo_id=repo_id,
+        repository=repository(),
+        transformers=(OLDEST, NEWEST),
         adapter=adapter,
         auto_class=auto_class,
         base_model=base_model,
@@ -162,6 +173,15 @@ def make_card(
         commands=[{"text": text, "code": _code(text), "hardware": _inline(hardware)} for text, hardware in commands],
         limits=limits or MISSING,
     )
+
+
+def repository() -> str | None:
+    """Where this package can be installed from: `Repository` of [project.urls] in pyproject.toml, if it is set."""
+    try:
+        urls = importlib.metadata.metadata("modeling-deltanet").get_all("Project-URL") or []
+    except importlib.metadata.PackageNotFoundError:  # run from its source
+        return None
+    return next((url for label, _, url in (entry.partition(", ") for entry in urls) if label == "Repository"), None)
 
 
 def write_card(card: ModelCard, file: str | os.PathLike) -> None:
@@ -226,14 +246,17 @@ def _harness_figures(path, content: dict, repo_id: str) -> list[Figure]:
         command = f"lm_eval --model {model} --model_args pretrained={repo_id},trust_remote_code=True --tasks {task}"
         if shots.get(task):
             command += f" --num_fewshot {_number(f'{path}: n-shot, {task}', shots[task])}"
-        for name, value in metrics.items():
-            metric, _, metric_filter = _text(f"{path}: {task}", name, may_be_empty=True).partition(",")
-            if metric_filter and not metric.endswith("_stderr"):
-                name = metric if metric_filter == "none" else f"{metric} ({metric_filter})"
-                figures.append(
-                    Figure(task, name, _number(f"{path}: {task}, {metric}", value), command, dataset_id=task)
-                )
+        for metric, value in harness_metrics({_text(f"{path}: {task}", k, True): v for k, v in metrics.items()}):
+            figures.append(Figure(task, metric, _number(f"{path}: {task}, {metric}", value), command, dataset_id=task))
     return figures
+
+
+def harness_metrics(metrics: dict) -> Iterator[tuple[str, object]]:
+    """The metrics of one of lm-evaluation-harness's tasks, which are named `metric,filter`, without their errors."""
+    for name, value in metrics.items():
+        metric, _, metric_filter = name.partition(",")
+        if metric_filter and not metric.endswith("_stderr"):
+            yield metric if metric_filter == "none" else f"{metric} ({metric_filter})", value
 
 
 def _template() -> str:
@@ -290,10 +313,10 @@ def _architecture(folder: Path) -> tuple[list[tuple[str, str]], str, str]:
     return rows, _pattern(config.layer_types), architecture.replace("DeltaNet", "AutoModel", 1)
 
 
-def _adapter(folder: Path, base_model: str | None) -> tuple[dict, list[tuple[str, str]], str, str]:
+def _adapter(folder: Path, base_model: str | None, needs_owner: bool) -> tuple[dict, list[tuple[str, str]], str, str]:
     config = read_json(own_file(folder, "adapter_config.json"))
     base = base_model or config.get("base_model_name_or_path")
-    if not is_hub_id(base):
+    if not is_hub_id(base) and (needs_owner or not is_hub_id(f"owner/{base_model}")):
         raise ValueError(
             f"{folder / 'adapter_config.json'}: base_model_name_or_path is {base!r}, which is no repository of the "
             "Hub (owner/name); name the base with base_model (--base-model)"
@@ -491,51 +514,3 @@ def _code(text: str) -> str:
 
 def _format(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def card_problems(
-    text: str, repo_id: str, files: set[str], base_model: str | None = None
-) -> list[tuple[int | None, str]]:
-    """Why a card is not complete, with the line: what `deltanet push` refuses.
-
-    Args:
-        text: the card, metadata included.
-        repo_id: the repository it is to describe.
-        files: names of the files that go with it, which its pictures must be among.
-        base_model: the base that an adapter's card has to name.
-    """
-    try:
-        data = ModelCard(text, ignore_metadata_errors=False).data
-    except Exception as error:  # noqa: BLE001 (YAML's own errors and the card classes' have no common ancestor)
-        return [(1, f"metadata that the Hub would refuse: {error}")]
-    problems: list[tuple[int | None, str]] = [
-        (1, f"no {field} in the metadata") for field in ("license", "library_name", "tags") if not data.get(field)
-    ]
-    if base_model is not None and data.base_model != base_model:
-        problems.append((1, f"the metadata names {data.base_model!r} as base_model, not {base_model!r}"))
-    lines = text.splitlines()
-    headings = {line[3:].strip(): i for i, line in enumerate(lines) if line.startswith("## ")}
-    for section in SECTIONS:
-        if section not in headings:
-            problems.append((None, f"no section {section!r}"))
-        elif not any(line.strip() for line in _until_heading(lines[headings[section] + 1 :])):
-            problems.append((headings[section] + 1, f"section {section!r} is empty"))
-    if "Conversion" in headings and not any(
-        "recall" in line.lower() for line in _until_heading(lines[headings.get("Evaluation", 0) + 1 :])
-    ):
-        problems.append((headings["Conversion"] + 1, "a conversion without a recall figure in its evaluation"))
-    for mark in (MISSING, "{{", "TODO"):
-        if places := [i for i, line in enumerate(lines, start=1) if mark in line]:
-            more = f", here and in {len(places) - 1} more lines" if len(places) > 1 else ""
-            problems.append((places[0], f"{mark} is still to be filled in{more}"))
-    for i, line in enumerate(lines, start=1):
-        for picture in re.findall(r"!\[[^\]]*\]\((?!https?:)([^)\s]+)", line):
-            if picture not in files:
-                problems.append((i, f"the picture {picture} is not among the files"))
-    if f'from_pretrained("{repo_id}"' not in text:
-        problems.append((None, f'its example does not load the repository: no from_pretrained("{repo_id}")'))
-    return problems
-
-
-def _until_heading(lines: list[str]) -> list[str]:
-    return list(itertools.takewhile(lambda line: not line.startswith("## "), lines))

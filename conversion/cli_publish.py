@@ -1,4 +1,4 @@
-"""The commands `deltanet card`, `deltanet push` and `deltanet kernels build`.
+"""The commands `deltanet evaluate`, `deltanet card`, `deltanet push` and `deltanet kernels build`.
 
 Exit codes: 0 done, 1 refused (the message says what and where), 2 wrong usage, 3 the Hub failed, 4 what came back from
 the Hub is not what was sent. With --json the result is one JSON object on stdout; all else goes to stderr.
@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from .cli_evaluate import evaluate
+
 
 console = Console(stderr=True, emoji=False)  # README.md:100: is a place, not an emoji
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
@@ -22,6 +24,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on 
 
 def register(app: typer.Typer) -> None:
     """Add the publishing commands to a command line."""
+    app.command()(evaluate)
     app.command()(card)
     app.command()(push)
     kernels = typer.Typer(help="Build the Triton kernels as a kernel of the Hub.", no_args_is_help=True)
@@ -60,7 +63,8 @@ def card(
 
     Figures come from evaluation files (lm-evaluation-harness's, or JSON with "command" and "results"): one without the
     command that made it is refused, and what was not measured is said to be so. Texts that are not given are marked
-    [More Information Needed], which `deltanet push` refuses: edit the card, it is yours.
+    [More Information Needed], which `deltanet push` refuses: edit the card, it is yours. PEFT's empty card beside an
+    adapter is replaced.
 
     \b
     deltanet card runs/mine --repo-id me/mine --license apache-2.0 --summary "A small DeltaNet."
@@ -69,10 +73,11 @@ def card(
     --license apache-2.0 --force
     """
     from .card import MISSING, make_card, write_card
+    from .card_check import is_stub
 
     file = output or checkpoint / "README.md"
     with _refusals(as_json):
-        if file.exists() and not force:
+        if file.exists() and not force and not is_stub(file.read_text(encoding="utf-8")):
             raise ValueError(f"{file} exists and may have been edited: --force replaces it")
         made = make_card(
             checkpoint,
@@ -99,6 +104,8 @@ def card(
     console.print(f"{file}: {figures} figures in its metadata", highlight=False)
     if to_fill:
         console.print(f"To be filled in by you: line {', '.join(map(str, to_fill))}", highlight=False)
+    if not any("recall" in f"{x.dataset_name} {x.metric_type}".lower() for x in made.data.eval_results or []):
+        console.print(f"Recall was not measured: `deltanet evaluate {checkpoint}` does", highlight=False)
 
 
 def push(
@@ -115,15 +122,23 @@ def push(
     base_model: Annotated[
         str | None, typer.Option(help="An adapter's base on the Hub, instead of a local folder.")
     ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="Send what would be left out or asked about: 'wandb', '*.csv'; may be given several times."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Leave it out: 'notes', '*.gguf'; may be given several times.")
+    ] = None,
     message: Annotated[str, typer.Option(help="The commit's message.")] = "Upload by `deltanet push`",
     as_json: Json = False,
 ) -> None:
     """Publish a checkpoint or an adapter on the Hub, in one commit.
 
     First the folder is validated: it loads by its own code and generates a token, the card is complete, no file holds
-    a secret or a path of this machine. What is wrong is listed by file and line. Then what has changed is sent in one
-    commit, pulled back, and compared by hash. A push that fails leaves the branch as it was; give the command again.
-    Content that was uploaded already is not sent twice.
+    a secret or a path of this machine. What is wrong is listed by file and line. Logs and checkpoints of a training
+    are left out; data and big files that no model needs are asked about: --include, --exclude. Then what has changed
+    is sent in one commit, pulled back, and compared by hash. A push that fails leaves the branch as it was; give the
+    command again. Content that was uploaded already is not sent twice.
 
     \b
     deltanet push runs/mine me/mine --dry-run
@@ -131,6 +146,7 @@ def push(
     deltanet push runs/mine me/mine --revision step-2000
     deltanet push runs/mine somebody/theirs --create-pr
     deltanet push runs/lora me/mine-lora --base-model me/mine
+    deltanet push runs/mine me/mine --include examples.csv --exclude notes
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import disable_progress_bars
@@ -141,7 +157,7 @@ def push(
         disable_progress_bars()
     with _refusals(as_json):
         with console.status("Loading it and generating a token ..."):
-            plan = prepare(folder, repo_id, base_model=base_model)
+            plan = prepare(folder, repo_id, base_model=base_model, include=include or (), exclude=exclude or ())
         if dry_run:
             changes = None if constants.HF_HUB_OFFLINE else preview(plan, revision=revision)
             _show_plan(plan, changes, as_json)

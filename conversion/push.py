@@ -11,12 +11,14 @@ goes on.
 """
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,20 +31,16 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from .card import card_problems
-from .files import check_named_files, is_hub_id, read_json, why_foreign
+from .card_check import card_license, card_problems, is_license, is_stub, with_owner
+from .collect import collect, strays
+from .files import check_named_files, is_hub_id, read_json
+from .hub_names import license_problem
 from .scan import Problem, scan
 
 
 # huggingface_hub's HTTP library, httpx up to 1.x and httpx2 since, has no name that fits both.
 HTTP_ERROR = HfHubHTTPError.__bases__[0]
 
-LEFT_OUT = {
-    "optimizer.pt": "training state",
-    "scheduler.pt": "training state",
-    "scaler.pt": "training state",
-    "training_args.bin": "a pickle that holds paths of this machine",
-}
 STALE_WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 
@@ -115,25 +113,43 @@ class Published:
     verified: int
 
 
-def push(folder: str | os.PathLike, repo_id: str, *, base_model: str | None = None, **options) -> Published:
+def push(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    base_model: str | None = None,
+    include: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (),
+    **options,
+) -> Published:
     """`prepare`, then `publish` with `options`."""
-    return publish(prepare(folder, repo_id, base_model=base_model), **options)
+    plan = prepare(folder, repo_id, base_model=base_model, include=include, exclude=exclude)
+    return publish(plan, **options)
 
 
 # ------------------------------------------------------------------------------------------------------------- prepare
 
 
-def prepare(folder: str | os.PathLike, repo_id: str, *, base_model: str | None = None) -> Plan:
+def prepare(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    base_model: str | None = None,
+    include: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (),
+) -> Plan:
     """Read a folder and check that it can be published as `repo_id`; nothing is sent.
 
     The model must load in a fresh process that runs the code in the folder, not this package's, and generate a token.
-    Code that is missing is added as `modeling_deltanet.register_remote_code` does it; an adapter is loaded with its
-    base.
+    Code that is missing is added as `modeling_deltanet.register_remote_code` does it, and so are the owner in a card
+    that was made for a name without one, and the text of apache-2.0; an adapter is loaded with its base.
 
     Args:
         folder: a DeltaNet checkpoint (config.json) or an adapter (adapter_config.json).
         repo_id: `owner/name`.
         base_model: for an adapter, the base's Hub id, written into `adapter_config.json` in place of a local folder.
+        include: patterns of files to send that `collect` would leave out, or that `strays` asks about.
+        exclude: patterns of files to leave out.
 
     Raises:
         PushRefused: with every problem, by file and line.
@@ -149,10 +165,12 @@ def prepare(folder: str | os.PathLike, repo_id: str, *, base_model: str | None =
     if base_model is not None and not is_adapter:
         raise ValueError(f"{folder} is not an adapter: base_model ({base_model!r}) belongs into its card")
 
-    sources, left_out, problems, foreign = _collect(folder)
+    sources, left_out, problems, foreign = collect(folder, tuple(include), tuple(exclude))
     if foreign:  # nothing of them is read, not even to look for more
         raise PushRefused(folder, problems + foreign)
     check_named_files(folder)
+    strayed = strays(folder, sources, tuple(include))
+    problems += strayed
     base = None
     if is_adapter:
         sources, base = _with_base(folder, sources, base_model)
@@ -165,12 +183,19 @@ def prepare(folder: str | os.PathLike, repo_id: str, *, base_model: str | None =
         problems.append(Problem("*.safetensors", None, "missing: there are no weights"))
 
     problems += _foreign_code(folder, sources)
-    problems += scan(sources)
-    if "README.md" in sources:
-        card = (folder / "README.md").read_text(encoding="utf-8")
-        problems += [Problem("README.md", *p) for p in card_problems(card, repo_id, set(sources), base)]
-    else:
+    if "README.md" not in sources:
         problems.append(Problem("README.md", None, "missing: make one with `deltanet card`"))
+    elif is_stub(stored := (folder / "README.md").read_text(encoding="utf-8")):  # every line would be a problem
+        del sources["README.md"]
+        problems.append(Problem("README.md", None, "PEFT's stub: make a card with `deltanet card`"))
+    else:
+        card = with_owner(stored, repo_id, base)
+        sources |= {} if card == stored else {"README.md": card.encode()}
+        problems += [Problem("README.md", *problem) for problem in card_problems(card, repo_id, set(sources), base)]
+        licence, missing = _license(card, sources)
+        sources, problems = sources | licence, problems + missing
+    to_decide = {problem.file for problem in strayed}  # gigabytes, maybe: not searched before they are wanted
+    problems += scan({name: source for name, source in sources.items() if name not in to_decide})
     loaded = {}
     if not problems:  # loading takes longest, and what it would say of an incomplete folder helps nobody
         loaded = _load(folder, sources, is_adapter)
@@ -179,48 +204,6 @@ def prepare(folder: str | os.PathLike, repo_id: str, *, base_model: str | None =
         raise PushRefused(folder, problems)
     files = {name: _content(source) for name, source in sorted(sources.items())}
     return Plan(repo_id, "adapter" if is_adapter else "model", files, left_out, loaded)
-
-
-def _collect(folder: Path) -> tuple[dict[str, Path | bytes], dict[str, str], list[Problem], list[Problem]]:
-    """The files to send, what is left out and why, what is there but must not be, and what may not even be read."""
-    sources, left_out, problems, foreign = {}, {}, [], []
-
-    def unreadable(error: OSError):
-        foreign.append(Problem(Path(error.filename).relative_to(folder).as_posix(), None, f"{error.strerror}"))
-
-    for path, folders, names in os.walk(folder, onerror=unreadable):
-        for name in sorted(folders):
-            inside = Path(path, name)
-            reason = (
-                "hidden" if name.startswith(".")
-                else "compiled code" if name == "__pycache__"
-                else "a link to another folder" if inside.is_symlink()
-                else "a checkpoint of its own"
-                if any((inside / c).exists() for c in ("config.json", "adapter_config.json"))
-                else None
-            )  # fmt: skip
-            if reason is not None:
-                left_out[f"{inside.relative_to(folder).as_posix()}/"] = reason
-                folders.remove(name)
-        folders.sort()
-        for name in sorted(names):
-            inside = Path(path, name)
-            relative = inside.relative_to(folder).as_posix()
-            if not relative.isprintable():
-                foreign.append(Problem(ascii(relative), None, "a name that cannot be shown"))
-            elif name in LEFT_OUT or name.startswith("rng_state"):
-                left_out[relative] = LEFT_OUT.get(name, "training state")
-            elif name.startswith(".") and not name.startswith((".env", ".netrc", ".npmrc", ".pypirc")):
-                left_out[relative] = "hidden"
-            elif name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt")):
-                problems.append(
-                    Problem(relative, None, "a pickle, which can run code when it is loaded: use safetensors")
-                )
-            elif (reason := why_foreign(inside, folder)) is not None:
-                foreign.append(Problem(relative, None, reason))
-            else:
-                sources[relative] = inside
-    return sources, left_out, problems, foreign
 
 
 def _missing_code(folder: Path) -> dict[str, bytes]:
@@ -279,6 +262,21 @@ def _module(reference: str, folder: Path) -> Path | None:
     """
     match = re.fullmatch(r"(\w+)\.\w+", reference)
     return folder / f"{match[1]}.py" if match and (folder / f"{match[1]}.py").is_file() else None
+
+
+def _license(card: str, sources: dict) -> tuple[dict[str, bytes], list[Problem]]:
+    """The licence's text, where the folder lacks it and it is Apache-2.0, which is this package's own; otherwise the
+    problem, unless the card links to the text.
+    """
+    name, has_link = card_license(card)
+    if has_link or license_problem(name) or name == "unknown" or any(map(is_license, sources)):
+        return {}, []
+    if name == "apache-2.0":
+        with suppress(importlib.metadata.PackageNotFoundError):  # run from its source
+            if text := importlib.metadata.distribution("modeling-deltanet").read_text("licenses/LICENSE"):
+                return {"LICENSE": text.encode()}, []
+    what = f"missing: put the text of {name} there, or license_link into the card's metadata"
+    return {}, [Problem("LICENSE", None, what)]
 
 
 def _foreign_code(folder: Path, sources: dict) -> list[Problem]:

@@ -1,7 +1,9 @@
 """`deltanet card`: what stands in a card comes from a file, and what the Hub reads of it is valid."""
 
+import email
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -9,11 +11,14 @@ import pytest
 import typer
 from folders import REPO, add_card, write_checkpoint
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
-from deltanet_conversion.card import card_problems, make_card
+from deltanet_conversion.card import make_card
+from deltanet_conversion.card_check import card_problems, is_stub, with_owner
 from deltanet_conversion.cli_publish import register
 from modeling_deltanet import DeltaNetForCausalLM
+from modeling_deltanet.versions_deltanet import NEWEST, OLDEST
 
 
 EVALUATION = {
@@ -136,14 +141,14 @@ def test_a_conversion_tells_its_teacher_and_wants_recall(folder):
     assert "Converted from [them/teacher]" in card.content
     assert "| kept layers | [1, 3] |" in card.content
     assert "| alignment | tokens 1000, seed 0 |" in card.content
-    assert "Recall was not measured." in card.content
+    assert "Recall was not measured (`deltanet evaluate` does)." in card.content
     [(line, problem)] = card_problems(card.content, REPO, set())
     assert card.content.splitlines()[line - 1] == "## Conversion"
-    assert "recall" in problem
+    assert "recall" in problem and "`deltanet evaluate FOLDER --teacher TEACHER`" in problem
 
     write(folder, "evaluation.json", EVALUATION)
     card = make_card(folder, REPO, **texts)
-    assert "Recall was not measured." not in card.content
+    assert "Recall was not measured" not in card.content
     assert card_problems(card.content, REPO, set()) == []
     write(folder, "conversion.json", {"teacher": "a-teacher-of-ours"})
     card = make_card(folder, REPO, **texts)
@@ -251,5 +256,91 @@ def test_an_adapters_card_names_its_base(folder):
     add_card(folder, base_model="me/base")
     card = ModelCard.load(folder / "README.md")
     assert (card.data.base_model, card.data.library_name) == ("me/base", "peft")
-    assert f'AutoPeftModelForCausalLM.from_pretrained("{REPO}")' in card.content
+    assert f'AutoPeftModelForCausalLM.from_pretrained("{REPO}", trust_remote_code=True)' in card.content
     assert "| adapter | LORA, rank 8 |" in card.content
+
+
+def test_cards_install_from_an_address_or_from_nowhere(folder, monkeypatch):
+    """Readers would be told to install a name of the index that is not ours, which anyone could register."""
+    named = {"without": make_card(folder, REPO).content}
+    metadata = email.message_from_string("Project-URL: Repository, https://example.org/us/deltanet\n")
+    monkeypatch.setattr("importlib.metadata.metadata", lambda name: metadata)
+    named["with"] = make_card(folder, REPO).content
+    assert "is installed (`pip install git+https://example.org/us/deltanet`), which on a GPU" in named["with"]
+    assert "is installed, which on a GPU" in named["without"]
+    cards = [file.read_text() for file in Path(__file__).parents[2].glob("model_cards/**/*.md")]
+    assert len(cards) >= 2
+    for text in (*named.values(), *cards):
+        assert "pip install modeling" not in text
+    for text in named.values():
+        assert f"Tried with Transformers {OLDEST} to {NEWEST}." in text
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "wanted"),
+    [
+        ("license", "Apache 2.0", "license 'Apache 2.0' is none of the Hub's (apache-2.0; otherwise: other)"),
+        ("license", "gpl3", "license 'gpl3' is none of the Hub's (gpl, lgpl, gpl-3.0; otherwise: other)"),
+        ("language", "english", "language 'english' is no code of the Hub's"),
+        ("language", ["en", "de-AT"], "language 'de-AT' is no code of the Hub's"),
+        ("language", "xx", "language 'xx' is no code of the Hub's"),
+    ],
+)
+def test_licence_and_language_are_the_hubs(folder, field, value, wanted):
+    """The Hub would refuse the commit at the end of an upload, or show an error on the page."""
+    with pytest.raises(ValueError, match=re.escape(wanted)):
+        make_card(folder, REPO, **{field: value})
+    fields = {"license": "mit", "summary": "x", "limits": "x"}
+    good = make_card(folder, REPO, **fields, language=["en", "yue", "code"]).content
+    assert card_problems(good, REPO, set()) == []
+    text = (
+        good.replace("license: mit\n", "")
+        if field == "license"
+        else good.replace("language:\n- en\n- yue\n- code\n", "")
+    )
+    text = text.replace("---\n", f"---\n{field}: {json.dumps(value)}\n", 1)
+    [(line, problem)] = card_problems(text, REPO, set())
+    assert line == 1 and problem.startswith(wanted)
+
+
+def test_other_licences_have_a_name(folder):
+    """A page would say `other`, and nobody could tell what is allowed."""
+    text = make_card(folder, REPO, license="other", summary="x", limits="x").content
+    assert card_problems(text, REPO, set()) == [(1, "license: other, but no license_name in the metadata")]
+    assert card_problems(text.replace("license: other\n", "license: other\nlicense_name: x\n"), REPO, set()) == []
+
+
+def test_pefts_stub_gives_way_to_a_card(folder, tmp_path):
+    """`save_pretrained` of an adapter would block `deltanet card`, as if somebody had edited its empty template."""
+    get_peft_model(DeltaNetForCausalLM.from_pretrained(folder), LoraConfig(task_type="CAUSAL_LM")).save_pretrained(
+        tmp_path / "lora"
+    )
+    readme = tmp_path / "lora" / "README.md"
+    stub = readme.read_text()
+    assert is_stub(stub)
+    app = typer.Typer()
+    register(app)
+    arguments = ["card", str(tmp_path / "lora"), "--repo-id", REPO, "--base-model", "me/base"]
+    readme.write_text(stub.replace("Model ID", "my adapter"))
+    assert CliRunner().invoke(app, arguments).exit_code == 1
+    readme.write_text(stub)
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert "A LORA adapter of [me/base]" in readme.read_text()
+
+
+def test_a_card_without_owner_is_given_the_one_that_publishes_it(folder, tmp_path):
+    """A card could not be made before its owner is known; or a name in a text would be taken for a repository."""
+    fields = {"license": "mit", "summary": "tiny is tiny.", "limits": "x"}
+    write(folder, "harness.json", HARNESS)
+    text = make_card(folder, "tiny", **fields, evaluations=[folder / "harness.json"]).content
+    whole = make_card(folder, REPO, **fields, evaluations=[folder / "harness.json"]).content
+    assert with_owner(text, REPO) == with_owner(whole, REPO) == whole
+    assert with_owner(text, "me/other") == text
+    write(folder, "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": str(folder)})
+    text = make_card(folder, "tiny-lora", base_model="tiny", **fields).content
+    assert (
+        with_owner(text, "me/tiny-lora", REPO) == make_card(folder, "me/tiny-lora", base_model=REPO, **fields).content
+    )
+    assert with_owner(text, "me/tin") == text
+    with pytest.raises(ValueError, match="no repository of the Hub"):
+        make_card(folder, "me/tiny-lora", base_model="tiny")

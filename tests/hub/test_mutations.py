@@ -31,7 +31,8 @@ from safetensors.torch import save_file
 from tiny import FULL, LINEAR, SLIDING, tiny_llama, tiny_model, tokens
 
 from deltanet_conversion import card, checkpoint, convert_checkpoint, convert_to_fla, inspect_checkpoint
-from deltanet_conversion.card import SECTIONS, card_problems, make_card, write_card
+from deltanet_conversion.card import make_card, write_card
+from deltanet_conversion.card_check import SECTIONS, card_problems
 from modeling_deltanet import DeltaNetConfig, cache_deltanet, load_cache, save_cache
 
 

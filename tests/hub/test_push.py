@@ -19,11 +19,11 @@ from typer.testing import CliRunner
 
 from deltanet_conversion.card import make_card
 from deltanet_conversion.cli_publish import register
+from deltanet_conversion.collect import collect
 from deltanet_conversion.push import (
     HubFailure,
     PushRefused,
     VerificationFailed,
-    _collect,
     _content,
     _missing_code,
     prepare,
@@ -70,7 +70,7 @@ def test_a_pushed_model_is_the_model(hub, checkpoint, tmp_path):
     done = client(CLI, hub, tmp_path, "push", str(checkpoint), REPO, "--private", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert set(hub.files(REPO)) == {path.name for path in checkpoint.iterdir()} | CODE
+    assert set(hub.files(REPO)) == {path.name for path in checkpoint.iterdir()} | CODE | {"LICENSE"}
     assert hub.repositories[REPO].private
     assert result["commit"] == hub.repositories[REPO].branches["main"]
     assert result["verified"] == len(hub.files(REPO))
@@ -146,11 +146,11 @@ def test_an_adapter_goes_as_an_adapter_with_its_base_named(hub, checkpoint, tmp_
 
     done = push(folder, "me/tiny-lora", base_model=REPO)
     files = hub.files("me/tiny-lora")
-    assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert set(files) == {"README.md", "LICENSE", "adapter_config.json", "adapter_model.safetensors"}
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == REPO
     assert f"base_model: {REPO}\n" in files["README.md"].decode()
     assert not any(str(tmp_path).encode() in content for content in files.values())
-    assert done.verified == 3
+    assert done.verified == 4
 
 
 def test_the_preview_says_what_would_happen(hub, plan, tmp_path):
@@ -394,7 +394,7 @@ def test_pickles_and_leftovers_of_training_do_not_travel(folder):
     for name in ("training_args.bin", "optimizer.pt", "rng_state_0.pth", ".DS_Store"):
         (folder / name).write_bytes(b"x")
     write_checkpoint(folder / "merged")
-    _, left_out, problems, foreign = _collect(folder)
+    _, left_out, problems, foreign = collect(folder)
     assert not problems and not foreign
     assert set(left_out) == {"training_args.bin", "optimizer.pt", "rng_state_0.pth", ".DS_Store", "merged/"}
     (folder / "pytorch_model.bin").write_bytes(b"x")
@@ -437,7 +437,7 @@ def test_a_link_out_of_the_folder_is_refused(folder, outside):
         "pool.txt: a link that leads nowhere",
         f"up.txt: {outward}",
     ]
-    assert _collect(folder)[1]["elsewhere/"] == "a link to another folder"
+    assert collect(folder)[1]["elsewhere/"] == "a link to another folder"
 
 
 @pytest.mark.parametrize("name", ["config.json", "README.md", "model.safetensors", "tokenizer_config.json"])
@@ -471,7 +471,7 @@ def test_a_snapshot_of_the_hubs_cache_can_be_published(hub, plan, tmp_path):
     publish(plan)
     snapshot = Path(snapshot_download(REPO, cache_dir=tmp_path / "cache", endpoint=hub.endpoint))
     assert (snapshot / "config.json").is_symlink()
-    assert set(_collect(snapshot)[0]) == set(plan.files)
+    assert set(collect(snapshot)[0]) == set(plan.files)
     (tmp_path / "short").symlink_to(snapshot)
     again = prepare(tmp_path / "short", REPO)
     assert {name: x.sha256 for name, x in again.files.items()} == {name: x.sha256 for name, x in plan.files.items()}
@@ -486,16 +486,16 @@ def test_only_this_caches_blobs_are_its_own(folder, outside, tmp_path):
     snapshot = shutil.move(folder, tmp_path / "models--me--x" / "snapshots" / "1")
     (snapshot / "own.txt").symlink_to(Path("..", "..", "blobs", "1"))
     (snapshot / "other.txt").symlink_to(tmp_path / "models--me--y" / "blobs" / "1")
-    assert [str(p).split(":")[0] for p in _collect(snapshot)[3]] == ["other.txt"]
+    assert [str(p).split(":")[0] for p in collect(snapshot)[3]] == ["other.txt"]
     (tmp_path / "models--me--x" / "blobs" / "1").unlink()
     (tmp_path / "models--me--x" / "blobs" / "1").symlink_to(outside)
-    assert [str(p).split(":")[0] for p in _collect(snapshot)[3]] == ["other.txt", "own.txt"]
+    assert [str(p).split(":")[0] for p in collect(snapshot)[3]] == ["other.txt", "own.txt"]
     shutil.rmtree(tmp_path / "models--me--x" / "blobs")
     (tmp_path / "models--me--x" / "blobs").symlink_to(outside.parent)
     (snapshot / "passwords.txt").symlink_to(Path("..", "..", "blobs", "passwords.txt"))
-    assert "passwords.txt" in {p.file for p in _collect(snapshot)[3]}
+    assert "passwords.txt" in {p.file for p in collect(snapshot)[3]}
     moved = shutil.move(snapshot, tmp_path / "no-cache" / "snapshots" / "1")
-    assert {p.file for p in _collect(moved)[3]} == {"other.txt", "own.txt", "passwords.txt"}
+    assert {p.file for p in collect(moved)[3]} == {"other.txt", "own.txt", "passwords.txt"}
 
 
 def test_code_of_other_repositories_is_not_run(folder):

@@ -1,0 +1,311 @@
+"""`deltanet evaluate`: a model's perplexity, what it recalls by length, and how far it is from its teacher.
+
+The figures go into the folder's `evaluation.json`, with the command that made them: what `deltanet card` fills cards
+from and `deltanet push` asks for. Perplexity alone hides that a converted model has lost its recall, so recall is
+always measured.
+"""
+
+import dataclasses
+import difflib
+import glob
+import json
+import math
+import os
+import platform
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from peft import AutoPeftModelForCausalLM
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import modeling_deltanet  # noqa: F401  makes `model_type: deltanet` known to the Auto classes
+from modeling_deltanet.cache_deltanet import new_file
+
+from .checkpoint import TOKENIZER_FILES, fetch
+from .files import is_hub_id, own_file, read_json
+from .recall_tasks import KEYS, RecallTasks
+
+
+RECALL_LENGTHS = (256, 1024, 4096)  # those up to the model's max_position_embeddings
+DTYPES = ("float32", "bfloat16", "float16")
+THIS, TEACHER = "", "teacher"  # what a figure is of, as evaluation files say it
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What to measure, and of which model.
+
+    Args:
+        folder: a checkpoint or an adapter.
+        teacher: the model that it was converted from, folder or repository: measured beside it.
+        data: text for perplexity, see `load_text`, that neither model was trained on.
+        split: of a dataset on the Hub.
+        length, blocks: of the text, so many blocks of so many tokens.
+        recall_lengths: tokens of a text to recall from; 256, 1024 and 4096 by default, as far as the model's
+            positions go.
+        episodes: texts per length.
+        batch_size: blocks at a time; for recall, as many texts as have together the tokens of so many blocks.
+        tasks: of lm-evaluation-harness, by name or YAML file; `limit` examples of each, all by default.
+        dtype: to compute in; bfloat16 on a GPU and float32 on a CPU by default.
+        output: the file to write; by default `evaluation.json` in the folder, or `evaluation-recall.json` beside one
+            that something else has written.
+    """
+
+    folder: str
+    teacher: str | None = None
+    data: tuple[str, ...] = ()
+    text_column: str = "text"
+    split: str = "test"
+    length: int = 512
+    blocks: int = 64
+    recall_lengths: tuple[int, ...] = ()
+    episodes: int = 64
+    batch_size: int = 4
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    seed: int = 0
+    dtype: str | None = None
+    output: str | None = None
+
+    def command(self) -> str:
+        """The command line, with what is not a default, and nothing of where things lie on this machine."""
+        words = ["deltanet evaluate", shlex.quote(public_name(self.folder))]
+        for field in dataclasses.fields(self)[1:]:
+            value = getattr(self, field.name)
+            if value == field.default or field.name == "output":
+                continue
+            option = {"tasks": "--task"}.get(field.name, f"--{field.name.replace('_', '-')}")
+            if field.name == "recall_lengths":
+                value = ",".join(map(str, value))
+            for one in value if isinstance(value, tuple) else (value,):
+                words += [option, shlex.quote(public_name(str(one)))]
+        return " ".join(words)
+
+
+def evaluate_checkpoint(evaluation: Evaluation) -> dict:
+    """Measure and write the evaluation file; the same seed gives the same figures on the same machine.
+
+    Returns what was written (`command`, `hardware`, `results`), and `output`, the file's name.
+
+    Raises:
+        ValueError: a folder without model or tokenizer, a teacher of another vocabulary, text that is too short, a
+            length that recall does not fit into, unknown tasks, or a file in the way. Nothing has been measured then.
+    """
+    e = evaluation
+    output = _output(e)
+    tasks = _harness_tasks(e.tasks)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if e.dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {e.dtype!r}")
+    dtype = getattr(torch, e.dtype or ("bfloat16" if device == "cuda" else "float32"))
+    tokenizer = _tokenizer(e.folder)
+    rows = _blocks(e, tokenizer) if e.data else None
+    recall = RecallTasks(tokenizer, None if rows is None else [i for row in rows for i in row])
+    models = {THIS: _model(e.folder, dtype).to(device).eval()}
+    if e.teacher is not None:
+        models = {TEACHER: _model(e.teacher, dtype).to(device).eval(), **models}
+        sizes = [model.config.vocab_size for model in models.values()]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"{e.folder} has a vocabulary of {sizes[1]}, {e.teacher} one of {sizes[0]}: no teacher")
+    lengths = e.recall_lengths or _recall_lengths(models[THIS], recall)
+    for length in lengths:
+        next(recall.overwriting(length, 1, e.seed))  # refused before anything is measured
+
+    results = []
+    if rows is not None:
+        results += _text_figures(models, rows, e)
+    where = f" of {', '.join(map(public_name, e.data))}" if e.data else ""
+    for length in lengths:
+        for metric, name, draw in (
+            ("overwriting recall", f"{KEYS} keys overwritten within {length} tokens{where}", recall.overwriting),
+            ("needle retrieval", f"one number within {length} tokens{where}", recall.needle),
+        ):
+            episodes = list(draw(length, e.episodes, e.seed))
+            for of, model in models.items():
+                shares = _share_right(model, episodes, max(1, e.batch_size * e.length // length), f"{metric} {length}")
+                results.append({"dataset": name, "metric": metric, "value": round(shares, 4), "of": of})
+    for of, model in models.items() if tasks else ():
+        results += [figure | {"of": of} for figure in _harness_figures(model, tokenizer, tasks, e)]
+
+    written = {
+        "command": e.command(),
+        "hardware": hardware(),
+        "results": [{k: v for k, v in result.items() if (k, v) != ("of", THIS)} for result in results],
+    }
+    with new_file(output) as unfinished:
+        Path(unfinished).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    return {"output": str(output), **written}
+
+
+def public_name(source: str) -> str:
+    """A source's name without the folders that it lies in on this machine."""
+    path = Path(source)
+    is_local = path.exists() or path.is_absolute() or glob.has_magic(source)
+    return (path.resolve() if path.exists() else path).name if is_local else source
+
+
+def hardware() -> str:
+    """The machine and the versions that figures were measured with."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    return f"{device}, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def _output(e: Evaluation) -> Path:
+    """The file to write: never one that something else has written."""
+    folder = Path(e.folder) if Path(e.folder).is_dir() else Path()  # a repository's figures go to where we are
+    names = [Path(e.output)] if e.output else [folder / "evaluation.json", folder / "evaluation-recall.json"]
+    for name in names:
+        if not name.exists() or str(read_json(name).get("command")).startswith("deltanet evaluate "):
+            return name
+    raise ValueError(f"{names[-1]} is not of `deltanet evaluate`: name another file by output (--output)")
+
+
+# -------------------------------------------------------------------------------------------------- models and text
+
+
+def _model(source: str, dtype: torch.dtype) -> PreTrainedModel:
+    folder = _folder(source)
+    is_adapter = (folder / "adapter_config.json").exists()
+    auto_class = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
+    return auto_class.from_pretrained(folder, dtype=dtype)
+
+
+def _tokenizer(source: str):
+    """The folder's tokenizer; an adapter's may lie with its base."""
+    folder = _folder(source)
+    if (folder / "adapter_config.json").exists() and not any(folder.glob(TOKENIZER_FILES[0])):
+        folder = fetch(_base(folder))
+    if not any(folder.glob(TOKENIZER_FILES[0])):
+        raise ValueError(f"{folder} has no tokenizer: save it there (tokenizer.save_pretrained)")
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _folder(source: str) -> Path:
+    """The folder of a checkpoint or of an adapter whose base can be found."""
+    if not Path(source).is_dir() and not is_hub_id(source):
+        raise ValueError(f"there is no folder {source}")
+    folder = fetch(source)
+    if (folder / "adapter_config.json").exists():
+        _base(folder)
+    elif not (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds neither a config.json nor an adapter_config.json")
+    return folder
+
+
+def _base(folder: Path) -> str:
+    base = read_json(own_file(folder, "adapter_config.json")).get("base_model_name_or_path")
+    if not isinstance(base, str) or not (Path(base).is_dir() or is_hub_id(base)):
+        raise ValueError(f"{folder}: its base, {base!r}, is no folder here and no repository of the Hub (owner/name)")
+    return base
+
+
+def _blocks(e: Evaluation, tokenizer) -> list[list[int]]:
+    try:
+        from .text import blocks, load_text
+    except ImportError as error:
+        raise ValueError(f"data ({', '.join(e.data)}) needs the package `datasets`, which is not installed") from error
+    rows = blocks(load_text(list(e.data), e.text_column, e.split), tokenizer, e.length, e.seed)
+    return rows.select(range(min(len(rows), e.blocks)))["input_ids"][:]
+
+
+def _recall_lengths(model: PreTrainedModel, recall: RecallTasks) -> list[int]:
+    limit = getattr(model.config, "max_position_embeddings", None) or RECALL_LENGTHS[-1]
+    shortest = recall.shortest()
+    return [length for length in RECALL_LENGTHS if shortest <= length <= limit] or [shortest]
+
+
+# ----------------------------------------------------------------------------------------------------------- figures
+
+
+@torch.no_grad()
+def _text_figures(models: dict[str, PreTrainedModel], rows: list[list[int]], e: Evaluation) -> list[dict]:
+    """Perplexity of each model, and KL(teacher || student) in nats per token."""
+    sums, count = dict.fromkeys([*models, "KL"], 0.0), len(rows) * (e.length - 1)
+    for start in tqdm(range(0, len(rows), e.batch_size), desc="perplexity", disable=None):
+        ids = torch.tensor(rows[start : start + e.batch_size], device=models[THIS].device)
+        logits = {of: model(input_ids=ids, use_cache=False).logits[:, :-1] for of, model in models.items()}
+        for i in range(len(ids)):  # one at a time: in fp32, a vocabulary times a block is large
+            log_p = {of: x[i].float().log_softmax(-1) for of, x in logits.items()}
+            for of, x in log_p.items():
+                sums[of] += F.nll_loss(x, ids[i, 1:], reduction="sum").item()
+            if TEACHER in log_p:
+                sums["KL"] += F.kl_div(log_p[THIS], log_p[TEACHER], reduction="sum", log_target=True).item()
+    name = f"{', '.join(map(public_name, e.data))}, {len(rows)} blocks of {e.length} tokens"
+    figures = [
+        {"dataset": name, "metric": "perplexity", "value": round(math.exp(min(sums[of] / count, 600)), 4), "of": of}
+        for of in models
+    ]
+    if TEACHER in models:
+        value = round(sums["KL"] / count, 6)
+        figures.append({"dataset": name, "metric": "KL to the teacher, nats per token", "value": value, "of": THIS})
+    return figures
+
+
+@torch.no_grad()
+def _share_right(model: PreTrainedModel, episodes: list, batch_size: int, title: str) -> float:
+    """Of all the questions, how many are answered by the likeliest tokens."""
+    right = asked = 0
+    for start in tqdm(range(0, len(episodes), batch_size), desc=title, disable=None):
+        batch = episodes[start : start + batch_size]
+        ids = torch.tensor([episode.ids for episode in batch], device=model.device)
+        columns = sorted({at - 1 for episode in batch for answer in episode.answers for at in answer})
+        keep = torch.tensor(columns, device=model.device)
+        likeliest = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits.argmax(-1).tolist()
+        for episode, row in zip(batch, likeliest):
+            after = dict(zip(columns, row))
+            for answer in episode.answers:
+                right += all(after[at - 1] == episode.ids[at] for at in answer)
+                asked += 1
+    return right / asked
+
+
+# ------------------------------------------------------------------------------------------- lm-evaluation-harness
+
+
+def _harness_tasks(names: tuple[str, ...]):
+    """lm-evaluation-harness's task manager, which knows all of `names`. None where none were asked for."""
+    if not names:
+        return None
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ValueError(
+            f"task {', '.join(names)} is lm-evaluation-harness's, which is not installed: pip install lm-eval"
+        ) from error
+    manager = TaskManager(include_defaults=not all(Path(name).is_file() for name in names))
+    for name in names:
+        if name not in manager.all_tasks and not Path(name).is_file():
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            raise ValueError(
+                f"lm-evaluation-harness has no task {name!r}" + (f"; near: {', '.join(near)}" if near else "")
+            )
+    return manager
+
+
+def _harness_figures(model: PreTrainedModel, tokenizer, manager, e: Evaluation) -> list[dict]:
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    from .card import harness_metrics
+
+    measured = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=e.batch_size),
+        tasks=list(e.tasks),
+        task_manager=manager,
+        limit=e.limit,
+        bootstrap_iters=0,
+        random_seed=e.seed,
+        numpy_random_seed=e.seed,
+        torch_random_seed=e.seed,
+        fewshot_random_seed=e.seed,
+    )
+    return [
+        {"dataset": task, "dataset_id": task, "metric": metric, "value": value}
+        for task, metrics in measured["results"].items()
+        for metric, value in harness_metrics(metrics)
+        if isinstance(value, int | float)  # a group of tasks without a mean has "N/A"
+    ]
