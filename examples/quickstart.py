@@ -8,7 +8,6 @@ the figures and a loss curve. Uses a GPU when there is one.
     python examples/quickstart.py
     python examples/quickstart.py --steps 1000 --hidden-size 384     # longer, better
     python examples/quickstart.py --output-dir runs/second --seed 1
-    python examples/quickstart.py --owner YOU                        # cards for your own repositories
 
 Ctrl-C saves a checkpoint; the same command goes on from there.
 """
@@ -54,6 +53,7 @@ from deltanet_conversion.card import make_card, write_card  # noqa: E402
 from modeling_deltanet import DeltaNetConfig, DeltaNetForCausalLM, register_remote_code  # noqa: E402
 
 
+OWNER = "your-name"  # `deltanet push` writes the name that it is given into the cards
 console = Console()
 
 
@@ -165,7 +165,6 @@ def deltanet() -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("runs/quickstart"), help="default runs/quickstart")
-    parser.add_argument("--owner", default="your-name", help="your name on the Hub, for the cards (default your-name)")
     parser.add_argument("--recall-steps", type=int, default=120, help="steps of each recall model (default 120)")
     parser.add_argument("--steps", type=int, default=320, help="training steps (default 320)")
     parser.add_argument("--lora-steps", type=int, default=120, help="LoRA steps (default 120)")
@@ -176,7 +175,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     args = parser.parse_args()
     start = time.perf_counter()
-    out, settings = args.output_dir, {k: v for k, v in vars(args).items() if k not in ("output_dir", "owner")}
+    out, settings = args.output_dir, {k: v for k, v in vars(args).items() if k != "output_dir"}
     with refusals(parser):
         if args.hidden_size < 64 or args.hidden_size % 64:
             raise ValueError(f"--hidden-size must be a multiple of 64, got {args.hidden_size}")
@@ -276,21 +275,19 @@ def main():
             "summary": "A LoRA adapter of the quickstart's DeltaNet for the style of Python source.",
             "training": f"{on_code}, AdamW. Seed {args.seed}.",
             "trainer_state": out / "lora_training" / "trainer_state.json",
-            "base_model": f"{args.owner}/{model_dir.name}",
+            "base_model": model_dir.name,
         },
         merged_dir: {
             "title": "DeltaNet quickstart, merged",
             "summary": "The quickstart's DeltaNet with its LoRA adapter for Python source merged into it.",
             "training": f"{on_code}, AdamW, then merged. Seed {args.seed}.",
             "trainer_state": out / "lora_training" / "trainer_state.json",
-            "base_model": f"{args.owner}/{model_dir.name}",
+            "base_model": model_dir.name,
         },
     }
     for folder, texts in cards.items():
         limits = "Far too small and trained on far too little for any use but learning how the parts fit."
-        card = make_card(
-            folder, f"{args.owner}/{folder.name}", license="apache-2.0", language="en", limits=limits, **texts
-        )
+        card = make_card(folder, folder.name, license="apache-2.0", language="en", limits=limits, **texts)
         write_card(card, folder / "README.md")
 
     console.rule("What has been learned")
@@ -302,12 +299,10 @@ def main():
     summary.add_row(f"perplexity: {code}, merged", f"{lora_before:.1f}", f"{merged_after:.1f}")
     console.print(summary)
     print(f"Model, adapter and merged model, each with its card: {model_dir}, {lora_dir}, {merged_dir}")
-    if args.owner == parser.get_default("owner"):
-        print("With --owner and your name on the Hub, the same command writes the cards for your repositories.")
-    print("What would be sent to the Hub, and whether it is fit to be:")
+    print(f"What would be sent to the Hub, where {OWNER} is your name, and whether it is fit to be:")
     for folder in (lora_dir, merged_dir, model_dir):
-        base = f" --base-model {args.owner}/{model_dir.name}" if folder == lora_dir else ""
-        print(f"  {deltanet()} push {folder} {args.owner}/{folder.name}{base} --dry-run")
+        base = f" --base-model {OWNER}/{model_dir.name}" if folder == lora_dir else ""
+        print(f"  {deltanet()} push {folder} {OWNER}/{folder.name}{base} --dry-run")
 
 
 if __name__ == "__main__":
