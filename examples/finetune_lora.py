@@ -17,6 +17,10 @@ goes on in another row. Chats need a tokenizer with a chat template, or --chat_t
 Every flag of TRL's SFTConfig works; below, this script's own come first.
 """
 
+import quiet  # noqa: F401
+
+
+# isort: split
 import copy
 import dataclasses
 import json

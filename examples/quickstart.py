@@ -12,6 +12,10 @@ the figures and a loss curve. Uses a GPU when there is one.
 Ctrl-C saves a checkpoint; the same command goes on from there.
 """
 
+import quiet  # noqa: F401
+
+
+# isort: split
 import argparse
 import json
 import math

@@ -2,6 +2,10 @@
 tokenizer made from the text at hand.
 """
 
+import quiet  # noqa: F401
+
+
+# isort: split
 import argparse
 import dataclasses
 import difflib
@@ -28,9 +32,6 @@ from transformers.integrations import is_tensorboard_available
 
 from deltanet_conversion.interrupt import train_or_resume
 
-
-# PEFT up to 0.21 and TRL up to 1.16 ask the model by the name that Transformers gave up in 5.23.
-warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 # Every message between the tokens that begin and end a text. What the assistant says is marked for trainers that learn
 # nothing else (TRL's `assistant_only_loss`).
