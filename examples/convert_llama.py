@@ -24,6 +24,7 @@ last value counts. Chance is 1 in the number of values.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -36,10 +37,11 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import recall  # noqa: E402
 import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
-from shared import train_tokenizer  # noqa: E402
+from shared import claim, refusals, run, train, train_tokenizer  # noqa: E402
 from tokenizers import AddedToken  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
@@ -52,15 +54,13 @@ from transformers import (  # noqa: E402
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 
 from deltanet_conversion import Distillation, Stage, align, convert_checkpoint, distill  # noqa: E402
 from deltanet_conversion.checkpoint import new_folder  # noqa: E402
-from deltanet_conversion.interrupt import SaveOnInterrupt  # noqa: E402
 from deltanet_conversion.text import blocks, load_text  # noqa: E402
 
 
-KEYS, WRITES = 8, 4  # of the task that is measured
+KEYS, WRITES = recall.AT_ONCE, 4  # of the task that is measured
 DOCUMENT = 96  # tokens of a document of the task to learn from, its end included
 MOST_FIRST = 40_000  # documents of it, and nothing else, that the teacher begins with
 SOLVED = 0.1  # loss in nats an answer at which it goes on to all the text
@@ -91,32 +91,22 @@ def value(i: int) -> str:
 
 
 def recall_stream(draw: random.Random, symbols: int, length: int) -> str:
-    """The task to learn from, `length` tokens: writes `<k><v>` and questions `<q><k><v>` in any order, over 8 keys."""
-    keys, memory, text = draw.sample(range(symbols), KEYS), {}, []
-    while len(text) < length:
-        k = draw.choice(keys)
-        if k in memory and draw.random() < 0.5:
-            text += ["<q>", key(k), value(memory[k])]
-        else:
-            memory[k] = draw.randrange(symbols)
-            text += [key(k), value(memory[k])]
-    return "".join(text[:length])
+    """The task to learn from, `length` tokens, see `recall.py`."""
+    return "".join(recall.recall_stream(draw, *names(symbols), "<q>", length))
 
 
 def recall_episode(draw: random.Random, symbols: int) -> str:
-    """The task that is measured: 8 keys, each written 4 times, then all asked for."""
-    keys, memory, text = draw.sample(range(symbols), KEYS), {}, []
-    for k in draw.sample(keys * WRITES, KEYS * WRITES):
-        memory[k] = draw.randrange(symbols)
-        text += [key(k), value(memory[k])]
-    for k in draw.sample(keys, KEYS):
-        text += ["<q>", key(k), value(memory[k])]
-    return "".join(text)
+    """The task that is measured, see `recall.py`."""
+    return "".join(recall.recall_episode(draw, *names(symbols), "<q>", WRITES))
+
+
+def names(symbols: int) -> tuple[list[str], list[str]]:
+    return list(map(key, range(symbols))), list(map(value, range(symbols)))
 
 
 def tokenizer_with_symbols(texts: list[str], vocab_size: int, symbols: int) -> PreTrainedTokenizerFast:
     """The examples' tokenizer, with a token for each symbol of the recall task."""
-    tokens = ["<q>", *map(key, range(symbols)), *map(value, range(symbols))]
+    tokens = ["<q>", *itertools.chain(*names(symbols))]
     tokenizer = train_tokenizer(texts, vocab_size - len(tokens))
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
     return tokenizer
@@ -130,10 +120,10 @@ def write_text(out: Path, args) -> None:
     draw = random.Random(args.seed)
     tokens = sum(len(ids) for ids in tokenizer(texts, verbose=False).input_ids)
     streams = int(tokens * args.recall / (1 - args.recall) / DOCUMENT)
-    recall = [recall_stream(draw, args.symbols, DOCUMENT - 1) for _ in range(streams)]
+    recall_documents = [recall_stream(draw, args.symbols, DOCUMENT - 1) for _ in range(streams)]
     first = min(MOST_FIRST, args.recall_steps * args.batch_size * args.length // DOCUMENT // 8 + 1)
     files = {
-        "text": texts + recall,
+        "text": texts + recall_documents,
         "recall": [recall_stream(draw, args.symbols, DOCUMENT - 1) for _ in range(first)],
         "held_out": held_out,
     }
@@ -169,17 +159,17 @@ def make_teacher(out: Path, args) -> None:
     model = Qwen2ForCausalLM(config)
     tokens = (args.recall_steps + args.steps) * args.batch_size * args.length
     console.print(f"{model.num_parameters():,} parameters, {tokens:,} tokens")
-    recall, text = (
+    first, text = (
         blocks(load_text([str(out / "text" / f"{name}.jsonl")]), tokenizer, length, args.seed)
         for name, length in (("recall", DOCUMENT), ("text", args.length))
     )
     question = tokenizer.convert_tokens_to_ids("<q>")
-    recall = recall.map(lambda row: only_answers(row, question))
+    first = first.map(lambda row: only_answers(row, question))
     batch_size = args.batch_size * args.length // DOCUMENT
     # How soon it is learned is a matter of luck: a constant rate until it is.
-    train(
+    train_on(
         model,
-        recall,
+        first,
         args.recall_steps,
         batch_size,
         out / "teacher.recall",
@@ -187,7 +177,7 @@ def make_teacher(out: Path, args) -> None:
         "constant_with_warmup",
         StopWhenSolved(),
     )
-    train(model, text, args.steps, args.batch_size, out / "teacher.training", args, "cosine")
+    train_on(model, text, args.steps, args.batch_size, out / "teacher.training", args, "cosine")
     with new_folder(out / "teacher") as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -202,18 +192,18 @@ def only_answers(row: dict, question: int) -> dict:
 
 
 class StopWhenSolved(TrainerCallback):
-    """Ends a training whose loss has fallen to `SOLVED`."""
+    """Ends a training whose loss has fallen to `SOLVED`, with a checkpoint to go on from."""
 
     def on_log(self, args, state, control, logs, **kwargs):
         if logs.get("loss", math.inf) < SOLVED:
-            control.should_training_stop = True
+            control.should_save = control.should_training_stop = True
 
 
-def train(
+def train_on(
     model, rows, steps: int, batch_size: int, work: Path, args, schedule: str, *callbacks: TrainerCallback
 ) -> None:
     """Next-token training, from the last checkpoint in `work` if there is one."""
-    on_gpu, interrupt = torch.cuda.is_available(), SaveOnInterrupt()
+    on_gpu = torch.cuda.is_available()
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -234,11 +224,9 @@ def train(
             dataloader_pin_memory=on_gpu,
         ),
         train_dataset=rows,
-        callbacks=[interrupt, *callbacks],
+        callbacks=list(callbacks),
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)) if work.exists() else None)
-    if interrupt.interrupted:
-        raise KeyboardInterrupt
+    train(trainer)
 
 
 @torch.no_grad()
@@ -310,12 +298,9 @@ def main():
     ]
     command = " ".join(["python examples/convert_llama.py", *changed])
 
-    out, settings = args.output_dir, json.dumps({k: v for k, v in vars(args).items() if k != "output_dir"})
-    out.mkdir(parents=True, exist_ok=True)
-    settings_file = out / "settings.json"
-    if settings_file.exists() and settings_file.read_text() != settings:
-        parser.error(f"{out} holds a run with other settings, {settings_file.read_text()}; name another --output-dir")
-    settings_file.write_text(settings)
+    out = args.output_dir
+    with refusals(parser):
+        claim(out, {name: value for name, value in vars(args).items() if name != "output_dir"})
     set_seed(args.seed)
     start = time.perf_counter()
 
@@ -385,4 +370,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -9,29 +9,33 @@
     accelerate launch --num_processes 8 examples/pretrain.py  ...the same...
     accelerate launch --num_machines 2 --machine_rank 0 ...  examples/pretrain.py  ...the same...
 
-    # faster on a GPU, with less memory, and with curves
+    # two processes on a CPU, where `accelerate launch` starts one, whatever --num_processes says
+    torchrun --nproc_per_node 2 examples/pretrain.py  ...the same...
+
+    # faster on a GPU, with less memory, and with curves (`pip install '.[tensorboard]'`)
     ... --use_liger_kernel True --torch_compile True --activation_checkpointing True --report_to tensorboard
 
-The same command goes on from the last checkpoint in --output_dir; Ctrl-C (once) saves one first. Every flag of
+Ctrl-C saves a checkpoint and stops; the same command goes on from the last one in --output_dir. Every flag of
 Transformers' TrainingArguments works, FSDP's included; below, this script's own come first.
 """
 
+import dataclasses
 import math
-import sys
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import torch
 from datasets import IterableDataset, load_dataset
-from shared import Help, SaveOnInterrupt, train_tokenizer
-from transformers import AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from shared import SETTINGS, Parser, check_run, check_setup, claim, load, refusals, run, train, train_tokenizer
+from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 
+from deltanet_conversion.text import TEXT_SUFFIXES
 from modeling_deltanet import DeltaNetConfig, DeltaNetForCausalLM, register_remote_code
 
 
-DOCUMENTS_AT_ONCE = 1000  # that are packed together; what does not fill a row of them is left out
+DOCUMENTS_AT_ONCE = 1000  # that are packed together; their last row is filled up with padding
 
 
 @dataclass
@@ -42,8 +46,12 @@ class PretrainArguments:
     subset: str | None = field(default=None, metadata={"help": "its configuration, e.g. sample-10BT"})
     split: str = field(default="train", metadata={"help": "its split"})
     text_column: str = field(default="text", metadata={"help": "the column that holds the text"})
-    text: list[str] = field(default_factory=list, metadata={"help": "local text files, in place of --dataset"})
-    sample_by: str = field(default="line", metadata={"help": "a document in --text is a line, paragraph or document"})
+    text: list[str] = field(
+        default_factory=list, metadata={"help": "local text files, or folders of them, in place of --dataset"}
+    )
+    sample_by: Literal["line", "paragraph", "document"] = field(
+        default="line", metadata={"help": "what a document in --text is"}
+    )
     tokenizer: str | None = field(
         default=None, metadata={"help": "a tokenizer's name or folder; without it, one is trained on the data"}
     )
@@ -72,19 +80,37 @@ class Defaults(TrainingArguments):
     logging_steps: float = 10
     save_steps: float = 0.1
     dataloader_pin_memory: bool = torch.cuda.is_available()
+    ddp_find_unused_parameters: bool | None = False
 
 
 def documents(args: PretrainArguments) -> IterableDataset:
     """A stream of `{"text": ...}`."""
     if (args.dataset is None) == (not args.text):
-        raise ValueError(f"give either --dataset or --text, got {args.dataset} and {args.text}")
+        raise ValueError("give either --dataset or --text" + (", not both" if args.text else ""))
     if args.dataset is not None:
         stream = load_dataset(args.dataset, args.subset, split=args.split, streaming=True)
+        columns = stream.column_names or list(next(iter(stream), {}))
+        if args.text_column not in columns:
+            raise ValueError(f"{args.dataset} has columns {', '.join(columns)}: name one of them by --text_column")
+        if args.text_column != "text":
+            stream = stream.rename_column(args.text_column, "text")
     else:
-        stream = load_dataset("text", data_files=args.text, sample_by=args.sample_by, split="train", streaming=True)
-    if args.text_column != "text":
-        stream = stream.rename_column(args.text_column, "text")
+        files = text_files(args.text)
+        stream = load_dataset("text", data_files=files, sample_by=args.sample_by, split="train", streaming=True)
     return stream.select_columns(["text"]).filter(lambda document: document["text"].strip() != "")
+
+
+def text_files(names: list[str]) -> list[str]:
+    """The files themselves, and all text in folders among them."""
+    files = []
+    for name in map(Path, names):
+        if not name.exists():
+            raise ValueError(f"--text {name}: no such file")
+        below = sorted(p for p in name.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file())
+        if name.is_dir() and not below:
+            raise ValueError(f"--text {name}: the folder holds no text, wanted files in {', '.join(TEXT_SUFFIXES)}")
+        files += below or [name]
+    return [str(file) for file in files]
 
 
 def packed(stream: IterableDataset, tokenizer, length: int) -> IterableDataset:
@@ -98,8 +124,12 @@ def packed(stream: IterableDataset, tokenizer, length: int) -> IterableDataset:
             ids += document
             positions += range(len(document))
             labels += [-100, *document[1:]]
-        starts = range(0, len(ids) - length + 1, length)
+        padding = -len(ids) % length  # a document of its own, from which nothing is learned
+        ids += [tokenizer.eos_token_id] * padding
+        positions += range(padding)
+        labels += [-100] * padding
         columns = {"input_ids": ids, "position_ids": positions, "labels": labels}
+        starts = range(0, len(ids), length)
         return {name: [column[i : i + length] for i in starts] for name, column in columns.items()}
 
     return stream.map(pack, batched=True, batch_size=DOCUMENTS_AT_ONCE, remove_columns=["text"])
@@ -108,9 +138,13 @@ def packed(stream: IterableDataset, tokenizer, length: int) -> IterableDataset:
 def load_tokenizer(args: PretrainArguments, stream: IterableDataset, folder: Path, trainer_args: TrainingArguments):
     """The tokenizer that was asked for; or one trained on the beginning of the data, by the first process for all."""
     if args.tokenizer is not None:
-        return AutoTokenizer.from_pretrained(args.tokenizer)
+        tokenizer = load(AutoTokenizer, args.tokenizer, "--tokenizer")
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"--tokenizer {args.tokenizer} has no token for the end of a text (eos_token)")
+        return tokenizer
     with trainer_args.main_process_first():
-        if not (folder / "tokenizer.json").exists():
+        # The one that lies there is this run's only if the run has begun.
+        if trainer_args.local_process_index == 0 and not (folder.parent / SETTINGS).exists():
             beginning = (document["text"] for document in islice(stream, 20_000))
             train_tokenizer(beginning, args.vocab_size).save_pretrained(folder)
         return AutoTokenizer.from_pretrained(folder)
@@ -136,43 +170,53 @@ def make_config(args: PretrainArguments, tokenizer) -> DeltaNetConfig:
     return DeltaNetConfig.preset(args.preset, hybrid=args.hybrid, **fields)
 
 
-def main():
-    parser = HfArgumentParser((PretrainArguments, Defaults), description=__doc__, formatter_class=Help)
-    args, trainer_args = parser.parse_args_into_dataclasses()
-    out = Path(trainer_args.output_dir)
+def prepare(args: PretrainArguments, trainer_args: TrainingArguments):
+    """Trainer, ready to start, and the tokenizer. All that can be wrong with the input is found here."""
+    check_setup(trainer_args)
+    out, settings = Path(trainer_args.output_dir), dataclasses.asdict(args)
+    check_run(out, settings)
     stream = documents(args)
+    if next(iter(stream), None) is None:
+        raise ValueError(f"{args.dataset or ', '.join(args.text)}: there is no text in it")
     tokenizer = load_tokenizer(args, stream, out / "tokenizer", trainer_args)
     rows = packed(stream, tokenizer, args.length)
-    train_rows = rows.skip(args.held_out).shuffle(seed=trainer_args.seed, buffer_size=args.shuffle_buffer)
-
+    if args.held_out and (found := sum(1 for _ in rows.take(args.held_out + 1))) <= args.held_out:
+        raise ValueError(
+            f"the text is too short: rows of {args.length} tokens that it makes: {found}, and --held_out "
+            f"{args.held_out} leaves none to train on"
+        )
     set_seed(trainer_args.seed)  # the same weights in every process
-    model = DeltaNetForCausalLM(make_config(args, tokenizer))
-    interrupt = SaveOnInterrupt()
     trainer = Trainer(
-        model=model,
+        model=DeltaNetForCausalLM(make_config(args, tokenizer)),
         args=trainer_args,
-        train_dataset=train_rows,
+        train_dataset=rows.skip(args.held_out).shuffle(seed=trainer_args.seed, buffer_size=args.shuffle_buffer),
         eval_dataset=rows.take(args.held_out) if args.held_out else None,
-        callbacks=[interrupt],
     )
     if trainer.is_world_process_zero():
-        layer_types = model.config.layer_types
+        claim(out, settings)
+    return trainer, tokenizer
+
+
+def main():
+    parser = Parser(PretrainArguments, Defaults, description=__doc__)
+    with refusals(parser):
+        args, trainer_args = parser.parse()
+        trainer, tokenizer = prepare(args, trainer_args)
+    if trainer.is_world_process_zero():
+        layer_types = trainer.model.config.layer_types
         pattern = ", ".join(f"{layer_types.count(t)} {t}" for t in dict.fromkeys(layer_types))
-        print(f"{model.num_parameters():,} parameters ({pattern}), {trainer_args.world_size} process(es)")
-    last = get_last_checkpoint(out) if out.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
-    if interrupt.interrupted:
-        print(f"Stopped at step {trainer.state.global_step}; the same command goes on from there.")
-        sys.exit(130)
+        print(f"{trainer.model.num_parameters():,} parameters ({pattern}), {trainer_args.world_size} process(es)")
+    train(trainer)
     if args.held_out:
         loss = trainer.evaluate()["eval_loss"]
         print(f"held out: loss {loss:.4f}, perplexity {math.exp(loss):.2f}")
     register_remote_code()  # the folder then loads where this package is not installed, with trust_remote_code=True
-    trainer.save_model(out / "model")
+    folder = Path(trainer_args.output_dir) / "model"
+    trainer.save_model(folder)
     if trainer.is_world_process_zero():
-        tokenizer.save_pretrained(out / "model")
-        print(f"saved: {out / 'model'}")
+        tokenizer.save_pretrained(folder)
+        print(f"saved: {folder}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
