@@ -6,7 +6,7 @@ RUN = $(VENV)/bin/python
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help quickstart test test-latest update-latest test-gpu bench bench-gpu lint format
+.PHONY: help quickstart test test-latest update-latest test-gpu bench bench-gpu docs lint format
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -49,6 +49,10 @@ bench: $(VENV)/.installed  ## the torch rule against transformers' own, on this 
 bench-gpu: $(VENV)/.installed  ## the kernels against their peers, on this GPU
 	$(RUN) benchmarks/bench_ops.py $(ARGS)
 	$(RUN) benchmarks/bench_decode.py $(ARGS)
+
+docs: $(VENV)/.installed  ## write docs/api.md and the tables of figures anew, from docstrings and results
+	$(RUN) docs/api.py
+	$(RUN) benchmarks/figures.py
 
 lint: $(VENV)/.installed  ## ruff: format and checks
 	$(RUN) -m ruff format --check .

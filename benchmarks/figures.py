@@ -444,7 +444,17 @@ def readme() -> str:
         training,
         generating,
     ]
-    return markdown(["what", "ours", "others", "from"], rows) + "\n" + "\n".join(shown.values()) + "\n"
+    table = markdown(["what", "ours", "others", "from"], rows)
+    return "\n".join([_conditions([load(name) for name in shown]), table, *shown.values()]) + "\n"
+
+
+def _conditions(records: list[dict]) -> str:
+    """Versions and dates of several files."""
+    names = {"torch": "torch", "triton": "Triton", "fla": "fla"}
+    found = {name: {r.get("versions", r)[key].partition("+")[0] for r in records} for key, name in names.items()}
+    versions = ", ".join(f"{name} {' and '.join(sorted(each))}" for name, each in found.items())
+    dates = sorted({record["date"] for record in records})
+    return f"bf16, {versions}, {dates[0]} to {dates[-1]}.\n"
 
 
 def plot(name: str, path: Path) -> None:

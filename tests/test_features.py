@@ -35,7 +35,9 @@ def test_plain_pytest_finds_the_tests():
 def test_the_page_of_functions_is_up_to_date():
     """A user would call a function with arguments that it had once, or miss those that it has."""
     pytest.importorskip("deltanet_kernels")
-    assert runpy.run_path(str(DOCS / "api.py"))["page"]() == (DOCS / "api.md").read_text(), "run python docs/api.py"
+    assert runpy.run_path(str(DOCS / "api.py"))["page"]() == (DOCS / "api.md").read_text(), (
+        "`make docs` writes it anew"
+    )
 
 
 def test_the_readme_names_what_is_required():

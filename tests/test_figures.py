@@ -69,7 +69,7 @@ def unproved(paragraph: str, naming: str, beside: list[Path]) -> list[str]:
 def test_a_figure_is_what_its_file_says(path):
     """A reader would decide by a figure that nobody measured, or that another version had."""
     text = path.read_text()
-    assert figures.written(text) == text, "python benchmarks/figures.py writes the tables anew"
+    assert figures.written(text) == text, "`make docs` writes the tables anew"
     beside = sorted(path.parent.glob("*.json")) if "model_cards" in path.parts else []
     wrong = {part: found for part, naming in paragraphs(text) if (found := unproved(part, naming, beside))}
     assert not wrong, "\n\n".join(f"no file has {', '.join(found)}: {text}" for text, found in wrong.items())
