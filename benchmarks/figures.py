@@ -457,14 +457,13 @@ def _conditions(records: list[dict]) -> str:
     return f"bf16, {versions}, {dates[0]} to {dates[-1]}.\n"
 
 
-def plot(name: str, path: Path) -> None:
+def plot(record: dict, path: Path) -> None:
     """The times of `bench_ops.py` by sequence length, with shape, hardware and date in the title (and in the file)."""
     import matplotlib
 
     matplotlib.use("svg" if path.suffix == ".svg" else "agg")
     import matplotlib.pyplot as plt
 
-    record = load(name)
     title = title_of(record)
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True)
     for axis, key, what in zip(axes, (FORWARD, BOTH), ("forward", "forward + backward")):
@@ -483,7 +482,7 @@ def plot(name: str, path: Path) -> None:
 
 def title_of(record: dict) -> str:
     B, _, H, d = record["rows"][0]["shape"]
-    return f"Delta rule, B = {B}, {H} heads of {d}, bf16, {record['gpu']}, {record['date']} ({record['commit']})"
+    return f"Delta rule, B = {B}, {H} heads of {d}, bf16, {record['gpu']}, {record['date']} ({record.get('commit')})"
 
 
 PLOTS = {"h100_lengths": "h100_lengths.png"}
@@ -513,7 +512,7 @@ def main() -> None:
             print(f"written: {path.relative_to(ROOT)}")
     if args.plot:
         for name, picture in PLOTS.items():
-            plot(name, RESULTS / picture)
+            plot(load(name), RESULTS / picture)
             print(f"drawn: {(RESULTS / picture).relative_to(ROOT)}")
 
 
