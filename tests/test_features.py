@@ -24,12 +24,12 @@ def test_every_test_in_the_feature_table_exists():
         assert f"\ndef {name}(" in (DOCS / file).read_text(), f"{file} has no {name}"
 
 
-def test_plain_pytest_finds_the_tests():
+def test_plain_pytest_finds_the_tests(tmp_path):
     """`pytest`, which puts no folder on the path as `python -m pytest` does, would end before the first test."""
-    file = "tests/ops/test_half_precision.py"
-    command = [sys.executable, "-P", "-m", "pytest", "--collect-only", "-q", file]
+    (tmp_path / "test_it.py").write_text("import tests.ops.products\n\n\ndef test_it(): ...\n")
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-c", ROOT / "pyproject.toml", tmp_path / "test_it.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and file in done.stdout, done.stdout
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_page_of_functions_is_up_to_date():
