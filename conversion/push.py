@@ -18,7 +18,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -272,8 +271,9 @@ def _license(card: str, sources: dict) -> tuple[dict[str, bytes], list[Problem]]
     if has_link or license_problem(name) or name == "unknown" or any(map(is_license, sources)):
         return {}, []
     if name == "apache-2.0":
-        with suppress(importlib.metadata.PackageNotFoundError):  # run from its source
-            if text := importlib.metadata.distribution("modeling-deltanet").read_text("licenses/LICENSE"):
+        # of an editable install, the source's egg-info may come first, which has no text
+        for found in importlib.metadata.distributions(name="modeling-deltanet"):
+            if text := found.read_text("licenses/LICENSE"):
                 return {"LICENSE": text.encode()}, []
     what = f"missing: put the text of {name} there, or license_link into the card's metadata"
     return {}, [Problem("LICENSE", None, what)]
