@@ -12,10 +12,12 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 
-try:  # only a missing package is forgiven: a broken one must be heard
-    import deltanet_kernels
-except ImportError as error:
-    deltanet_kernels, MISSING = None, str(error)
+deltanet_kernels, MISSING = None, "torch is built without CUDA"
+if torch.version.cuda or torch.version.hip or os.environ.get("TRITON_INTERPRET") == "1":  # otherwise 0.2 s for nothing
+    try:  # only a missing package is forgiven: a broken one must be heard
+        import deltanet_kernels
+    except ImportError as error:
+        MISSING = str(error)
 
 logger = logging.getLogger(__name__)
 
