@@ -141,13 +141,18 @@ def push(
     """
     from huggingface_hub import constants
 
-    from .push import prepare, preview, publish
+    from .push import HubUnreachable, prepare, preview, publish
 
     _check_folder(folder)
     with errors.status("Loading it and generating a token ..."):
         plan = prepare(folder, repo_id, base_model=base_model, include=include or (), exclude=exclude or ())
     if dry_run:
-        changes = None if constants.HF_HUB_OFFLINE else preview(plan, revision=revision)
+        changes = None
+        if not constants.HF_HUB_OFFLINE:
+            try:
+                changes = preview(plan, revision=revision)
+            except HubUnreachable as error:
+                errors.print(f"Not compared with the Hub: {error}", markup=False, highlight=False, soft_wrap=True)
         return _planned(plan, changes)
     done = publish(plan, private=private, revision=revision, create_pr=create_pr, message=message)
 

@@ -2,6 +2,7 @@
 
 import signal
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -47,6 +48,30 @@ class SaveOnInterrupt(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         for signum, handler in self.previous.items():
             signal.signal(signum, handler)
+        if self.processes is not None:
+            dist.destroy_process_group(self.processes)
+            self.processes = None
+
+
+class Stopped(KeyboardInterrupt):
+    """Training ended in order after Ctrl-C, in all processes, and left a checkpoint."""
+
+
+@contextmanager
+def parting_at_the_end():
+    """Processes that found each other inside the block part at its end. Left to the interpreter's, one may abort:
+    "terminate called without an active exception" (gloo, torch 2.13).
+    """
+    had_met = dist.is_available() and dist.is_initialized()
+    stopped = None
+    try:
+        yield
+    except Stopped as stop:  # after another error, one process may still wait for the others
+        stopped = stop
+    if not had_met and dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    if stopped is not None:
+        raise stopped
 
 
 class AlreadyTrained(Exception):

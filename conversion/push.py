@@ -55,6 +55,10 @@ class HubFailure(RuntimeError):
     """The Hub did not do what was asked; the message says in which state it is."""
 
 
+class HubUnreachable(HubFailure):
+    """There was no answer at all."""
+
+
 class VerificationFailed(HubFailure):
     """What was pulled back is not what was sent."""
 
@@ -365,16 +369,20 @@ def _as_json(content: dict) -> bytes:
 def preview(
     plan: Plan, *, revision: str | None = None, token: str | None = None, endpoint: str | None = None
 ) -> Changes:
-    """What `publish` would do to a branch of the Hub; nothing is sent. Raises HubFailure if the Hub cannot be read."""
+    """What `publish` would do to a branch of the Hub; nothing is sent. Raises HubFailure if the Hub cannot be read, of
+    which HubUnreachable is the kind without an answer.
+    """
     api = HfApi(endpoint=endpoint, token=token)
     try:
+        api.repo_info(plan.repo_id)  # where there is no network this fails at once, a listing after six tries
         return _compare(api, plan, revision)
     except RevisionNotFoundError:
         return preview(plan, token=token, endpoint=endpoint)  # the branch would be made from main
     except RepositoryNotFoundError:
         return Changes(new=list(plan.files))
     except (HTTP_ERROR, OSError) as error:
-        raise HubFailure(f"{plan.repo_id}: {_explain(error)}") from error
+        kind = HubFailure if isinstance(error, HfHubHTTPError) else HubUnreachable
+        raise kind(f"{plan.repo_id}: {_explain(error)}") from error
 
 
 def _compare(api: HfApi, plan: Plan, revision: str | None) -> Changes:

@@ -30,7 +30,7 @@ from modeling_deltanet import DeltaNetConfig, DeltaNetForCausalLM
 
 from .checkpoint import FACTS, check_new, copy_tokenizer, fetch, load_tokenizer, new_folder
 from .files import own_file, read_json
-from .interrupt import SaveOnInterrupt
+from .interrupt import SaveOnInterrupt, Stopped, parting_at_the_end
 from .text import blocks, load_text
 
 
@@ -102,7 +102,8 @@ class Stage:
         self._check_report_to()
         on_gpu = self._uses_gpu()
         try:
-            return self._run(name, make_trainer, finish, output, work, on_gpu)
+            with parting_at_the_end():
+                return self._run(name, make_trainer, finish, output, work, on_gpu)
         except BaseException:
             if work.exists() and get_last_checkpoint(str(work)) is None:
                 shutil.rmtree(work, ignore_errors=True)  # nothing to go on from
@@ -144,9 +145,7 @@ class Stage:
         trainer.args.eval_on_start = checkpoint is None
         trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.state.global_step < trainer.args.max_steps:
-            raise KeyboardInterrupt(
-                f"stopped at step {trainer.state.global_step}; the same command goes on from there"
-            )
+            raise Stopped(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
 
         summary = {
             **dataclasses.asdict(self) | {"data": [_public(source) for source in self.data], "precision": precision},

@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.integrations import is_tensorboard_available
 
-from deltanet_conversion.interrupt import train_or_resume
+from deltanet_conversion.interrupt import Stopped, parting_at_the_end, train_or_resume
 
 
 # Every message between the tokens that begin and end a text. What the assistant says is marked for trainers that learn
@@ -131,7 +131,7 @@ def train(trainer: Trainer) -> None:
     """
     trainer.add_callback(SayWhenSafe)
     if not train_or_resume(trainer):
-        raise KeyboardInterrupt(
+        raise Stopped(
             f"Stopped at step {trainer.state.global_step}, with a checkpoint; the same command goes on from there."
         )
 
@@ -165,7 +165,8 @@ class Lines(TrainerCallback):
 def run(main: Callable[[], None]) -> None:
     """`main()`. Ctrl-C ends it in a sentence, whatever it was doing."""
     try:
-        main()
+        with parting_at_the_end():
+            main()
     except KeyboardInterrupt as stop:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"\n{stop or 'Stopped; the same command goes on.'}", flush=True)

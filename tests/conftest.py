@@ -19,6 +19,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# Of tests that take ten seconds and more.
+LONG = {"test_compile_chunk.py", "test_quickstart.py", "test_examples.py", "test_distributed.py", "test_stages.py"}
+
+
+def pytest_collection_modifyitems(items):
+    """Long tests first: at the end, no worker waits for another one's last minute."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture
 def short_segments(monkeypatch):
     """In the interpreter, the short convolution's programs walk through 16 and 8 rows, not 32 and 128, whatever the

@@ -1,5 +1,6 @@
 """`examples/pretrain.py` and `finetune_lora.py` at a size of seconds."""
 
+import contextlib
 import json
 import os
 import runpy
@@ -196,6 +197,8 @@ def test_processes_stop_together(monkeypatch):
     monkeypatch.setattr(interrupt.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(interrupt.dist, "new_group", lambda backend: backend)
     monkeypatch.setattr(interrupt.dist, "all_reduce", lambda flag, op, group: flag.fill_(max(int(flag), *others)))
+    left = []
+    monkeypatch.setattr(interrupt.dist, "destroy_process_group", left.append)
     handler = signal.getsignal(signal.SIGINT)
     callback, control = interrupt.SaveOnInterrupt(), TrainerControl()
     callback.on_train_begin(None, None, control)
@@ -207,6 +210,20 @@ def test_processes_stop_together(monkeypatch):
     callback.on_train_end(None, None, control)
     assert control.should_training_stop and control.should_save and callback.interrupted
     assert signal.getsignal(signal.SIGINT) is handler
+    assert left == ["gloo"]  # at the interpreter's end, a group that is still there may abort the process
+
+
+@pytest.mark.parametrize("met_before, end, parts", [(False, None, 1), (False, interrupt.Stopped, 1), (True, None, 0)])
+def test_processes_part_at_the_end(monkeypatch, met_before, end, parts):
+    """A run that had gone well would end in "terminate called", now and then; or a caller would lose its own group."""
+    met, left = [met_before], []
+    monkeypatch.setattr(interrupt.dist, "is_initialized", lambda: met[0])
+    monkeypatch.setattr(interrupt.dist, "destroy_process_group", lambda: left.append(1))
+    with contextlib.nullcontext() if end is None else pytest.raises(end), interrupt.parting_at_the_end():
+        met[0] = True
+        if end is not None:
+            raise end
+    assert len(left) == parts
 
 
 WRONG = {

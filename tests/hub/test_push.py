@@ -11,7 +11,7 @@ import pytest
 import torch
 import typer
 from folders import REPO, add_card, client, write_checkpoint
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from loopback import TOKEN
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -583,6 +583,12 @@ def test_the_command_line_answers_by_exit_code(hub, plan, folder, monkeypatch):
     assert json.loads(dry.stdout)["changes"]["new"] == list(plan.files)
     assert "model.safetensors" in run(REPO, "--dry-run").stdout
     assert hub.repositories == {}
+    with monkeypatch.context() as patch:  # without a network the folder can still be looked at
+        patch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+        dry = run(REPO, "--dry-run", "--json")
+        assert dry.exit_code == 0 and json.loads(dry.stdout)["changes"] is None
+        assert dry.stderr.startswith("Not compared with the Hub: ") and len(dry.stderr.splitlines()) == 1
+        assert run(REPO).exit_code == 3
 
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     failed = run(REPO)
