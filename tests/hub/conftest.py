@@ -11,12 +11,6 @@ from tiny import marks_for_remote_code_undone
 from deltanet_conversion.push import prepare
 
 
-@pytest.fixture(autouse=True)
-def unmarked():
-    with marks_for_remote_code_undone():
-        yield
-
-
 @pytest.fixture
 def hub(monkeypatch):
     """A Hub that listens on loopback, to which huggingface_hub in this process speaks."""
