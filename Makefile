@@ -6,7 +6,7 @@ RUN = $(VENV)/bin/python
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help quickstart test test-latest update-latest test-gpu bench bench-gpu docs lint format
+.PHONY: help quickstart test test-compile test-latest update-latest test-gpu bench bench-gpu docs lint format
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -27,12 +27,15 @@ $(VENV)/.tritons: $(VENV)/.installed
 quickstart: $(VENV)/.installed  ## train, reload, fine-tune with LoRA and generate, on real text (5 minutes on two cores)
 	$(RUN) examples/quickstart.py $(ARGS)
 
-test: $(VENV)/.tritons  ## everything a machine without a GPU can run
-	$(RUN) -m pytest -m "not gpu" -n 2 --dist worksteal $(ARGS)
+test: $(VENV)/.installed  ## what a machine without a GPU can run, but for test-compile
+	$(RUN) -m pytest -m "not gpu and not compile" -n 2 --dist worksteal $(ARGS)
+
+test-compile: $(VENV)/.tritons  ## every launch of the kernels compiled, for all architectures and several Tritons
+	$(RUN) -m pytest -m compile -n 2 --dist worksteal $(ARGS)
 
 # What no release of another package can change is not run twice: the kernels in Triton's interpreter, the quickstart.
 test-latest:  ## models, conversions and the Hub beside the newest releases (constraints-latest.txt), in .venv-latest
-	$(MAKE) test VENV=.venv-latest CONSTRAINTS=constraints-latest.txt TRITONS= ARGS="tests/models tests/conversion tests/hub $(ARGS)"
+	$(MAKE) test VENV=.venv-latest CONSTRAINTS=constraints-latest.txt ARGS="tests/models tests/conversion tests/hub $(ARGS)"
 
 update-latest:  ## make .venv-latest anew without pins, and write what came into constraints-latest.txt
 	rm -rf .venv-latest

@@ -56,6 +56,7 @@ CASES += [(None, *case, "bf16:gated") for case in GATED]
 CASES += [(other, *case, "bf16") for other in OTHERS for case in EVERYWHERE if case[0] != 100]
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("other, arch, K, V, dtype", CASES, ids=lambda x: getattr(x, "name", None))
 def test_launch_table(other, arch, K, V, dtype, tmp_path):
     """A user of this chip and head size gets kernels that start, and as fast as they were measured."""
