@@ -48,8 +48,8 @@ def test_version_and_environment(deltanet):
     assert deltanet("--version")[:2] == (0, f"deltanet {version('modeling-deltanet')}\n")
     code, out, _ = deltanet("env", "--json")
     found = json.loads(out)
-    assert code == 0 and found["torch"] == torch.__version__ and found["device"] and found["peft"]
-    assert f"torch: {torch.__version__}\n" in deltanet("env")[1]
+    assert code == 0 and found["torch"] == version("torch") and found["device"] and found["peft"]
+    assert f"torch: {version('torch')}\n" in deltanet("env")[1]
 
 
 def test_the_way_from_a_teacher_to_text(deltanet, pair, tmp_path):  # noqa: F811
