@@ -203,9 +203,8 @@ def main() -> None:
     versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
     for peer in PEERS.keys() & functions.keys():
         versions[peer] = importlib.import_module(peer).__version__
-    if (
-        "tilelang" in sys.modules
-    ):  # by which fla, too, computes the gate's backward on Hopper beside Triton before 3.7.1
+    # by which fla, too, computes the gate's backward on Hopper beside Triton 3.4 to 3.7.0
+    if "tilelang" in sys.modules:
         versions["tilelang"] = sys.modules["tilelang"].__version__
     rows = []
     record = {
