@@ -7,7 +7,6 @@ always measured.
 
 import dataclasses
 import difflib
-import glob
 import json
 import math
 import os
@@ -26,7 +25,7 @@ import modeling_deltanet  # noqa: F401  makes `model_type: deltanet` known to th
 from modeling_deltanet.cache_deltanet import new_file
 
 from .checkpoint import fetch, has_tokenizer, load_tokenizer
-from .files import is_hub_id, own_file, read_json
+from .files import is_hub_id, own_file, public_name, read_json
 from .recall_tasks import KEYS, RecallTasks
 
 
@@ -139,13 +138,6 @@ def evaluate_checkpoint(evaluation: Evaluation) -> dict:
     with new_file(output) as unfinished:
         Path(unfinished).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     return {"output": str(output), **written}
-
-
-def public_name(source: str) -> str:
-    """A source's name without the folders that it lies in on this machine."""
-    path = Path(source)
-    is_local = path.exists() or path.is_absolute() or glob.has_magic(source)
-    return (path.resolve() if path.exists() else path).name if is_local else source
 
 
 def hardware() -> str:

@@ -4,6 +4,7 @@ A link, or a name inside a file, can lead to any file of this machine, whose con
 published.
 """
 
+import glob
 import json
 import os
 import stat
@@ -89,6 +90,13 @@ def local_folder(source: str | os.PathLike, revision: str | None = None) -> Path
     except HFValidationError:
         raise ValueError(f"no such folder: {source}") from None
     return None
+
+
+def public_name(source: str) -> str:
+    """A source's name without the folders that it lies in on this machine."""
+    path = Path(source)
+    is_local = path.exists() or path.is_absolute() or glob.has_magic(source)
+    return (path.resolve() if path.exists() else path).name if is_local else source
 
 
 @contextmanager

@@ -5,7 +5,6 @@ same call goes on from the last checkpoint; without one, a stage that fails leav
 """
 
 import dataclasses
-import glob
 import json
 import math
 import os
@@ -24,13 +23,12 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
-from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_deltanet import DeltaNetConfig, DeltaNetForCausalLM
 
 from .checkpoint import FACTS, check_new, copy_tokenizer, fetch, load_tokenizer, new_folder
-from .files import own_file, read_json
-from .interrupt import SaveOnInterrupt, Stopped, parting_at_the_end
+from .files import own_file, public_name, read_json
+from .interrupt import SaveOnInterrupt, Stopped, last_checkpoint, parting_at_the_end
 from .text import blocks, load_text
 
 
@@ -105,7 +103,7 @@ class Stage:
             with parting_at_the_end():
                 return self._run(name, make_trainer, finish, output, work, on_gpu)
         except BaseException:
-            if work.exists() and get_last_checkpoint(str(work)) is None:
+            if work.exists() and last_checkpoint(work) is None:
                 shutil.rmtree(work, ignore_errors=True)  # nothing to go on from
             raise
 
@@ -139,7 +137,7 @@ class Stage:
         }
         trainer = make_trainer(teacher.eval().requires_grad_(False), student, trainer_arguments)
         self._claim(work, name)
-        checkpoint = get_last_checkpoint(str(work))
+        checkpoint = last_checkpoint(work)
         # Not by `trainer.evaluate()` first: accelerate takes a model that was evaluated for one that is prepared, and
         # several processes would not exchange gradients (in 1.15).
         trainer.args.eval_on_start = checkpoint is None
@@ -148,7 +146,8 @@ class Stage:
             raise Stopped(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
 
         summary = {
-            **dataclasses.asdict(self) | {"data": [_public(source) for source in self.data], "precision": precision},
+            **dataclasses.asdict(self)
+            | {"data": [public_name(source) for source in self.data], "precision": precision},
             "steps": trainer.state.global_step,
             "trained_tokens": trainer.state.global_step * self._tokens_a_step(trainer.args.world_size),
             "loss_before": next(log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log),
@@ -172,9 +171,8 @@ class Stage:
     def _facts(self, student_folder: Path, name: str, summary: dict) -> dict:
         """What the student's `conversion.json` says, and this stage: nothing that names a local folder."""
         file = student_folder / FACTS
-        facts = (
-            read_json(own_file(student_folder, FACTS)) if os.path.lexists(file) else {"teacher": _public(self.teacher)}
-        )
+        is_converted = os.path.lexists(file)
+        facts = read_json(own_file(student_folder, FACTS)) if is_converted else {"teacher": public_name(self.teacher)}
         local = ("teacher", "student", "output", "resumed", *FREE_SETTINGS)
         return facts | {name: {key: value for key, value in summary.items() if key not in local}}
 
@@ -187,7 +185,7 @@ class Stage:
         """See that the work folder is not there, or holds this very run, or one that has nothing to go on from."""
         if not (work / SETTINGS).exists():
             check_new(work)
-        elif get_last_checkpoint(str(work)) is not None:
+        elif last_checkpoint(work) is not None:
             theirs, mine = read_json(work / SETTINGS), self._settings(name)
             other = [
                 f"{key} {theirs.get(key)!r} instead of {mine.get(key)!r}"
@@ -263,11 +261,6 @@ class Stage:
         args.logging_steps = max(1, args.max_steps // 50)
         args.save_steps = self.save_steps or max(1, args.max_steps // 10)
         return args
-
-
-def _public(source: str) -> str:
-    """A source's name without the folders that it lies in on this machine."""
-    return Path(source).name if Path(source).exists() or glob.has_magic(source) else source
 
 
 def student_dtype(folder: Path) -> str:
