@@ -19,10 +19,10 @@ from triton.language.extra.cuda import gdc_wait
 
 from ._launch import launch
 from .hopper_beside import chunk_in_order, wait_for_chunk
-from .hopper_tiles import C, copy_tile, load_fragments, store_tile
+from .hopper_tiles import C, copy_tile, fade_lower, fade_upper, load_fragments, store_tile
 from .layout import Inputs, Scratch, Tables
 from .plan import Plan
-from .tiles import decay, locate_chunk, norm_backward
+from .tiles import locate_chunk, norm_backward
 
 
 LEAST = gl.constexpr(1e-20)  # of factors by which what stands in an accumulator is divided, and multiplied again
@@ -109,6 +109,8 @@ def grads_kernel(
     if gs is not None:
         gl.static_assert(G == 1, "a gate's factors differ from value head to value head")
         gs += (chunk * HV + i_h) * C
+        t_gs = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        t_gs.store(gl.load(gs + o_i))
 
     b_dq = gl.zeros([C, K], gl.float32, wide)
     b_dk = gl.zeros([C, K], gl.float32, wide)
@@ -123,14 +125,14 @@ def grads_kernel(
         if flags is not None:
             wait_for_chunk(flags + ((chunk - i_c) * HV + i_h * G + i_g) * NV, HV * NV, (T + C - 1) // C, i_c, NV)
         for h in gl.static_range(NV):
-            copy_tile(t_dv.index(h), dv + i_g * V + h * 64, HV * V, length, 64, EVEN)
-            copy_tile(t_do.index(h), do + i_g * d_sh + h * 64, d_st, length, 64, EVEN)
+            copy_tile(t_dv.index(h), dv + i_g * V + h * 64, HV * V, length, 64, EVEN, 64)
+            copy_tile(t_do.index(h), do + i_g * d_sh + h * 64, d_st, length, 64, EVEN, 64)
         async_copy.commit_group()
         b_ds0 = load_fragments(ds + i_g * V * K, 64, K)
         if NV == 2:
             b_ds1 = load_fragments(ds + i_g * V * K + 64 * K, 64, K)
-        copy_tile(t_k, k, k_st, length, K, EVEN)
-        copy_tile(t_q, q, q_st, length, K, EVEN)
+        copy_tile(t_k, k, k_st, length, K, EVEN, K)
+        copy_tile(t_q, q, q_st, length, K, EVEN, K)
         async_copy.commit_group()
         t_u.index(0).store(b_u0)
         t_s.index(0).store(b_s0)
@@ -183,7 +185,7 @@ def grads_kernel(
         p_b = dbeta + (row + o_i) * HV + i_h * G + i_g
         gl.store(p_b, b_g.to(dbeta.dtype.element_ty), mask=o_i < length)
         if gs is not None:
-            b_e *= decay(gl.load(gs + o_i)[:, None], gl.load(gs + o_j)[None, :])
+            b_e = fade_lower(b_e, t_gs, square)
         b_e = gl.where(o_i[:, None] > o_j[None, :], b_e * -b_rk_i[:, None], 0.0)
         b_el = gl.convert_layout(b_e.to(BF16), left)
         if gs is not None:
@@ -198,7 +200,7 @@ def grads_kernel(
         if gs is not None:
             b_e, b_dk = warpgroup_mma_wait(0, deps=[b_e, b_dk])
             b_in = gl.sum(t_k.load(wide).to(gl.float32) * b_dk, 1)  # what comes into a token, but for o's
-            b_e *= decay(gl.load(gs + o_j)[None, :], gl.load(gs + o_i)[:, None])
+            b_e = fade_upper(b_e, t_gs, square)
         else:
             b_e = warpgroup_mma_wait(0, deps=[b_e])
         b_e = gl.where(o_i[:, None] < o_j[None, :], b_e * -t_rk.load(gl.SliceLayout(0, square))[None, :], 0.0)
@@ -222,7 +224,7 @@ def grads_kernel(
         if gs is not None:
             b_dk *= b_after[:, None]
             b_through += gl.sum(gl.sum(t_k.load(wide).to(gl.float32) * b_dk, 1) - b_in, 0)
-            b_r *= decay(gl.load(gs + o_j)[None, :], gl.load(gs + o_i)[:, None])
+            b_r = fade_upper(b_r, t_gs, square)
         b_rq_j = t_rq.load(gl.SliceLayout(0, square))
         b_r = gl.where(o_i[:, None] <= o_j[None, :], b_r * (b_rq_j * scale)[None, :], 0.0)
         b_rt = gl.convert_layout(b_r.to(BF16), left)
@@ -236,24 +238,29 @@ def grads_kernel(
             b_dk = warpgroup_mma(b_e, t_k, b_dk, is_async=True)
         b_r, b_dk = warpgroup_mma_wait(0, deps=[b_r, b_dk])
         if gs is not None:
-            b_r *= decay(gl.load(gs + o_i)[:, None], gl.load(gs + o_j)[None, :])
+            b_r = fade_lower(b_r, t_gs, square)
             b_r *= (t_rq.load(gl.SliceLayout(1, square)) * scale)[:, None]
         b_r = gl.where(o_i[:, None] >= o_j[None, :], b_r, 0.0)
         b_r = gl.convert_layout(b_r.to(BF16), left)
         b_dq = warpgroup_mma(b_r, t_k, b_dq)
         if gs is not None:
-            b_out = gl.sum(t_k.load(wide).to(gl.float32) * b_dk, 1)
-            b_qq = gl.sum(t_q.load(wide).to(gl.float32) * b_dq, 1)
+            b_k = t_k.load(wide).to(gl.float32)
+            b_q = t_q.load(wide).to(gl.float32)
+            b_out = gl.sum(b_k * b_dk, 1)
+            b_qq = gl.sum(b_q * b_dq, 1)
+            if rk is not None:  # as `norm_backward`, whose sums these are
+                b_dk -= b_k * (b_out * b_rk * b_rk)[:, None]
+                b_dq -= b_q * (b_qq * b_rq * b_rq)[:, None]
             b_x = 2.0 * b_in - b_out + b_qq
             b_x = gl.convert_layout(b_x, gl.SliceLayout(1, square))
             b_x = gl.sum(gl.where(o_i[:, None] >= o_j[None, :], b_x[:, None], 0.0), 0) + b_through
             gl.store(dg + (row + o_j) * HV + i_h, b_x.to(dg.dtype.element_ty), mask=o_j < length)
 
     p_x = (row * H + i_h) * K
-    b_dk = norm_backward(b_dk, t_k.load(wide), b_rk, rk is not None)
     if gs is None:
+        b_dk = norm_backward(b_dk, t_k.load(wide), b_rk, rk is not None)
         b_dq *= (b_rq * scale)[:, None]
-    b_dq = norm_backward(b_dq, t_q.load(wide), b_rq, rk is not None)
+        b_dq = norm_backward(b_dq, t_q.load(wide), b_rq, rk is not None)
     t_k.store(b_dk.to(BF16))
     store_tile(dk + p_x, H * K, t_k, length, K, EVEN)
     t_q.store(b_dq.to(BF16))

@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ._launch import launch
 from .hopper_beside import let_dependents_start, say_all_written, say_written
-from .hopper_tiles import STAGES, C, load_stage, store_fragments, store_scores, store_tile
+from .hopper_tiles import STAGES, C, fade_lower, load_stage, store_factors, store_fragments, store_scores, store_tile
 from .layout import Inputs, Scratch, Tables
 from .plan import Launch
 from .tiles import locate_sequence
@@ -35,7 +35,7 @@ def reverse_kernel(
     dv_st,
     # constants; heads and a token's strides among them, see `hopper_scan.py`
     H: gl.constexpr, HV: gl.constexpr, q_st: gl.constexpr, k_st: gl.constexpr, d_st: gl.constexpr,
-    K: gl.constexpr, V: gl.constexpr, BV: gl.constexpr, EVEN: gl.constexpr, STAGES: gl.constexpr,
+    K: gl.constexpr, KEYS: gl.constexpr, V: gl.constexpr, BV: gl.constexpr, EVEN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Runs one sequence, value head and block of BV = 64 value columns from the last chunk to the first.
 
@@ -61,7 +61,7 @@ def reverse_kernel(
     if rk is not None:
         rk += (chunk_0 * H + i_h) * C
         rq += (chunk_0 * H + i_h) * C
-    p_h = (i_n.to(gl.int64) * HV + i_hv) * K * V + i_v
+    p_h = (i_n.to(gl.int64) * HV + i_hv) * KEYS * V + i_v
 
     BF16: gl.constexpr = gl.bfloat16
     square_tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], BF16)
@@ -77,26 +77,26 @@ def reverse_kernel(
     t_rk = gl.allocate_shared_memory(gl.float32, [STAGES, C], line_tile)
     t_rq = gl.allocate_shared_memory(gl.float32, [STAGES, C], line_tile)
     t_gs = gl.allocate_shared_memory(gl.float32, [STAGES, C], line_tile) if gs is not None else None
+    t_f = gl.allocate_shared_memory(gl.float32, [6, C], line_tile) if gs is not None else None
 
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, narrow, 2)
     left_w: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
+    columns: gl.constexpr = gl.SliceLayout(0, narrow)
     zero = gl.zeros([BV, C], gl.float32, narrow)
 
     b_s = gl.zeros([BV, K], gl.float32, wide)
-    p_s = (
-        p_h
-        + gl.arange(0, K, gl.SliceLayout(0, wide))[None, :] * V
-        + gl.arange(0, BV, gl.SliceLayout(1, wide))[:, None]
-    )
+    o_k = gl.arange(0, K, gl.SliceLayout(0, wide))
+    p_s = p_h + o_k[None, :] * V + gl.arange(0, BV, gl.SliceLayout(1, wide))[:, None]
+    m_s = gl.full([BV, K], True, gl.int1, wide) & (o_k < KEYS)[None, :]
     if dht is not None:
-        b_s = gl.load(dht + p_s)
+        b_s = gl.load(dht + p_s) if KEYS == K else gl.load(dht + p_s, mask=m_s, other=0.0)
     for i in gl.static_range(STAGES - 1):
         if i < NT:
             load_stage(
                 t_q, t_k, t_do, t_a, t_rk, t_rq, t_gs, q, k, do, a, rk, rq, gs, NT - 1 - i, i,
-                T, H, HV, q_st, k_st, d_st, K, BV, EVEN, True,
+                T, H, HV, q_st, k_st, d_st, K, KEYS, BV, EVEN, True,
             )  # fmt: skip
         async_copy.commit_group()
     if flags is not None:
@@ -105,9 +105,12 @@ def reverse_kernel(
     fence_async_shared()
     b_p = warpgroup_mma(t_q.index(0), t_k.index(0).permute([1, 0]), zero, use_acc=False, is_async=True)
     b_p = warpgroup_mma_wait(0, deps=[b_p])
-    store_scores(t_p.index(0), b_p, t_gs.index(0) if gs is not None else None, narrow)
+    if gs is not None:
+        b_p = fade_lower(b_p, t_gs.index(0), narrow)
+    store_scores(t_p.index(0), b_p, narrow)
     if gs is not None:
         b_all = gl.load(gs + (gl.to_tensor(NT) - 1).to(gl.int64) * HV * C + C - 1, mask=NT > 0, other=0.0)
+        store_factors(t_f, 0, t_gs.index(0), t_rk.index(0), rk, b_all)
 
     for i in range(NT):
         i_c = NT - 1 - i
@@ -131,11 +134,9 @@ def reverse_kernel(
             else b_do * scale
         )
         if gs is not None:
-            b_gs = t_gs.index(slot).load(gl.SliceLayout(0, narrow))
-            b_after = gl.exp2(b_all - b_gs)
             b_s *= gl.exp2(b_all)
             b_all = gl.load(gs + gl.maximum(i_c - 1, 0).to(gl.int64) * HV * C + C - 1)
-            b_dq = (b_do * gl.exp2(t_gs.index(slot).load(gl.SliceLayout(0, left)))[None, :]).to(BF16)
+            b_dq = (b_do * t_f.index(i % 2 * 3).load(gl.SliceLayout(0, left))[None, :]).to(BF16)
             b_do = b_do.to(BF16)
             b_y = warpgroup_mma(b_do, t_p.index(i % 2), zero, use_acc=False, is_async=True)
         else:
@@ -147,14 +148,17 @@ def reverse_kernel(
         if dv is not None:
             # dV of the chunk before; in the first turn whatever lies there, which the second replaces
             last = gl.minimum(i_c + 1, NT - 1)
-            store_tile(dv + last.to(gl.int64) * C * dv_st, dv_st, t_dv, T - last * C, BV, EVEN)
+            # unsigned: of a signed stride the upper halves of four offsets stay in registers, and others are spilled
+            row_st = dv_st if gs is None else dv_st.to(gl.uint32)
+            store_tile(dv + last.to(gl.int64) * C * dv_st, row_st, t_dv, T - last * C, BV, EVEN)
         if i + STAGES - 1 < NT:
             load_stage(
                 t_q, t_k, t_do, t_a, t_rk, t_rq, t_gs, q, k, do, a, rk, rq, gs,
-                i_c - STAGES + 1, (i + STAGES - 1) % STAGES, T, H, HV, q_st, k_st, d_st, K, BV, EVEN, True,
+                i_c - STAGES + 1, (i + STAGES - 1) % STAGES, T, H, HV, q_st, k_st, d_st, K, KEYS, BV, EVEN, True,
             )  # fmt: skip
         async_copy.commit_group()
         if gs is not None:
+            b_after = t_f.index(i % 2 * 3 + 2).load(columns)
             b_u, b_y = warpgroup_mma_wait(1, deps=[b_u, b_y])
             b_u = b_u * b_after[None, :] + b_y
         else:
@@ -163,16 +167,21 @@ def reverse_kernel(
         b_v = warpgroup_mma(gl.convert_layout(b_u.to(BF16), left), t_a.index(slot), zero, use_acc=False, is_async=True)
         b_p = warpgroup_mma(t_q.index(after), t_k.index(after).permute([1, 0]), zero, use_acc=False, is_async=True)
         if gs is not None:
-            b_before = gl.exp2(t_gs.index(slot).load(gl.SliceLayout(0, narrow)))
+            b_x = t_f.index(i % 2 * 3 + 1).load(columns)
         b_s, b_v = warpgroup_mma_wait(1, deps=[b_s, b_v])
-        b_w = b_v * -t_rk.index(slot).load(gl.SliceLayout(0, narrow))[None, :] if rk is not None else -b_v
         if gs is not None:
-            b_w *= b_before[None, :]
+            b_w = b_v * b_x[None, :]
+        else:
+            b_w = b_v * -t_rk.index(slot).load(columns)[None, :] if rk is not None else -b_v
         b_s = warpgroup_mma(gl.convert_layout(b_w.to(BF16), left_w), t_k.index(slot), b_s, is_async=True)
         if dv is not None:
             t_dv.permute([1, 0]).store(b_v.to(BF16))
+        if gs is not None:
+            store_factors(t_f, (i + 1) % 2 * 3, t_gs.index(after), t_rk.index(after), rk, b_all)
         b_p = warpgroup_mma_wait(1, deps=[b_p])
-        store_scores(t_p.index((i + 1) % 2), b_p, t_gs.index(after) if gs is not None else None, narrow)
+        if gs is not None:
+            b_p = fade_lower(b_p, t_gs.index(after), narrow)
+        store_scores(t_p.index((i + 1) % 2), b_p, narrow)
         b_s = warpgroup_mma_wait(0, deps=[b_s])
 
     if dv is not None and NT > 0:
@@ -180,13 +189,18 @@ def reverse_kernel(
         if flags is not None:
             say_all_written(flags, FLAGS, NT)
     if dh0 is not None:
-        gl.store(dh0 + p_s, b_s)
+        if KEYS == K:
+            gl.store(dh0 + p_s, b_s)
+        else:
+            gl.store(dh0 + p_s, b_s, mask=m_s)
 
 
 # --------------------------------------------------------------------------------------------------------- launchers
 
 
-def reverse(x: Inputs, do, scratch: Scratch, t: Tables, scale: float, choice: Launch, dht, dv, ds, dh0, flags) -> None:
+def reverse(
+    x: Inputs, do, scratch: Scratch, t: Tables, scale: float, choice: Launch, key_tile: int, dht, dv, ds, dh0, flags
+) -> None:
     """Writes dv and ds, or neither, and dh0 where it is given. With flags, `hopper_grads.grads` must be next in the
     stream.
     """
@@ -205,7 +219,7 @@ def reverse(x: Inputs, do, scratch: Scratch, t: Tables, scale: float, choice: La
         ),
         {
             "H": H, "HV": HV, "q_st": q.stride(1), "k_st": k.stride(1), "d_st": do.stride(1),
-            "K": K, "V": V, "BV": choice.columns, "EVEN": t.even, "STAGES": STAGES[choice.columns],
+            "K": key_tile, "KEYS": K, "V": V, "BV": choice.columns, "EVEN": t.even, "STAGES": STAGES[choice.columns],
         },
         {"num_warps": choice.num_warps},
     )  # fmt: skip

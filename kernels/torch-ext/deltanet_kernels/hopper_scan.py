@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ._launch import launch
-from .hopper_tiles import STAGES, C, load_stage, store_fragments, store_scores, store_tile
+from .hopper_tiles import STAGES, C, fade_apart, load_stage, store_factors, store_fragments, store_scores, store_tile
 from .layout import Inputs, Scratch, Tables
 from .limits import NORM_EPS
 from .plan import Launch
@@ -58,7 +58,7 @@ def scan_kernel(
     scale, T, NT, q_sb, q_sh, k_sb, k_sh, v_sb, v_sh,
     # constants; heads and a token's strides among them, so that of a tile's addresses a thread keeps one
     H: gl.constexpr, HV: gl.constexpr, q_st: gl.constexpr, k_st: gl.constexpr, v_st: gl.constexpr,
-    K: gl.constexpr, V: gl.constexpr, BV: gl.constexpr, EVEN: gl.constexpr, STAGES: gl.constexpr,
+    K: gl.constexpr, KEYS: gl.constexpr, V: gl.constexpr, BV: gl.constexpr, EVEN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Runs one sequence, value head and block of BV value columns, 64 a warp group, from the first chunk to the
     last.
@@ -81,7 +81,7 @@ def scan_kernel(
     if rk is not None:
         rk += (chunk_0 * H + i_h) * C
         rq += (chunk_0 * H + i_h) * C
-    p_h = (i_n.to(gl.int64) * HV + i_hv) * K * V + i_v
+    p_h = (i_n.to(gl.int64) * HV + i_hv) * KEYS * V + i_v
 
     BF16: gl.constexpr = gl.bfloat16
     square_tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], BF16)
@@ -97,6 +97,7 @@ def scan_kernel(
     t_rq = gl.allocate_shared_memory(gl.float32, [2, C], line_tile)
     t_o = gl.allocate_shared_memory(BF16, [C, BV], value_tile)
     t_gs = gl.allocate_shared_memory(gl.float32, [STAGES, C], line_tile) if gs is not None else None
+    t_f = gl.allocate_shared_memory(gl.float32, [8, C], line_tile) if gs is not None else None
 
     GROUPS: gl.constexpr = BV // 64
     square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, C // GROUPS, 16])
@@ -109,18 +110,16 @@ def scan_kernel(
     zero_p = gl.zeros([C, C], gl.float32, square)
 
     b_s = gl.zeros([BV, K], gl.float32, wide)
-    p_s = (
-        p_h
-        + gl.arange(0, K, gl.SliceLayout(0, wide))[None, :] * V
-        + gl.arange(0, BV, gl.SliceLayout(1, wide))[:, None]
-    )
+    o_k = gl.arange(0, K, gl.SliceLayout(0, wide))
+    p_s = p_h + o_k[None, :] * V + gl.arange(0, BV, gl.SliceLayout(1, wide))[:, None]
+    m_s = gl.full([BV, K], True, gl.int1, wide) & (o_k < KEYS)[None, :]
     if h0 is not None:
-        b_s = gl.load(h0 + p_s)
+        b_s = gl.load(h0 + p_s) if KEYS == K else gl.load(h0 + p_s, mask=m_s, other=0.0)
     for i_c in gl.static_range(STAGES - 1):
         if i_c < NT:
             load_stage(
                 t_q, t_k, t_v, t_a, t_rk, t_rq, t_gs, q, k, v, a, rk, rq, gs, i_c, i_c, T, H, HV, q_st, k_st, v_st,
-                K, BV, EVEN, False,
+                K, KEYS, BV, EVEN, False,
             )  # fmt: skip
         async_copy.commit_group()
     async_copy.wait_group(STAGES - 2)
@@ -129,9 +128,13 @@ def scan_kernel(
     if rk is not None:
         store_query_norms(t_q.index(0), t_rq.index(0), rq, NT > 0, K, u is not None)
     b_p = warpgroup_mma_wait(0, deps=[b_p])
-    store_scores(t_p.index(0), b_p, t_gs.index(0) if gs is not None else None, square)
     if gs is not None:
+        # log2 of what a chunk loses: of this one, and of the next
         b_all = gl.load(gs + C - 1, mask=NT > 0, other=0.0)
+        b_then = gl.load(gs + HV * C + C - 1, mask=NT > 1, other=0.0)
+        store_factors(t_f, 0, t_gs.index(0), t_rk.index(0), rk, b_all)
+        b_p = fade_apart(b_p, t_f, 0, t_gs.index(0), b_all, square)
+    store_scores(t_p.index(0), b_p, square)
 
     for i_c in range(NT):
         slot = i_c % STAGES
@@ -148,20 +151,24 @@ def scan_kernel(
             store_fragments(s, b_c, BV, K)
         if gs is not None:
             b_s *= gl.exp2(b_all)
-            b_before = gl.exp2(t_gs.index(slot).load(columns))
+            b_all = b_then
+            b_then = gl.load(gs + gl.minimum(i_c + 2, NT - 1).to(gl.int64) * HV * C + C - 1)
+            store_factors(t_f, (i_c + 1) % 2 * 4, t_gs.index(after), t_rk.index(after), rk, b_all)
         # the output of the chunk before; in the first turn whatever lies there, which the second replaces
         last = gl.maximum(i_c - 1, 0)
         store_tile(o + last.to(gl.int64) * C * HV * V, HV * V, t_o, T - last * C, BV, EVEN)
         if i_c + STAGES - 1 < NT:
             load_stage(
                 t_q, t_k, t_v, t_a, t_rk, t_rq, t_gs, q, k, v, a, rk, rq, gs,
-                i_c + STAGES - 1, (i_c + STAGES - 1) % STAGES, T, H, HV, q_st, k_st, v_st, K, BV, EVEN, False,
+                i_c + STAGES - 1, (i_c + STAGES - 1) % STAGES, T, H, HV, q_st, k_st, v_st,
+                K, KEYS, BV, EVEN, False,
             )  # fmt: skip
         async_copy.commit_group()
         b_x = warpgroup_mma_wait(1, deps=[b_x])
-        b_x = b_x * -t_rk.index(slot).load(columns)[None, :] if rk is not None else -b_x
         if gs is not None:
-            b_x *= b_before[None, :]
+            b_x *= t_f.index(i_c % 2 * 4 + 1).load(columns)[None, :]
+        else:
+            b_x = b_x * -t_rk.index(slot).load(columns)[None, :] if rk is not None else -b_x
         b_u = warpgroup_mma(gl.convert_layout(b_x.to(BF16), left), t_at, b_u, is_async=True)
         t_qt = t_q.index(slot).permute([1, 0])
         t_pt = t_p.index(i_c % 2).permute([1, 0])
@@ -178,25 +185,26 @@ def scan_kernel(
         else:
             # what the state gives to the output fades before the chunk's own is added
             b_o = warpgroup_mma(b_f, t_qt, zero, use_acc=False, is_async=True)
-            b_after = gl.exp2(b_all - t_gs.index(slot).load(columns))
-            b_all = gl.load(gs + gl.minimum(i_c + 1, NT - 1).to(gl.int64) * HV * C + C - 1)
+            b_after = t_f.index(i_c % 2 * 4 + 2).load(columns)
             b_u = warpgroup_mma_wait(1, deps=[b_u])
             b_w = gl.convert_layout((b_u * b_after[None, :]).to(BF16), left_w)
             b_u = b_u.to(BF16)
             b_s = warpgroup_mma(b_w, t_k.index(slot), b_s, is_async=True)
+            b_before = t_f.index(i_c % 2 * 4).load(columns)
+            b_o = warpgroup_mma_wait(1, deps=[b_o])
+            b_o *= b_before[None, :]
             b_p = warpgroup_mma(
                 t_q.index(after), t_k.index(after).permute([1, 0]), zero_p, use_acc=False, is_async=True
             )
-            b_before = gl.exp2(t_gs.index(slot).load(columns))
-            b_o = warpgroup_mma_wait(2, deps=[b_o])
-            b_o *= b_before[None, :]
             b_o = warpgroup_mma(gl.convert_layout(b_u, left), t_pt, b_o, is_async=True)
         if u is not None:
             store_fragments(u, b_u, BV, C)
         if rk is not None:
             store_query_norms(t_q.index(after), t_rq.index((i_c + 1) % 2), rq + C * H, i_c + 1 < NT, K, u is not None)
         b_p = warpgroup_mma_wait(3 if gs is None else 1, deps=[b_p])
-        store_scores(t_p.index((i_c + 1) % 2), b_p, t_gs.index(after) if gs is not None else None, square)
+        if gs is not None:
+            b_p = fade_apart(b_p, t_f, (i_c + 1) % 2 * 4, t_gs.index(after), b_all, square)
+        store_scores(t_p.index((i_c + 1) % 2), b_p, square)
         b_s, b_o = warpgroup_mma_wait(0, deps=[b_s, b_o])
         b_o *= (t_rq.index(i_c % 2).load(columns) * scale)[None, :] if rk is not None else scale
         t_o.permute([1, 0]).store(b_o.to(BF16))
@@ -209,13 +217,16 @@ def scan_kernel(
     if NT > 0:
         store_tile(o + (gl.to_tensor(NT) - 1).to(gl.int64) * C * HV * V, HV * V, t_o, T - (NT - 1) * C, BV, EVEN)
     if ht is not None:
-        gl.store(ht + p_s, b_s)
+        if KEYS == K:
+            gl.store(ht + p_s, b_s)
+        else:
+            gl.store(ht + p_s, b_s, mask=m_s)
 
 
 # --------------------------------------------------------------------------------------------------------- launchers
 
 
-def scan(x: Inputs, scratch: Scratch, t: Tables, scale: float, choice: Launch, o, ht) -> None:
+def scan(x: Inputs, scratch: Scratch, t: Tables, scale: float, choice: Launch, key_tile: int, o, ht) -> None:
     """Writes o, ht where it is given, and u, s and rq where the scratch has them. K, V and the columns are 64 or
     128.
     """
@@ -231,7 +242,7 @@ def scan(x: Inputs, scratch: Scratch, t: Tables, scale: float, choice: Launch, o
         (scale, k.shape[1], t.nt, q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2)),
         {
             "H": H, "HV": HV, "q_st": q.stride(1), "k_st": k.stride(1), "v_st": v.stride(1),
-            "K": K, "V": V, "BV": choice.columns, "EVEN": t.even, "STAGES": STAGES[choice.columns],
+            "K": key_tile, "KEYS": K, "V": V, "BV": choice.columns, "EVEN": t.even, "STAGES": STAGES[choice.columns],
         },
         {"num_warps": choice.num_warps},
     )  # fmt: skip

@@ -7,7 +7,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
 from .limits import CHUNK
-from .tiles import decay
 
 
 C = gl.constexpr(CHUNK)
@@ -18,20 +17,26 @@ STAGES = {64: 4, 128: 3}  # value columns per program of a scan -> chunks that s
 
 
 @gluon.jit
-def _rows(p, stride, length, R: gl.constexpr, N: gl.constexpr):
-    """Addresses of R rows of N columns, 16 bytes a thread, and which of them lie before row `length`."""
+def _rows(p, stride, length, R: gl.constexpr, N: gl.constexpr, COLUMNS: gl.constexpr, EVEN: gl.constexpr):
+    """Addresses of R rows of N columns, 16 bytes a thread, and which of them lie before row `length` and column
+    COLUMNS.
+    """
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // N, N // 8], [gl.num_warps(), 1], [1, 0])
     o_r = gl.arange(0, R, gl.SliceLayout(1, layout))
     o_c = gl.arange(0, N, gl.SliceLayout(0, layout))
-    m_x = gl.full([R, N], True, gl.int1, layout) & (o_r < length)[:, None]
+    m_x = gl.full([R, N], True, gl.int1, layout)
+    if not EVEN:
+        m_x &= (o_r < length)[:, None]
+    if COLUMNS < N:
+        m_x &= (o_c < COLUMNS)[None, :]
     return p + o_r[:, None] * stride + o_c[None, :], m_x
 
 
 @gluon.jit
-def copy_tile(tile, p, stride, length, N: gl.constexpr, EVEN: gl.constexpr):
-    """Starts copying rows of N columns to shared memory, zeros from row `length` on."""
-    p_x, m_x = _rows(p, stride, length, tile.shape[0], N)
-    if EVEN:
+def copy_tile(tile, p, stride, length, N: gl.constexpr, EVEN: gl.constexpr, COLUMNS: gl.constexpr):
+    """Starts copying rows of N columns to shared memory, zeros from row `length` and from column COLUMNS on."""
+    p_x, m_x = _rows(p, stride, length, tile.shape[0], N, COLUMNS, EVEN)
+    if EVEN and COLUMNS == N:
         async_load(tile, p_x)
     else:
         async_load(tile, p_x, m_x)
@@ -40,7 +45,7 @@ def copy_tile(tile, p, stride, length, N: gl.constexpr, EVEN: gl.constexpr):
 @gluon.jit
 def store_tile(p, stride, tile, length, N: gl.constexpr, EVEN: gl.constexpr):
     """A tile of shared memory to global memory, 16 bytes a thread."""
-    p_x, m_x = _rows(p, stride, length, tile.shape[0], N)
+    p_x, m_x = _rows(p, stride, length, tile.shape[0], N, N, EVEN)
     b_x = tile.load(p_x.type.layout)
     if EVEN:
         gl.store(p_x, b_x)
@@ -85,16 +90,16 @@ def store_fragments(p, b, R: gl.constexpr, N: gl.constexpr):
 @gluon.jit
 def load_stage(
     t_q, t_k, t_v, t_a, t_rk, t_rq, t_gs, q, k, v, a, rk, rq, gs, i_c, slot, T, H, HV, q_st, k_st, v_st,
-    K: gl.constexpr, V: gl.constexpr, EVEN: gl.constexpr, RQ: gl.constexpr,
+    K: gl.constexpr, KEYS: gl.constexpr, V: gl.constexpr, EVEN: gl.constexpr, RQ: gl.constexpr,
 ):  # fmt: skip
-    """Starts copying what a scan needs of chunk i_c; v is do in the reverse one."""
+    """Starts copying what a scan needs of chunk i_c; v is do in the reverse one. Keys of KEYS columns become K."""
     length = T - i_c * C
     i_c = gl.to_tensor(i_c).to(gl.int64)
     o_c = gl.arange(0, C, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    copy_tile(t_k.index(slot), k + i_c * C * k_st, k_st, length, K, EVEN)
-    copy_tile(t_q.index(slot), q + i_c * C * q_st, q_st, length, K, EVEN)
-    copy_tile(t_v.index(slot), v + i_c * C * v_st, v_st, length, V, EVEN)
-    copy_tile(t_a.index(slot), a + i_c * HV * C * C, C, C, C, True)
+    copy_tile(t_k.index(slot), k + i_c * C * k_st, k_st, length, K, EVEN, KEYS)
+    copy_tile(t_q.index(slot), q + i_c * C * q_st, q_st, length, K, EVEN, KEYS)
+    copy_tile(t_v.index(slot), v + i_c * C * v_st, v_st, length, V, EVEN, V)
+    copy_tile(t_a.index(slot), a + i_c * HV * C * C, C, C, C, True, C)
     if rk is not None:
         async_load(t_rk.index(slot), rk + i_c * H * C + o_c)
         if RQ:
@@ -103,13 +108,57 @@ def load_stage(
         async_load(t_gs.index(slot), gs + i_c * HV * C + o_c)
 
 
+STEEP = gl.constexpr(64.0)  # log2 of what a chunk may lose for its factors to be taken apart
+
+
 @gluon.jit
-def store_scores(t_p, b_p, t_gs, layout: gl.constexpr):
-    """lower(Q K^T) to shared memory, faded where there is a gate. Before the tensor cores read it there must be a
-    fence.
+def fade_lower(b_p, t_gs, layout: gl.constexpr):
+    """A product of which the lower triangle is kept, times what is left at the row's token of the column's. What
+    overflows above it is not used; `tiles.decay` avoids that.
     """
+    return b_p * gl.exp2(t_gs.load(gl.SliceLayout(1, layout))[:, None] - t_gs.load(gl.SliceLayout(0, layout))[None, :])
+
+
+@gluon.jit
+def fade_upper(b_p, t_gs, layout: gl.constexpr):
+    """The same of a transposed product, of which the upper triangle is kept."""
+    return b_p * gl.exp2(t_gs.load(gl.SliceLayout(0, layout))[None, :] - t_gs.load(gl.SliceLayout(1, layout))[:, None])
+
+
+@gluon.jit
+def store_factors(t_f, first, t_gs, t_rk, rk, whole):
+    """Of a chunk, to lines of shared memory, half of t_f's: exp(b), what is left at a token of what entered;
+    -rk exp(b); what is left at the chunk's end of a token; and, where there is a fourth line, exp(-b).
+
+    Each is computed once, where a program's threads would compute it 32 times. `whole` is log2 of what the chunk
+    keeps.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    b_gs = t_gs.load(layout)
+    b_x = gl.exp2(b_gs)
+    t_f.index(first).store(b_x)
+    t_f.index(first + 1).store(b_x * -t_rk.load(layout) if rk is not None else -b_x)
+    t_f.index(first + 2).store(gl.exp2(whole - b_gs))
+    if t_f.shape[0] == 8:
+        t_f.index(first + 3).store(gl.exp2(-b_gs))
+
+
+@gluon.jit
+def fade_apart(b_p, t_f, first, t_gs, whole, layout: gl.constexpr):
+    """`fade_lower` by `store_factors`' lines, two products in place of an exponential, where all of them are in
+    range.
+    """
+    if whole > -STEEP:
+        b_p *= t_f.index(first).load(gl.SliceLayout(1, layout))[:, None]
+        b_p *= t_f.index(first + 3).load(gl.SliceLayout(0, layout))[None, :]
+    else:
+        b_p = fade_lower(b_p, t_gs, layout)
+    return b_p
+
+
+@gluon.jit
+def store_scores(t_p, b_p, layout: gl.constexpr):
+    """lower(Q K^T) to shared memory. Before the tensor cores read it there must be a fence."""
     o_i = gl.arange(0, C, gl.SliceLayout(1, layout))
     o_j = gl.arange(0, C, gl.SliceLayout(0, layout))
-    if t_gs is not None:
-        b_p *= decay(t_gs.load(gl.SliceLayout(1, layout))[:, None], t_gs.load(gl.SliceLayout(0, layout))[None, :])
     t_p.store(gl.where(o_i[:, None] >= o_j[None, :], b_p, 0.0).to(gl.bfloat16))

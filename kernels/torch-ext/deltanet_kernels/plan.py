@@ -137,7 +137,7 @@ class Tiles(NamedTuple):
     entry: Launch
     stored: bool = True  # P by a kernel of its own; otherwise by each scan, which saves 24 KB per chunk
     deep: bool = False
-    gluon: bool = False
+    gluon: str = ""  # Gluon's kernels take the place of the "scans", or of "all" but prepare
 
 
 @functools.cache
@@ -171,7 +171,10 @@ def launch_table(arch: int, K: int, V: int, wide: bool, few: bool) -> Tiles:
         if arch != 90:  # compiled, not measured: the form that spills least
             scan = Launch(64, 8, 2)
             return Tiles(prepare, scores, scan, scan, grads, entry)
-        gluon = GLUON and K in (64, 128) and V in (64, 128)
+        # the scans hold keys of fewer columns in tiles of 64 or 128; the gradients have the sizes of whole tiles
+        gluon = ""
+        if GLUON and 48 < K <= 128 and K % 16 == 0 and V % 64 == 0:
+            gluon = "all" if K in (64, 128) and V in (64, 128) else "scans"
         if few:
             # alone on its multiprocessor a program must hide the loads itself: three stages; the chain from state to
             # state is all that counts, so P is computed elsewhere (0.12 ms, was 0.27, at 1 x 4096 x 16 x 128); Gluon's
@@ -303,7 +306,7 @@ def plan_of(call: Call) -> Plan:
     segments = count_segments(call, blocks) if not call.packed and SEGMENTS else 1
     few = bool(call.sequences * segments * call.HV * blocks <= call.sms)
     tiles = launch_table(call.arch, K, V, wide, few)
-    might_be_beside = tiles.gluon and few
+    might_be_beside = tiles.gluon == "all" and few
     uncut = call.B * call.HV * blocks
     segments = segments if call.can_cut else 1
     backward = segments if segments > 1 and cuts_backward(call, uncut, might_be_beside) else 1
@@ -315,14 +318,15 @@ def plan_of(call: Call) -> Plan:
         x._replace(columns=value_tile) for x in (tiles.scan, tiles.reverse, tiles.reverse, tiles.entry)
     )
     grads = tiles.grads._replace(columns=min(value_tile, tiles.grads.columns))
-    gluon = tiles.gluon and call.aligned
+    gluon = tiles.gluon if call.aligned else ""
     if gluon:
         # two warp groups per program share q, k, A and P; where few run, one each (0.115 ms, was 0.170, at 1 x 4096 x
         # 16 x 128)
-        columns = 64 if few else V
+        columns = 64 if few or V % 128 else 128
         scan = Launch(columns, columns // 16, 1, gluon=True)
         # 64 columns are faster with many programs, too (0.230 ms, was 0.248 with 128, at 8 x 4096 x 16 x 128)
         reverse = exit = Launch(64, 4, 1, gluon=True)
+    if gluon == "all":
         grads = Launch(64, 4, 1, tiles.grads.maxnreg, gluon=True)
     # when the scan's programs fill more than three quarters of the chip there is no room for the gradients
     programs = value_tiles * call.HV * call.sequences * backward
@@ -338,7 +342,7 @@ def plan_of(call: Call) -> Plan:
         reverse=reverse,
         deep=tiles.deep,
         grads=grads,
-        beside=gluon and few and _switch.uses("beside") and 4 * programs <= 3 * call.sms,
+        beside=gluon == "all" and few and _switch.uses("beside") and 4 * programs <= 3 * call.sms,
         entry=entry,
         exit=exit,
         chain=chain(call.arch, K),
@@ -359,13 +363,13 @@ def explain(plan: Plan) -> str:
     name, dtype = f"chunk{'_gated' if call.gated else ''}_delta_rule", str(call.dtype).removeprefix("torch.")
     lines = [f"{name}: {shape}, {dtype}{packed}, sm_{call.arch}, {call.sms} SMs"]
     if plan.scan.gluon:
-        why = "heads of 64 and 128 in bf16 on sm_90, rows aligned to 16 bytes"
+        why = "keys of 64 to 128 and values of multiples of 64 in bf16 on sm_90, rows aligned to 16 bytes"
     elif not GLUON:
         why = f"no Gluon: Triton {triton.__version__}, or DELTANET_KERNELS"
     elif not call.aligned and call.arch == 90:
         why = "rows of q, k or v are not aligned to 16 bytes"
     else:
-        why = "Gluon has heads of 64 and 128 in bf16 on sm_90"
+        why = "Gluon has keys of 64 to 128 and values of multiples of 64 in bf16 on sm_90"
     lines.append(f"  {'Gluon' if plan.scan.gluon else 'Triton'}: {why}")
     if plan.segments > 1:
         lines.append(

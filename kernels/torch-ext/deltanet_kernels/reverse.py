@@ -205,7 +205,7 @@ def reverse(
     if t.n == 0:
         return
     if choice.gluon:
-        hopper_reverse.reverse(x, do, scratch, t, scale, choice, dht, dv, ds, dh0, flags)
+        hopper_reverse.reverse(x, do, scratch, t, scale, choice, plan.key_tile, dht, dv, ds, dh0, flags)
         return
     a, p, rq, rk, _, _, gs = scratch
     launch(

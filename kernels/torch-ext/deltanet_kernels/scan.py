@@ -227,7 +227,7 @@ def scan(
     if t.n == 0:
         return
     if choice.gluon:
-        hopper_scan.scan(x, scratch, t, scale, choice, o, ht)
+        hopper_scan.scan(x, scratch, t, scale, choice, plan.key_tile, o, ht)
         return
     a, p, rq, rk, u, s, gs = scratch
     columns = plan.value_tiles if phi is None else plan.value_tiles - (-call.K // plan.value_tile)
