@@ -21,12 +21,12 @@ BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- /figures -->)", re.DOTA
 
 # Which files a table shows. Several: the range over these runs.
 RUNS = {
-    "rule_h100": ["h100_ops", "h100_ops_17d4db3", "h100_ops_c4f9cfe"],
+    "rule_h100": ["h100_ops", "h100_ops_17d4db3", "h100_ops_c4f9cfe", "h100_ops_366bcd6"],
     "rule_h200": ["h200_ops"],
     "long_rows": ["h100_long_rows"],
     "errors": ["h200_ops", "h100_ops"],
-    "gated": ["h100_gated"],
-    "accelerate": [],
+    "gated": ["h100_gated_366bcd6", "h100_gated"],  # of a shape the first that has it
+    "accelerate": ["h100_accelerate"],
     "kernels": ["h200_kernels"],
     "lengths": ["h100_lengths"],
     "token_by_token": ["h100_token_by_token"],
@@ -46,7 +46,11 @@ FILES = {
     "h100_ops_17d4db3": ("chunked rule beside fla and an older commit", False),
     "h100_ops_c4f9cfe": ("the same after the rewrite, four shapes beside fla", False),
     "h100_ops_f9b106b": ("the six shapes beside the commit before the rewrite", False),
+    "h100_ops_366bcd6": ("d = 64 and 256 beside fla", False),
     "h100_gated": ("the gated rule, five shapes and its errors, without a peer", False),
+    "h100_gated_366bcd6": ("the gated rule beside fla and FlashQLA, three shapes", False),
+    "h100_accelerate": ("Transformers' own models by torch, fla and ours", False),
+    "h100_check_full": ("`deltanet check --full --peer fla`, the largest errors", False),
     "h200_kernels": ("each kernel beside its bytes", True),
     "h100_lengths": ("by sequence length, with a picture", True),
     "h100_long_rows": ("one long sequence of any length", True),
@@ -184,17 +188,19 @@ GATED_PEERS = {"fla": "fla", "flash_qla": "FlashQLA"}
 
 def gated() -> str:
     """In parentheses the rule without a gate, and the peers that ran."""
-    peers = {
-        who: name for who, name in GATED_PEERS.items() if any(times("gated", x, who, FORWARD) for x in shapes("gated"))
-    }
+    found = {}
+    for row in (row for record in runs("gated") for row in record["rows"]):
+        found.setdefault(tuple(row["shape"]), row["results"])
+    peers = {who: name for who, name in GATED_PEERS.items() if any(FORWARD in x.get(who, ()) for x in found.values())}
 
     def cell(shape, key):
         plain = times("rule_h100", (*shape[:3], shape[-1]), "ours", key) if shape[2] == shape[3] else []
-        others = [plain, *(times("gated", shape, who, key) for who in peers)]
-        return f"{span(times('gated', shape, 'ours', key))} ({'; '.join(span(x) if x else '-' for x in others)})"
+        results = (found[shape].get(who, {}) for who in ("ours", *peers))
+        ours, *others = ([x[key]] if key in x else [] for x in results)
+        return f"{span(ours)} ({'; '.join(span(x) if x else '-' for x in (plain, *others))})"
 
     named = "; ".join(["plain", *peers.values()])
-    rows = [[shape_of(shape), cell(shape, FORWARD), cell(shape, BOTH)] for shape in shapes("gated")]
+    rows = [[shape_of(shape), cell(shape, FORWARD), cell(shape, BOTH)] for shape in found]
     return markdown(["B, T, H, HV, K, V", f"forward, ms ({named})", f"forward + backward, ms ({named})"], rows)
 
 
@@ -414,9 +420,10 @@ def readme() -> str:
 
     shown = {}
 
-    def source(table):
-        shown.update((name, f"[{name}]: benchmarks/results/{name}.json") for name in RUNS[table])
-        return ", ".join(f"[{name}]" for name in RUNS[table])
+    def source(table, shape=None):
+        names = [x for x in RUNS[table] if not shape or any(tuple(r["shape"]) == shape for r in load(x)["rows"])]
+        shown.update((name, f"[{name}]: benchmarks/results/{name}.json") for name in names)
+        return ", ".join(f"[{name}]" for name in names)
 
     def older(table):
         return " *" * all(FILES[name][1] for name in RUNS[table])
@@ -432,7 +439,7 @@ def readme() -> str:
         )
         ours, fla = pairs
         what = f"chunked rule, {hardware(load(RUNS['rule_h100'][0]))}, B, T, H, d = {shape_of(shape)}"
-        return [what + older("rule_h100"), f"{ours} ms", f"fla {fla}", source("rule_h100")]
+        return [what + older("rule_h100"), f"{ours} ms", f"fla {fla}", source("rule_h100", shape)]
 
     ratios = [_error_ratio(row, x) for row in _error_rows() for x in row["ours"]]
     card, ours, fla = models("train", "ours-liger", "fla")
