@@ -30,7 +30,7 @@ def batched(model, prompts, new_tokens, caches=None):
     tokens, the caches, and how many tokens each cache has read.
     """
     generator = BatchGenerator(
-        model, stop_tokens=[], prefill_step_size=PIECE, prefill_batch_size=2, completion_batch_size=3
+        model, stop_tokens=[], prefill_step_size=PIECE, prefill_batch_size=3, completion_batch_size=4
     )
     uids = generator.insert(prompts, [new_tokens] * len(prompts), caches=caches)
     tokens, ends = {uid: [] for uid in uids}, {}
