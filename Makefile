@@ -6,7 +6,8 @@ RUN = $(VENV)/bin/python
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help quickstart test test-compile test-serving test-mlx test-latest update-latest test-gpu bench bench-gpu docs lint format
+.PHONY: help quickstart test test-compile test-serving test-mlx test-latest update-latest test-gpu bench bench-gpu \
+	docs lint format
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
