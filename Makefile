@@ -6,7 +6,8 @@ RUN = $(VENV)/bin/python
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help quickstart test test-compile test-latest update-latest test-gpu bench bench-gpu docs lint format
+.PHONY: help quickstart test test-compile test-serving test-mlx test-latest update-latest test-gpu bench bench-gpu \
+	docs lint format
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -27,11 +28,23 @@ $(VENV)/.tritons: $(VENV)/.installed
 quickstart: $(VENV)/.installed  ## train, reload, fine-tune with LoRA and generate, on real text (5 minutes on two cores)
 	$(RUN) examples/quickstart.py $(ARGS)
 
-test: $(VENV)/.installed  ## what a machine without a GPU can run, but for test-compile
-	$(RUN) -m pytest -m "not gpu and not compile" -n 2 --dist worksteal $(ARGS)
+test: $(VENV)/.installed  ## what a machine without a GPU can run, but for test-compile and test-serving
+	$(RUN) -m pytest -m "not gpu and not compile and not serving" -n 2 --dist worksteal $(ARGS)
 
 test-compile: $(VENV)/.tritons  ## every launch of the kernels compiled, for all architectures and several Tritons
 	$(RUN) -m pytest -m compile -n 2 --dist worksteal $(ARGS)
+
+# Other runtimes have environments of their own: they pin other releases of what is used here.
+test-serving: test-mlx  ## exported models, run by the runtimes that serve them
+
+.venv-mlx/.installed: constraints-mlx.txt
+	$(PYTHON) -m venv .venv-mlx
+	.venv-mlx/bin/python -m pip install --quiet --upgrade pip
+	.venv-mlx/bin/python -m pip install --quiet -c constraints-mlx.txt 'mlx[cpu]' mlx-lm
+	@touch $@
+
+test-mlx: $(VENV)/.installed .venv-mlx/.installed  ## mlx-lm on this CPU: the tokens are `generate`'s
+	MLX_PYTHON=.venv-mlx/bin/python $(RUN) -m pytest -m serving tests/serving/test_mlx.py $(ARGS)
 
 # What no release of another package can change is not run twice: the kernels in Triton's interpreter, the quickstart.
 test-latest:  ## models, conversions and the Hub beside the newest releases (constraints-latest.txt), in .venv-latest

@@ -20,6 +20,7 @@ _MODULES = {
     "convert_to_fla": "fla",
     "distill": "distillation",
     "evaluate_checkpoint": "evaluate",
+    "export_checkpoint": "export",
     "generate_text": "generate",
     "inspect_checkpoint": "inspect",
     "logit_difference": "verify",

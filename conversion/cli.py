@@ -15,7 +15,7 @@ from .cli_publish import register
 
 
 app = typer.Typer(
-    help="DeltaNet checkpoints: convert, align, distill, inspect, generate, publish; and a check of this machine.",
+    help="DeltaNet checkpoints: convert, align, distill, inspect, generate, export, publish; a check of this machine.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -28,6 +28,10 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a r
 class Target(StrEnum):
     DELTANET = "deltanet"
     FLA = "fla"
+
+
+class Runtime(StrEnum):
+    MLX = "mlx"
 
 
 class DType(StrEnum):
@@ -255,6 +259,26 @@ def inspect(
     from .inspect import inspect_checkpoint
 
     return Result(inspect_checkpoint(source, revision))
+
+
+@command(app)
+def export(
+    source: Annotated[str, typer.Argument(help="Folder, or repository on the Hub, of a model of this family.")],
+    output: Annotated[Path, typer.Argument(help="Folder to make.")],
+    to: Annotated[Runtime, typer.Option(help="What is to run it: 'mlx' for mlx-lm on a Mac.")],
+    revision: Revision = None,
+) -> Result:
+    """Write a folder that another runtime serves. All or nothing: a failure leaves no output behind.
+
+    Example:
+
+        deltanet export ./distilled ./distilled-mlx --to mlx
+
+        mlx_lm.generate --model ./distilled-mlx --trust-remote-code --prompt "def __init__(self, "
+    """
+    from .export import export_checkpoint
+
+    return Result(export_checkpoint(source, output, to.value, revision))
 
 
 @command(app)

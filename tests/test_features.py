@@ -56,7 +56,9 @@ def test_the_readme_names_what_is_required():
     )
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/features.md", "benchmarks/README.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/architecture.md", "docs/features.md", "docs/serving.md", "benchmarks/README.md"]
+)
 def test_what_a_page_links_to_exists(page):
     """A reader would be sent to nothing: a file that was renamed, a section that was rewritten."""
     text = (ROOT / page).read_text()

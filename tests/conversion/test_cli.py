@@ -34,7 +34,7 @@ def deltanet(monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("command", ["convert", "align", "distill", "inspect", "generate", "check", "env"])
+@pytest.mark.parametrize("command", ["convert", "align", "distill", "inspect", "export", "generate", "check", "env"])
 def test_every_command_has_help_with_an_example(deltanet, command):
     """A user would have to read the source to make a first call."""
     code, out, _ = deltanet(command, "--help")
@@ -94,7 +94,8 @@ def test_errors_are_one_line_and_exit_code_one(deltanet, tmp_path):
         "convert ./typo out", "convert ./typo out --keep 25%", "inspect ./typo", "generate ./typo w1",
         "align ./typo ./typo out --data ./typo", "distill ./typo ./typo out --data ./typo", "inspect a/b/c",
         "convert typo out", "inspect typo", "generate own/typo w1", "align typo own/typo out --data typo",
-        "card typo --repo-id own/typo", "push typo own/typo", "kernels build --source typo",
+        "export typo out --to mlx", "card typo --repo-id own/typo", "push typo own/typo",
+        "kernels build --source typo",
     ],
 )  # fmt: skip
 def test_every_command_fails_in_one_way(deltanet, arguments, tmp_path, monkeypatch):
