@@ -3,6 +3,7 @@
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 
 from .configuration import FULL, LINEAR, SLIDING
 
@@ -38,6 +39,7 @@ class ServedDeltaNet(VerifyAndUpdateConfig):
         if LINEAR not in config.layer_types and SLIDING in config.layer_types:
             _refuse("layer_types", config.layer_types, f"a {LINEAR} layer, or none but {FULL}")
         _check_heads(config, parallel.tensor_parallel_size)
+        _check_softmax_head(config)
         dim = 2 * config.linear_num_key_heads * config.linear_key_head_dim
         dim = (dim + config.linear_num_value_heads * config.linear_value_head_dim) // parallel.tensor_parallel_size
         taps = config.linear_conv_kernel_dim
@@ -59,6 +61,16 @@ def _check_heads(config, tp_size: int) -> None:
     for name in names:
         if getattr(config, name) % tp_size:
             _refuse("tensor_parallel_size", tp_size, f"a divisor of {name} ({getattr(config, name)})")
+
+
+def _check_softmax_head(config) -> None:
+    if not current_platform.is_cpu() or set(config.layer_types) == {LINEAR}:
+        return
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    sizes = CPUAttentionBackend.get_supported_head_sizes()
+    if config.head_dim not in sizes:
+        _refuse("head_dim", config.head_dim, f"one of {', '.join(map(str, sizes))}: vLLM's softmax attention on a CPU")
 
 
 def _refuse(what: str, came: object, wanted: str) -> None:

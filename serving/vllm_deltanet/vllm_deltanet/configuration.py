@@ -85,7 +85,8 @@ class DeltaNetConfig(PreTrainedConfig):
         unknown = sorted(set(self.layer_types) - {LINEAR, SLIDING, FULL})
         if unknown or len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
-                f"layer_types must hold {self.num_hidden_layers} of {LINEAR}, {SLIDING}, {FULL}, got {self.layer_types}"
+                f"layer_types must hold {self.num_hidden_layers} (num_hidden_layers) of {LINEAR}, {SLIDING}, {FULL}, "
+                f"got {self.layer_types}"
             )
         if (SLIDING in self.layer_types) != (self.sliding_window is not None):
             raise ValueError(f"sliding_window is {self.sliding_window}, but layer_types are {set(self.layer_types)}")

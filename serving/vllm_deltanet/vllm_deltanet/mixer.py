@@ -29,8 +29,10 @@ MAX_KERNEL_TAPS = 4
 
 
 def state_shapes(config, tp_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of a request's convolution inputs and of its memory, on one device. Without a convolution the first is there, but
-    nothing reads it: vLLM copies the same number of states for every model of a class.
+    """Of a request's convolution inputs and of its memory, on one device.
+
+    Without a convolution the first is there, but nothing reads it: vLLM copies the same number of states for every
+    model of a class.
     """
     conv, memory = MambaStateShapeCalculator.gated_delta_net_state_shape(
         tp_size,

@@ -33,8 +33,9 @@ class Batch:
 
 
 def short_conv(x: torch.Tensor, weight: torch.Tensor, pool: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Convolve `[N, D]` by `[D, W]` along time, each request from its last W - 1 inputs, in `pool` `[slots, W - 1, D]`,
-    which this call moves on.
+    """Convolve `[N, D]` by `[D, W]` along time.
+
+    Each request goes on from its last W - 1 inputs in `pool` `[slots, W - 1, D]`, which this call moves on.
     """
     y, W, weight = torch.empty_like(x), weight.shape[-1], weight.float()
     if n := batch.num_decodes:
