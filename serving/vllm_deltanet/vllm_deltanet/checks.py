@@ -43,8 +43,8 @@ class ServedDeltaNet(VerifyAndUpdateConfig):
         if current_platform.is_cpu() and vllm_config.lora_config is not None and vllm_config.lora_config.max_loras < 2:
             _refuse(
                 "max_loras", vllm_config.lora_config.max_loras,
-                "at least 2 on a CPU, and more than there are adapters: there, vLLM 0.32 applies the adapter in the last "
-                "place to requests without one, too",
+                "at least 2 on a CPU, and more than there are adapters: vLLM 0.32 applies the adapter in the last "
+                "place there to requests without one, too",
             )  # fmt: skip
         dim = 2 * config.linear_num_key_heads * config.linear_key_head_dim
         dim = (dim + config.linear_num_value_heads * config.linear_value_head_dim) // parallel.tensor_parallel_size
