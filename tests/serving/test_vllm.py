@@ -49,13 +49,14 @@ def interpreter() -> str:
     return python
 
 
-def run_beside(script: str, jobs: dict, folder: Path) -> dict:
+def run_beside(script: str, jobs: dict, folder: Path, **variables: str) -> dict:
     """What a script of this folder answers in vLLM's environment."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
     clean = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
-    environment = clean | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CACHE_ROOT": str(folder / "cache")}
+    quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CACHE_ROOT": str(folder / "cache")}
     command = [interpreter(), HERE / script, folder / "jobs.json", folder / "results.json"]
     with open(folder / "log.txt", "w") as log:
+        environment = clean | quiet | variables
         code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=1800).returncode
     if code:
         pytest.fail(f"{script} ended with {code}:\n" + (folder / "log.txt").read_text()[-6000:])
@@ -196,6 +197,19 @@ def test_what_is_not_supported_is_refused_by_name(served, job):
     """A server would start, and answer wrongly or fail under load."""
     results, _ = served
     assert REFUSED[job][-1] in results[job].get("error", "served"), results[job]
+
+
+def test_tensor_parallel(made, served, tmp_path):
+    """On two devices every mixer is split by its heads, with its convolutions and its decay: a part that is not, or at
+    another place, gives other answers.
+    """
+    folder, _ = made
+    _, wanted = served
+    job = json.loads((folder / "jobs.json").read_text())["gate"]
+    job["options"]["tensor_parallel_size"] = 2
+    two_cores = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    results = run_beside("vllm_side.py", {"gate": job}, tmp_path, **two_cores)
+    assert results["gate"].get("tokens") == wanted["gate"], results
 
 
 def test_server(made, tmp_path):

@@ -45,7 +45,7 @@ def run(job: dict) -> dict:
 
 
 # One process for all jobs: each of vLLM's own would import everything anew, 15 s a job.
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 
 def main(jobs_file: str, results_file: str) -> None:

@@ -46,6 +46,10 @@ class ServedDeltaNet(VerifyAndUpdateConfig):
                 "at least 2 on a CPU, and more than there are adapters: vLLM 0.32 applies the adapter in the last "
                 "place there to requests without one, too",
             )  # fmt: skip
+        if current_platform.is_cpu() and parallel.pipeline_parallel_size > 1 and model.enforce_eager:
+            _refuse(
+                "enforce_eager", True, "False for a pipeline on a CPU, whose later stages vLLM 0.32 only then prepares"
+            )
         dim = 2 * config.linear_num_key_heads * config.linear_key_head_dim
         dim = (dim + config.linear_num_value_heads * config.linear_value_head_dim) // parallel.tensor_parallel_size
         taps = config.linear_conv_kernel_dim
