@@ -28,6 +28,7 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a r
 class Target(StrEnum):
     DELTANET = "deltanet"
     FLA = "fla"
+    TRANSFORMERS = "transformers"
 
 
 class DType(StrEnum):
@@ -73,11 +74,17 @@ def convert(
         str,
         typer.Argument(
             help="Folder, or repository on the Hub: one of fla's DeltaNets, ours, or a Llama-like "
-            "(Llama, Mistral, Qwen2, Qwen3)."
+            "(Llama, Mistral, Qwen2, Qwen3); or a GGUF file of the latter."
         ),
     ],
     output: Annotated[Path, typer.Argument(help="Folder to make.")],
-    to: Annotated[Target, typer.Option(help="'fla' writes one of our checkpoints in fla's form.")] = Target.DELTANET,
+    to: Annotated[
+        Target,
+        typer.Option(
+            help="'fla' writes one of our checkpoints in fla's form, 'transformers' a GGUF file as the folder that "
+            "align, distill and evaluate take for a teacher."
+        ),
+    ] = Target.DELTANET,
     keep: Annotated[
         str | None,
         typer.Option(
@@ -110,6 +117,10 @@ def convert(
         deltanet convert ./delta-1.3B ./for-fla --to fla --verify
 
         deltanet convert HuggingFaceTB/SmolLM2-135M ./hybrid --keep 25%
+
+        deltanet convert ./smollm2.Q4_1.gguf ./hybrid --keep 25%
+
+        deltanet convert ./smollm2.Q4_1.gguf ./teacher --to transformers
     """
     from .convert import convert_checkpoint
 

@@ -1,6 +1,7 @@
 """One function for every conversion: it chooses by what the source is."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -9,8 +10,9 @@ from huggingface_hub.serialization._base import parse_size_to_int
 
 from modeling_deltanet import DeltaNetConfig
 
-from .checkpoint import CONFIG, check_new, fetch, fetch_config
+from .checkpoint import CONFIG, check_new, fetch, fetch_config, new_folder
 from .fla import MODEL_TYPES, convert_from_fla, convert_to_fla
+from .gguf_source import GGUF, find_gguf, unpacked
 from .inspect import inspect_checkpoint
 from .llama import TEACHERS, convert_from_llama
 from .verify import logit_difference
@@ -27,7 +29,7 @@ REFUSED = {
 def convert_checkpoint(
     source: str | Path,
     target: str | Path,
-    to: Literal["deltanet", "fla"] = "deltanet",
+    to: Literal["deltanet", "fla", "transformers"] = "deltanet",
     keep: str | None = None,
     linear_use_rope: bool = True,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
@@ -36,10 +38,13 @@ def convert_checkpoint(
     revision: str | None = None,
     linear_use_decay: bool = False,
 ) -> dict:
-    """Convert a local folder or a repository on the Hub, by what its `config.json` says it is.
+    """Convert a local folder or a repository on the Hub, by what its `config.json` says it is, or a GGUF file.
 
     Args:
-        to: `"fla"` for one of our checkpoints in fla's form.
+        source: also a GGUF file of a Llama, Qwen2 or Qwen3, or a folder with one; it is read by Transformers and the
+            package `gguf`, and written in float32 unless `dtype` says otherwise.
+        to: `"fla"` for one of our checkpoints in fla's form; `"transformers"` for a GGUF file as the folder that
+            `align`, `distill` and `evaluate` take for a teacher.
         keep: for a Llama-like source, and required there: which layers keep softmax attention, see `choose_layers`.
         linear_use_rope: for a Llama-like source: whether converted layers keep the rotary embedding.
         linear_use_decay: for a Llama-like source: whether converted layers get a decay, which starts open.
@@ -55,35 +60,46 @@ def convert_checkpoint(
         OSError: the disk is full; nothing is left.
     """
     check_new(target)
-    model_type = fetch_config(source, revision).get("model_type")
-    _check_options(source, model_type, to, keep, linear_use_rope, linear_use_decay)
-    folder = fetch(source, revision)
+    file = find_gguf(source)
+    if file is not None and revision is not None:
+        raise ValueError(f"revision {revision!r} was given, but {source} is a local file")
+    gguf = None if file is None else GGUF(file)
+    model_type = (fetch_config(source, revision) if gguf is None else gguf.config.to_dict()).get("model_type")
+    _check_options(source, model_type, to, keep, linear_use_rope, linear_use_decay, gguf is not None)
     options = {
         "dtype": None if dtype is None else getattr(torch, dtype),
         "max_shard_size": parse_size_to_int(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size,
     }
-    if to == "fla":
-        convert_to_fla(folder, target, **options)
-    elif model_type in MODEL_TYPES:
-        convert_from_fla(folder, target, **options)
-    else:
-        name = Path(source).name if Path(source).is_dir() else str(source)
-        convert_from_llama(
-            folder, target, keep, linear_use_rope, **options, linear_use_decay=linear_use_decay, teacher_name=name
-        )
+    if to == "transformers":
+        with new_folder(target) as new:
+            gguf.unpack(new, **options)
+        return _summary(model_type, target)  # Transformers' own reading: there is nothing to compare it with
+    with nullcontext(fetch(source, revision)) if gguf is None else unpacked(gguf, target, options["dtype"]) as folder:
+        if to == "fla":
+            convert_to_fla(folder, target, **options)
+        elif model_type in MODEL_TYPES:
+            convert_from_fla(folder, target, **options)
+        else:
+            name = Path(source).name if Path(source).exists() else str(source)
+            convert_from_llama(
+                folder, target, keep, linear_use_rope, **options, linear_use_decay=linear_use_decay, teacher_name=name
+            )
+        verified = {"tensors_verified": True} | ({"logits": logit_difference(folder, target)} if verify else {})
+        return _summary(model_type, target) | verified
+
+
+def _summary(model_type: str, target: str | Path) -> dict:
     summary = inspect_checkpoint(target)
-    result = {
+    return {
         "from": model_type,
         "to": json.loads((Path(target) / CONFIG).read_text())["model_type"],
         "layer_types": summary["layer_types"],
         "parameters": summary["parameters"],
-        "tensors_verified": True,
     }
-    return result | ({"logits": logit_difference(folder, target)} if verify else {})
 
 
 def _check_options(
-    source, model_type, to: str, keep: str | None, linear_use_rope: bool, linear_use_decay: bool
+    source, model_type, to: str, keep: str | None, linear_use_rope: bool, linear_use_decay: bool, is_gguf: bool
 ) -> None:
     """Refuse a model that cannot be converted, and then what does not fit the one that can."""
     if isinstance(model_type, str) and model_type in REFUSED:
@@ -95,9 +111,11 @@ def _check_options(
         raise ValueError(
             f"{source} is {model_type!r}, not {DeltaNetConfig.model_type!r}, and only that is written in fla's form"
         )
+    if to == "transformers" and not is_gguf:
+        raise ValueError(f"{source} is no GGUF file, and only that is written for Transformers (--to transformers)")
     if to == "deltanet" and model_type == DeltaNetConfig.model_type:
         raise ValueError(f"{source} is {model_type!r} already: to 'fla' (--to fla) is what it can be converted to")
-    is_teacher = model_type in TEACHERS
+    is_teacher = model_type in TEACHERS and to != "transformers"
     given = {
         "keep (--keep)": keep is not None,
         "linear_use_rope=False (--no-linear-rope)": not linear_use_rope,
@@ -105,7 +123,8 @@ def _check_options(
     }
     for option, is_given in given.items():
         if is_given and not is_teacher:
-            raise ValueError(f"{option} is for {', '.join(TEACHERS)}; {source} is {model_type!r}")
+            what = "written for Transformers" if to == "transformers" else repr(model_type)
+            raise ValueError(f"{option} is for {', '.join(TEACHERS)}; {source} is {what}")
     if is_teacher and keep is None:
         raise ValueError(
             f"{source} is {model_type!r}: keep (--keep) must say which layers keep softmax attention, such as '25%', "
