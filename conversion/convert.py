@@ -10,11 +10,12 @@ from huggingface_hub.serialization._base import parse_size_to_int
 
 from modeling_deltanet import DeltaNetConfig
 
+from .calibrate import Calibration
 from .checkpoint import CONFIG, check_new, fetch, fetch_config, new_folder
 from .fla import MODEL_TYPES, convert_from_fla, convert_to_fla
 from .gguf_source import GGUF, find_gguf, unpacked
 from .inspect import inspect_checkpoint
-from .llama import TEACHERS, convert_from_llama
+from .llama import TEACHERS, convert_from_llama, is_auto
 from .verify import logit_difference
 
 
@@ -37,6 +38,9 @@ def convert_checkpoint(
     verify: bool = False,
     revision: str | None = None,
     linear_use_decay: bool = False,
+    calibrate: tuple[str, ...] = (),
+    calibration_tokens: int = 8192,
+    text_column: str = "text",
 ) -> dict:
     """Convert a local folder or a repository on the Hub, by what its `config.json` says it is, or a GGUF file.
 
@@ -45,9 +49,13 @@ def convert_checkpoint(
             package `gguf`, and written in float32 unless `dtype` says otherwise.
         to: `"fla"` for one of our checkpoints in fla's form; `"transformers"` for a GGUF file as the folder that
             `align`, `distill` and `evaluate` take for a teacher.
-        keep: for a Llama-like source, and required there: which layers keep softmax attention, see `choose_layers`.
+        keep: for a Llama-like source, and required there: which layers keep softmax attention, see `choose_layers`;
+            `"auto:25%"` measures on the text of `calibrate` what each layer is worth and keeps the best. What was
+            measured lies in `TARGET.scores.json` until the conversion is done, and the same call goes on with it.
         linear_use_rope: for a Llama-like source: whether converted layers keep the rotary embedding.
         linear_use_decay: for a Llama-like source: whether converted layers get a decay, which starts open.
+        calibrate: for a Llama-like source: text (see `load_text`; `text_column` of a dataset) that the converted
+            layers' output projections are fitted to, by least squares on `calibration_tokens` tokens.
         dtype: what to cast the weights to; by default they stay as they are.
         max_shard_size: bytes, or a size such as `"2GB"`; the source's largest file by default.
         verify: also compare logits, see `logit_difference`. That every written tensor is right is always checked.
@@ -65,7 +73,7 @@ def convert_checkpoint(
         raise ValueError(f"revision {revision!r} was given, but {source} is a local file")
     gguf = None if file is None else GGUF(file)
     model_type = (fetch_config(source, revision) if gguf is None else gguf.config.to_dict()).get("model_type")
-    _check_options(source, model_type, to, keep, linear_use_rope, linear_use_decay, gguf is not None)
+    _check_options(source, model_type, to, keep, linear_use_rope, linear_use_decay, calibrate, gguf is not None)
     options = {
         "dtype": None if dtype is None else getattr(torch, dtype),
         "max_shard_size": parse_size_to_int(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size,
@@ -81,9 +89,13 @@ def convert_checkpoint(
             convert_from_fla(folder, target, **options)
         else:
             name = Path(source).name if Path(source).exists() else str(source)
+            scores = Path(f"{target}.scores.json")
+            calibration = Calibration(tuple(calibrate), calibration_tokens, text_column, work=scores)
             convert_from_llama(
-                folder, target, keep, linear_use_rope, **options, linear_use_decay=linear_use_decay, teacher_name=name
-            )
+                folder, target, keep, linear_use_rope, **options, linear_use_decay=linear_use_decay,
+                teacher_name=name, calibration=calibration if calibrate else None,
+            )  # fmt: skip
+            scores.unlink(missing_ok=True)
         verified = {"tensors_verified": True} | ({"logits": logit_difference(folder, target)} if verify else {})
         return _summary(model_type, target) | verified
 
@@ -99,7 +111,14 @@ def _summary(model_type: str, target: str | Path) -> dict:
 
 
 def _check_options(
-    source, model_type, to: str, keep: str | None, linear_use_rope: bool, linear_use_decay: bool, is_gguf: bool
+    source,
+    model_type,
+    to: str,
+    keep: str | None,
+    linear_use_rope: bool,
+    linear_use_decay: bool,
+    calibrate,
+    is_gguf: bool,
 ) -> None:
     """Refuse a model that cannot be converted, and then what does not fit the one that can."""
     if isinstance(model_type, str) and model_type in REFUSED:
@@ -120,6 +139,7 @@ def _check_options(
         "keep (--keep)": keep is not None,
         "linear_use_rope=False (--no-linear-rope)": not linear_use_rope,
         "linear_use_decay (--linear-decay)": linear_use_decay,
+        "calibrate (--calibrate)": bool(calibrate),
     }
     for option, is_given in given.items():
         if is_given and not is_teacher:
@@ -129,4 +149,8 @@ def _check_options(
         raise ValueError(
             f"{source} is {model_type!r}: keep (--keep) must say which layers keep softmax attention, such as '25%', "
             "'3,7', 'all' or 'none'"
+        )
+    if is_teacher and is_auto(keep)[0] and not calibrate:
+        raise ValueError(
+            f"keep (--keep) {keep!r} measures layers on text: calibrate (--calibrate TEXT) must say which"
         )
