@@ -29,7 +29,10 @@ from .files import public_name, read_json
 
 
 MEASURE = "KL to the teacher, nats per token, when this layer alone is linear"
-RIDGE = 1e-2  # times the mean square of a head's output: how much the projection is drawn to where it starts
+# How much projections are drawn to zero, times the mean square of what they read. SmolLM2-135M, a quarter evenly kept,
+# fitted to 4096 tokens: KL to the teacher on other text 2.59; drawn to where they start 2.68, and there a tenth and ten
+# times as much 2.86 and 3.31.
+RIDGE = 1e-2
 
 
 class Mixer(nn.Module):
@@ -74,7 +77,7 @@ def calibrate(teacher: PreTrainedModel, mixers: dict[int, DeltaNetLinearAttentio
             size = (residual[i] + wanted).float().square().mean(-1, keepdim=True).sqrt()
             x, y = ((a.float() / size).flatten(0, 1) for a in (features.pop(i), wanted))
             weight = mixer.o_proj.weight
-            weight.copy_(_ridge(x, y, weight.float()))
+            weight.copy_(_ridge(x, y))
             missed[i] = ((x @ weight.float().T - y).square().sum() / y.square().sum()).item()
 
         return hook
@@ -100,12 +103,12 @@ def calibrate(teacher: PreTrainedModel, mixers: dict[int, DeltaNetLinearAttentio
     return missed
 
 
-def _ridge(x: torch.Tensor, y: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-    """The `W` near `start` with `x W^T` nearest to `y`, `[D_out, D_in]`."""
-    x, y, start = x.double(), y.double(), start.double()
+def _ridge(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The small `W` with `x W^T` nearest to `y`, `[D_out, D_in]`."""
+    x, y = x.double(), y.double()
     square = x.T @ x
     square.diagonal().add_(RIDGE * square.diagonal().mean())
-    return start + torch.linalg.solve(square, x.T @ (y - x @ start.T)).T
+    return torch.linalg.solve(square, x.T @ y).T
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ class Calibration:
 
     Args:
         data: see `load_text`; `text_column` as there.
-        tokens: how many tokens mixers are fitted to. Layers are measured on half as many others.
+        tokens: how many tokens mixers are fitted to. Layers are measured on a quarter as many others.
         length: tokens per block.
         work: where measured layers are kept until all are, so that the same call goes on with them.
     """
@@ -161,7 +164,7 @@ def calibrated_start(
     documents = load_text(list(calibration.data), calibration.text_column, tokenizer=tokenizer)
     rows = torch.tensor(blocks(documents, tokenizer, calibration.length)["input_ids"][:])
     wanted = -(-calibration.tokens // calibration.length)
-    measured = -(-wanted // 2) if isinstance(keep, int) else 0
+    measured = -(-wanted // 4) if isinstance(keep, int) else 0
     if len(rows) < wanted + measured:
         raise ValueError(
             f"{', '.join(calibration.data)} gives {rows.numel():,} tokens in blocks of {calibration.length}; wanted "
