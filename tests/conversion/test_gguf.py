@@ -168,7 +168,9 @@ def test_wrong_files_are_refused_by_name(tmp_path):
     refused("keep (--keep) must say", keep=None)
     refused("written for Transformers", to="transformers")
     refused("local file", revision="main")
-    with pytest.raises(ValueError, match="wrong.gguf is a file.*`deltanet convert` makes one"):
+    with pytest.raises(
+        ValueError, match="wrong.gguf is a file.*`deltanet convert wrong.gguf FOLDER --to transformers`"
+    ):
         inspect_checkpoint(file)
     with pytest.raises(ValueError, match="no GGUF file"):
         convert_checkpoint(make_llama(tmp_path), tmp_path / "out", to="transformers")
