@@ -30,8 +30,8 @@ from .files import public_name, read_json
 
 MEASURE = "KL to the teacher, nats per token, when this layer alone is linear"
 # How much projections are drawn to zero, times the mean square of what they read. SmolLM2-135M, a quarter evenly kept,
-# fitted to 4096 tokens: KL to the teacher on other text 2.59; drawn to where they start 2.68, and there a tenth and ten
-# times as much 2.86 and 3.31.
+# fitted to 4096 tokens: KL to the teacher on other text 2.59; drawn to where they start 2.68, and there with a tenth
+# and ten times as much 2.86 and 3.31.
 RIDGE = 1e-2
 
 
