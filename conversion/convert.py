@@ -73,7 +73,9 @@ def convert_checkpoint(
         raise ValueError(f"revision {revision!r} was given, but {source} is a local file")
     gguf = None if file is None else GGUF(file)
     model_type = (fetch_config(source, revision) if gguf is None else gguf.config.to_dict()).get("model_type")
-    _check_options(source, model_type, to, keep, linear_use_rope, linear_use_decay, calibrate, gguf is not None)
+    _check_options(
+        source, model_type, to, keep, linear_use_rope, linear_use_decay, calibrate, verify, gguf is not None
+    )
     options = {
         "dtype": None if dtype is None else getattr(torch, dtype),
         "max_shard_size": parse_size_to_int(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size,
@@ -95,7 +97,8 @@ def convert_checkpoint(
                 folder, target, keep, linear_use_rope, **options, linear_use_decay=linear_use_decay,
                 teacher_name=name, calibration=calibration if calibrate else None,
             )  # fmt: skip
-            scores.unlink(missing_ok=True)
+            if is_auto(keep)[0]:
+                scores.unlink(missing_ok=True)
         verified = {"tensors_verified": True} | ({"logits": logit_difference(folder, target)} if verify else {})
         return _summary(model_type, target) | verified
 
@@ -117,7 +120,8 @@ def _check_options(
     keep: str | None,
     linear_use_rope: bool,
     linear_use_decay: bool,
-    calibrate,
+    calibrate: tuple[str, ...],
+    verify: bool,
     is_gguf: bool,
 ) -> None:
     """Refuse a model that cannot be converted, and then what does not fit the one that can."""
@@ -130,6 +134,8 @@ def _check_options(
         raise ValueError(
             f"{source} is {model_type!r}, not {DeltaNetConfig.model_type!r}, and only that is written in fla's form"
         )
+    if to == "transformers" and verify:
+        raise ValueError("verify (--verify) compares a model with its source: 'transformers' reads a GGUF file itself")
     if to == "transformers" and not is_gguf:
         raise ValueError(f"{source} is no GGUF file, and only that is written for Transformers (--to transformers)")
     if to == "deltanet" and model_type == DeltaNetConfig.model_type:

@@ -40,10 +40,12 @@ def kl(student, teacher, ids):
 def test_a_calibrated_student_is_nearer_to_its_teacher(teacher, options, pair, tmp_path):  # noqa: F811
     """Calibration would cost time and change nothing, or change what was copied from the teacher."""
     found = {}
+    (tmp_path / "calibrated.scores.json").write_text("somebody's")
     for name, more in (("fresh", {}), ("calibrated", options)):
         convert_checkpoint(pair["teacher"], tmp_path / name, keep="0", **more)
         found[name] = kl(AutoModelForCausalLM.from_pretrained(tmp_path / name), teacher, tokens(4, 60) % 90)
     assert found["calibrated"] < 0.5 * found["fresh"], found
+    assert (tmp_path / "calibrated.scores.json").read_text() == "somebody's"  # which is of `auto` only
     fresh, calibrated = (weights(tmp_path / name) for name in found)
     changed = {name for name in fresh if not torch.equal(fresh[name], calibrated[name])}
     assert changed == {f"model.layers.{i}.linear_attn.o_proj.weight" for i in (1, 2, 3)}

@@ -167,6 +167,8 @@ def test_wrong_files_are_refused_by_name(tmp_path):
     write_gguf(file)
     refused("keep (--keep) must say", keep=None)
     refused("written for Transformers", to="transformers")
+    with pytest.raises(ValueError, match="--verify"):
+        convert_checkpoint(file, tmp_path / "out", to="transformers", verify=True)
     refused("local file", revision="main")
     with pytest.raises(
         ValueError, match="wrong.gguf is a file.*`deltanet convert wrong.gguf FOLDER --to transformers`"
