@@ -119,6 +119,9 @@ def convert(
 ) -> Result:
     """Convert a checkpoint, one shard in memory at a time. All or nothing: a failure leaves no output behind.
 
+    A GGUF file, and with --calibrate the teacher, is held in memory whole.
+    The same command, after Ctrl-C, goes on from the layers that '--keep auto' has measured.
+
     Examples:
 
         deltanet convert fla-hub/delta_net-1.3B-100B ./delta-1.3B
