@@ -8,6 +8,7 @@ import importlib
 
 # Imported when first asked for: `deltanet --help` need not wait for torch, nor a conversion for datasets.
 _MODULES = {
+    "Calibration": "calibrate",
     "Checkpoint": "checkpoint",
     "Distillation": "distillation",
     "Evaluation": "evaluate",

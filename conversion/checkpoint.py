@@ -297,11 +297,11 @@ def check_outputs(
     """
     missing = sorted({name for output in outputs for name in output.sources if name not in source.tensors})
     if missing:
-        raise ValueError(f"{source.folder} lacks {_named(missing)}")
+        raise ValueError(f"{source.folder} lacks {named(missing)}")
     read = {name for output in outputs for name in output.sources}
     unknown = sorted(set(source.tensors) - read - set(unread))
     if unknown:
-        raise ValueError(f"{source.folder} has tensors that its config.json does not explain: {_named(unknown)}")
+        raise ValueError(f"{source.folder} has tensors that its config.json does not explain: {named(unknown)}")
     for output in outputs:
         inputs = [torch.empty(source.tensors[name].shape, device="meta") for name in output.sources]
         try:
@@ -316,7 +316,7 @@ def check_outputs(
             )
 
 
-def _named(names: list[str]) -> str:
+def named(names: list[str]) -> str:
     """At most twelve names: a wrong architecture has hundreds, and the first ones tell."""
     return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
 

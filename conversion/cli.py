@@ -28,6 +28,7 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a r
 class Target(StrEnum):
     DELTANET = "deltanet"
     FLA = "fla"
+    TRANSFORMERS = "transformers"
 
 
 class Runtime(StrEnum):
@@ -77,22 +78,37 @@ def convert(
         str,
         typer.Argument(
             help="Folder, or repository on the Hub: one of fla's DeltaNets, ours, or a Llama-like "
-            "(Llama, Mistral, Qwen2, Qwen3)."
+            "(Llama, Mistral, Qwen2, Qwen3); or a GGUF file of the latter."
         ),
     ],
     output: Annotated[Path, typer.Argument(help="Folder to make.")],
-    to: Annotated[Target, typer.Option(help="'fla' writes one of our checkpoints in fla's form.")] = Target.DELTANET,
+    to: Annotated[
+        Target,
+        typer.Option(
+            help="'fla' writes one of our checkpoints in fla's form, 'transformers' a GGUF file as the folder that "
+            "align, distill and evaluate take for a teacher."
+        ),
+    ] = Target.DELTANET,
     keep: Annotated[
         str | None,
         typer.Option(
-            help="Required for a Llama-like: the layers that keep softmax attention, 'all', 'none', '0.25', '25%' or "
-            "'3,7'."
+            help="Required for a Llama-like: the layers that keep softmax attention, 'all', 'none', '0.25' or '25%' "
+            "(evenly spaced), '3,7', or 'auto:25%', which measures on the text of --calibrate which are worth most."
         ),
     ] = None,
     linear_rope: Annotated[bool, typer.Option(help="Llama-like: converted layers keep the rotary embedding.")] = True,
     linear_decay: Annotated[
         bool, typer.Option(help="Llama-like: converted layers get a decay (Gated DeltaNet), which starts open.")
     ] = False,
+    calibrate: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Llama-like: text or chats that the converted layers' start is computed from, a dataset ('name' or "
+            "'name:config'), folder, file or pattern; may be given several times."
+        ),
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(help="So many tokens of that text.", min=1)] = 8192,
+    text_column: Annotated[str, typer.Option(help="Column of a dataset that holds the text.")] = "text",
     dtype: Annotated[DType | None, typer.Option(help="Cast the weights; by default they stay as they are.")] = None,
     max_shard_size: Annotated[
         str | None, typer.Option(help="Of a file of weights, such as '2GB'; by default the source's largest.")
@@ -107,6 +123,9 @@ def convert(
 ) -> Result:
     """Convert a checkpoint, one shard in memory at a time. All or nothing: a failure leaves no output behind.
 
+    A GGUF file, and with --calibrate the teacher, is held in memory whole.
+    The same command, after Ctrl-C, goes on from the layers that '--keep auto' has measured.
+
     Examples:
 
         deltanet convert fla-hub/delta_net-1.3B-100B ./delta-1.3B
@@ -114,12 +133,19 @@ def convert(
         deltanet convert ./delta-1.3B ./for-fla --to fla --verify
 
         deltanet convert HuggingFaceTB/SmolLM2-135M ./hybrid --keep 25%
+
+        deltanet convert ./smollm2.Q4_1.gguf ./hybrid --keep 25%
+
+        deltanet convert ./a-llama ./hybrid --keep auto:25% --calibrate ./texts
+
+        deltanet convert ./smollm2.Q4_1.gguf ./teacher --to transformers
     """
     from .convert import convert_checkpoint
 
     result = convert_checkpoint(
         source, output, to=to.value, keep=keep, linear_use_rope=linear_rope, dtype=dtype and dtype.value,
         max_shard_size=max_shard_size, verify=verify, revision=revision, linear_use_decay=linear_decay,
+        calibrate=tuple(calibrate or ()), calibration_tokens=calibration_tokens, text_column=text_column,
     )  # fmt: skip
     return Result(result, code=int(verify and result["logits"]["verdict"] == "different"))
 

@@ -84,7 +84,9 @@ def local_folder(source: str | os.PathLike, revision: str | None = None) -> Path
             raise ValueError(f"revision {revision!r} was given, but {source} is a local folder")
         return path
     if path.exists():
-        raise ValueError(f"{source} is a file: wanted the folder of a checkpoint")
+        makes_one = f"; `deltanet convert {path.name} FOLDER --to transformers` makes one"
+        hint = makes_one if path.suffix.lower() == ".gguf" else ""
+        raise ValueError(f"{source} is a file: wanted the folder of a checkpoint{hint}")
     try:
         validate_repo_id(str(source))
     except HFValidationError:

@@ -22,6 +22,7 @@ from transformers import AutoConfig
 
 from modeling_deltanet import DeltaNetConfig
 
+from .calibrate import Calibration, calibrated_start
 from .checkpoint import Checkpoint, Output, convert, expected_tensors, reads_config, unread_head
 
 
@@ -41,7 +42,7 @@ def choose_layers(keep: str, num_hidden_layers: int) -> list[int]:
     list such as `"3,7"`, counted from 0.
 
     A ratio is spread evenly, each kept layer the last of its group: a quarter of 8 is 3 and 7. Which layers keep
-    softmax matters more than anything else in a conversion, so that a list chosen by measurement is better.
+    softmax matters more than anything else in a conversion: `"auto:25%"`, which only a conversion takes, measures it.
     """
     words = keep.strip().lower()
     if words in ("all", "none"):
@@ -63,6 +64,20 @@ def choose_layers(keep: str, num_hidden_layers: int) -> list[int]:
     return layers
 
 
+def is_auto(keep: str) -> tuple[bool, str]:
+    """Whether layers are to be measured (`"auto:25%"`), and what is left of `keep`.
+
+    Raises:
+        ValueError: `"auto"` without a ratio.
+    """
+    word, _, ratio = keep.strip().lower().partition(":")
+    if word != "auto":
+        return False, keep
+    if not (ratio.endswith("%") or "." in ratio):
+        raise ValueError(f"keep must say how many layers are to be chosen, such as 'auto:25%', got {keep!r}")
+    return True, ratio
+
+
 def convert_from_llama(
     source: str | Path,
     target: str | Path,
@@ -72,6 +87,7 @@ def convert_from_llama(
     max_shard_size: int | None = None,
     linear_use_decay: bool = False,
     teacher_name: str | None = None,
+    calibration: Calibration | None = None,
 ) -> DeltaNetConfig:
     """Convert a folder with a Llama, Mistral, Qwen2 or Qwen3 (SmolLM and others are Llamas) into a hybrid DeltaNet.
 
@@ -84,6 +100,8 @@ def convert_from_llama(
             its gradient is in proportion to log alpha, which is 1.5e-8: Adam needs an epsilon far below its default of
             1e-8, which the stages `align` and `distill` see to.
         teacher_name: what `conversion.json` calls the teacher, by default the folder's name.
+        calibration: text that the start of the converted layers is computed from, and that `keep="auto:..."` needs;
+            the teacher is then held in memory, in fp32, on a GPU where there is one.
 
     Returns the new configuration.
 
@@ -92,7 +110,19 @@ def convert_from_llama(
         OSError: the disk is full; nothing is left.
     """
     checkpoint = Checkpoint(source)
-    config = config_from_llama(checkpoint.config, keep, linear_use_rope, linear_use_decay)
+    is_measured, ratio = is_auto(keep)
+    if is_measured and calibration is None:
+        raise ValueError(f"keep {keep!r} measures layers on text: calibration (--calibrate) must say which")
+    config = config_from_llama(checkpoint.config, ratio, linear_use_rope, linear_use_decay)
+    start = None
+    if calibration is not None:
+        kept = choose_layers(ratio, config.num_hidden_layers)
+        none_kept = config_from_llama(checkpoint.config, "none", linear_use_rope, linear_use_decay)
+        names = [f"model.layers.{i}" for i in range(config.num_hidden_layers)]
+        outputs = [output for name in names for output in _start_of_mixer(none_kept, name, _has_qk_norm(checkpoint))]
+        start = calibrated_start(checkpoint, none_kept, outputs, calibration, len(kept) if is_measured else kept)
+        keep = ",".join(map(str, start.keep)) or "none"
+        config = config_from_llama(checkpoint.config, keep, linear_use_rope, linear_use_decay)
     expected = expected_tensors(config)
     outputs = []
     for name in expected:
@@ -100,13 +130,18 @@ def convert_from_llama(
             outputs.append(Output(name, (name,)))
         elif name.endswith(".q_proj.weight"):
             layer = name.removesuffix(".linear_attn.q_proj.weight")
-            outputs += _start_of_mixer(config, layer, qk_norm=f"{layer}.self_attn.q_norm.weight" in checkpoint.tensors)
+            o_proj = None if start is None else start.o_proj[int(layer.split(".")[-1])]
+            outputs += _start_of_mixer(config, layer, _has_qk_norm(checkpoint), o_proj)
     old = tuple(name for name in checkpoint.tensors if name.endswith(".rotary_emb.inv_freq"))  # computed, not learned
-    facts = {
-        "teacher": teacher_name or Path(source).name,
-        "kept_layers": [i for i, name in enumerate(config.layer_types) if name != "linear_attention"],
-        "linear_use_rope": config.linear_use_rope,
-    } | ({"linear_use_decay": True} if config.linear_use_decay else {})
+    facts = (
+        {
+            "teacher": teacher_name or Path(source).name,
+            "kept_layers": [i for i, name in enumerate(config.layer_types) if name != "linear_attention"],
+            "linear_use_rope": config.linear_use_rope,
+        }
+        | ({"linear_use_decay": True} if config.linear_use_decay else {})
+        | ({} if start is None else start.facts)
+    )
     unread = unread_head(config) + old
     convert(checkpoint, outputs, expected, config, target, dtype, max_shard_size, unread, facts)
     return config
@@ -196,8 +231,16 @@ def _teacher_config(model_type: str, theirs: dict):
     return teacher
 
 
-def _start_of_mixer(config: DeltaNetConfig, layer: str, qk_norm: bool) -> list[Output]:
-    """How the new mixer of a layer (`model.layers.3`) is made from the teacher's attention."""
+def _has_qk_norm(checkpoint: Checkpoint) -> bool:
+    return "model.layers.0.self_attn.q_norm.weight" in checkpoint.tensors
+
+
+def _start_of_mixer(
+    config: DeltaNetConfig, layer: str, qk_norm: bool, o_proj: torch.Tensor | None = None
+) -> list[Output]:
+    """How the new mixer of a layer (`model.layers.3`) is made from the teacher's attention; `o_proj` if that was
+    computed.
+    """
     heads, head_dim = config.num_attention_heads, config.head_dim
     clones = heads // config.num_key_value_heads
     dim = heads * head_dim
@@ -213,6 +256,8 @@ def _start_of_mixer(config: DeltaNetConfig, layer: str, qk_norm: bool) -> list[O
 
     def scaled_o(o, v, input_norm, *v_bias):
         """o_proj times each head's root mean square of the values, for inputs of size 1 in every channel."""
+        if o_proj is not None:
+            return o_proj.to(o.dtype)
         square = (v.float() * input_norm.float()).square().sum(1)
         square = square + sum(bias.float().square() for bias in v_bias)
         size = square.unflatten(0, (-1, head_dim)).mean(1).sqrt()
