@@ -107,8 +107,12 @@ def convert(
             "'name:config'), folder, file or pattern; may be given several times."
         ),
     ] = None,
-    calibration_tokens: Annotated[int, typer.Option(help="So many tokens of that text.", min=1)] = 8192,
-    text_column: Annotated[str, typer.Option(help="Column of a dataset that holds the text.")] = "text",
+    calibration_tokens: Annotated[
+        int | None, typer.Option(help="So many tokens of that text; 8192 by default.", min=1)
+    ] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="Column of a dataset that holds that text; 'text' by default.")
+    ] = None,
     dtype: Annotated[DType | None, typer.Option(help="Cast the weights; by default they stay as they are.")] = None,
     max_shard_size: Annotated[
         str | None, typer.Option(help="Of a file of weights, such as '2GB'; by default the source's largest.")

@@ -39,8 +39,8 @@ def convert_checkpoint(
     revision: str | None = None,
     linear_use_decay: bool = False,
     calibrate: tuple[str, ...] = (),
-    calibration_tokens: int = 8192,
-    text_column: str = "text",
+    calibration_tokens: int | None = None,
+    text_column: str | None = None,
 ) -> dict:
     """Convert a local folder or a repository on the Hub, by what its `config.json` says it is, or a GGUF file.
 
@@ -55,7 +55,7 @@ def convert_checkpoint(
         linear_use_rope: for a Llama-like source: whether converted layers keep the rotary embedding.
         linear_use_decay: for a Llama-like source: whether converted layers get a decay, which starts open.
         calibrate: for a Llama-like source: text (see `load_text`; `text_column` of a dataset) that the converted
-            layers' output projections are fitted to, by least squares on `calibration_tokens` tokens.
+            layers' output projections are fitted to, by least squares on `calibration_tokens` tokens (8192).
         dtype: what to cast the weights to; by default they stay as they are.
         max_shard_size: bytes, or a size such as `"2GB"`; the source's largest file by default.
         verify: also compare logits, see `logit_difference`. That every written tensor is right is always checked.
@@ -76,6 +76,10 @@ def convert_checkpoint(
     _check_options(
         source, model_type, to, keep, linear_use_rope, linear_use_decay, calibrate, verify, gguf is not None
     )
+    of_text = {"tokens": calibration_tokens, "text_column": text_column}
+    of_text = {name: value for name, value in of_text.items() if value is not None}
+    if of_text and not calibrate:
+        raise ValueError("calibration_tokens and text_column are of the text of calibrate (--calibrate TEXT): give it")
     options = {
         "dtype": None if dtype is None else getattr(torch, dtype),
         "max_shard_size": parse_size_to_int(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size,
@@ -92,7 +96,7 @@ def convert_checkpoint(
         else:
             name = Path(source).name if Path(source).exists() else str(source)
             scores = Path(f"{target}.scores.json")
-            calibration = Calibration(tuple(calibrate), calibration_tokens, text_column, work=scores)
+            calibration = Calibration(tuple(calibrate), **of_text, work=scores)
             convert_from_llama(
                 folder, target, keep, linear_use_rope, **options, linear_use_decay=linear_use_decay,
                 teacher_name=name, calibration=calibration if calibrate else None,

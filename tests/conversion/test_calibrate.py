@@ -139,6 +139,7 @@ def test_what_is_missing_is_named(pair, options, tmp_path):  # noqa: F811
         ("teacher", ["wanted 2,560", "2,048"], options | {"keep": "auto:25%", "calibration_tokens": 2048}),
         ("teacher", ["no such folder: ./typo/typo"], {"keep": "25%", "calibrate": ("./typo/typo",)}),
         ("ours", ["--calibrate"], options | {"to": "fla"}),
+        ("teacher", ["--calibrate TEXT"], {"keep": "25%", "calibration_tokens": 2048}),
     ):
         before = sorted(path.name for path in tmp_path.iterdir())
         with pytest.raises(ValueError) as error:
