@@ -1,16 +1,19 @@
 """DeltaNetConfig: what it accepts, what it derives, and what it refuses with which words."""
 
 import copy
+import dataclasses
+import importlib.util
 import inspect
 import json
 import logging
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from tiny import FULL, LINEAR, SLIDING, marks_for_remote_code_undone, tiny_config, tiny_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from tiny import FULL, LINEAR, SLIDING, VARIANTS, marks_for_remote_code_undone, tiny_config, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils.logging import warning_once
 
 import modeling_deltanet
@@ -373,3 +376,27 @@ def test_a_config_changed_after_it_was_made_is_checked_again():
     with pytest.raises(StrictDataclassError, match="layer_types"):
         config.num_hidden_layers = 2
         DeltaNetModel(config)
+
+
+def test_the_configuration_for_vllm_is_the_same():
+    """vLLM's environment cannot import this package: its copy of a field or a default, once it is another, would serve
+    another model without a word.
+    """
+    file = Path(__file__).parents[2] / "serving" / "vllm_deltanet" / "vllm_deltanet" / "configuration.py"
+    spec = importlib.util.spec_from_file_location("configuration_for_vllm", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    ours, theirs = (
+        {f.name: f.default for f in dataclasses.fields(x)} for x in (DeltaNetConfig, module.DeltaNetConfig)
+    )
+    assert ours == theirs
+
+    def values(config) -> dict:
+        own = ours.keys() - {f.name for f in dataclasses.fields(PreTrainedConfig)} | {"tie_word_embeddings"}
+        return {name: getattr(config, name) for name in (*own, "uses_rope")}
+
+    pairs = [(DeltaNetConfig(), module.DeltaNetConfig())]  # sizes that are worked out
+    configs = [tiny_config(**options) for options in VARIANTS.values()]
+    pairs += [(config, module.DeltaNetConfig.from_dict(config.to_dict())) for config in configs]
+    for config, copied in pairs:
+        assert values(config) == values(copied)

@@ -268,7 +268,7 @@ def test_lora_trains_under_gradient_checkpointing():
             ["another architecture", "model.layers.0 is a linear_attention layer", "self_attn.q_proj"],
         ),
         (
-            lambda: tiny_llama(64),
+            lambda: tiny_llama(hidden_size=64),
             ["another architecture", "model.layers.0 is a linear_attention layer", "self_attn.q_proj"],
         ),
         (

@@ -95,19 +95,19 @@ def redraw(model):
     return model
 
 
-def tiny_llama(hidden_size: int = 32) -> LlamaForCausalLM:
+def tiny_llama(**overrides) -> LlamaForCausalLM:
     """Another architecture whose modules have the names of our softmax layers'."""
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=hidden_size,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
+    options = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return LlamaForCausalLM(LlamaConfig(**options | overrides)).eval()
 
 
 def output_and_gradients(model, forward=None, use_cache=False, **inputs):

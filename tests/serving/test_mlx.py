@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import FULL, LINEAR, SLIDING, VARIANTS, VOCAB, redraw, tiny_model, tiny_tokenizer, tokens
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from tiny import FULL, LINEAR, SLIDING, VARIANTS, redraw, tiny_llama, tiny_model, tiny_tokenizer, tokens
+from transformers import AutoModelForCausalLM
 
 from deltanet_conversion import convert_checkpoint, export_checkpoint
 from deltanet_conversion.export import ACTIVATIONS
@@ -97,11 +97,8 @@ def converted(folder: Path, seed: int):
     """A hybrid whose linear layers rotate, from a small Llama with tied embeddings."""
     torch.manual_seed(seed)
     rope = {"rope_type": "llama3", "rope_theta": 1e4, **ROTATIONS["llama3"]}
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, bos_token_id=None, eos_token_id=None, tie_word_embeddings=True, rope_parameters=rope,
-    )  # fmt: skip
-    redraw(LlamaForCausalLM(config)).save_pretrained(folder / f"teacher-{seed}")
+    teacher = redraw(tiny_llama(tie_word_embeddings=True, rope_parameters=rope))
+    teacher.save_pretrained(folder / f"teacher-{seed}")
     convert_checkpoint(folder / f"teacher-{seed}", folder / f"student-{seed}", keep="25%")
     model = AutoModelForCausalLM.from_pretrained(folder / f"student-{seed}").eval()
     assert model.config.layer_types == [LINEAR, LINEAR, LINEAR, FULL] and model.config.linear_use_rope

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import FULL, LINEAR, SLIDING, VOCAB, redraw, tiny_model, tiny_tokenizer, tokens
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from tiny import FULL, LINEAR, SLIDING, VOCAB, redraw, tiny_llama, tiny_model, tiny_tokenizer, tokens
+from transformers import AutoModelForCausalLM
 
 from deltanet_conversion import convert_from_llama
 
@@ -68,28 +68,12 @@ def continuation(model, prompt: torch.Tensor) -> list[int]:
 
 
 def converted_llama(folder: Path):
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=None,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 10000.0,
-            "factor": 4.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 128,
-        },
-    )
+    rope = {
+        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 128,
+    }  # fmt: skip
     torch.manual_seed(0)
-    redraw(LlamaForCausalLM(config)).save_pretrained(folder / "teacher")
+    redraw(tiny_llama(**COMMON, rope_parameters=rope)).save_pretrained(folder / "teacher")
     convert_from_llama(folder / "teacher", folder / "converted_llama", keep="2")
     model = AutoModelForCausalLM.from_pretrained(folder / "converted_llama").eval()
     assert model.config.linear_use_rope
