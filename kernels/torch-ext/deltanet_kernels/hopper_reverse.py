@@ -11,7 +11,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ._launch import launch
 from .hopper_beside import let_dependents_start, say_all_written, say_written
-from .hopper_tiles import STAGES, C, fade_lower, load_stage, store_factors, store_fragments, store_scores, store_tile
+from .hopper_tiles import (
+    STAGES,
+    C,
+    fade_lower,
+    last_of,
+    load_stage,
+    store_factors,
+    store_fragments,
+    store_scores,
+    store_tile,
+)
 from .layout import Inputs, Scratch, Tables
 from .plan import Launch
 from .tiles import locate_sequence
@@ -109,8 +119,7 @@ def reverse_kernel(
         b_p = fade_lower(b_p, t_gs.index(0), narrow)
     store_scores(t_p.index(0), b_p, narrow)
     if gs is not None:
-        b_all = gl.load(gs + (gl.to_tensor(NT) - 1).to(gl.int64) * HV * C + C - 1, mask=NT > 0, other=0.0)
-        store_factors(t_f, 0, t_gs.index(0), t_rk.index(0), rk, b_all)
+        store_factors(t_f, 0, t_gs.index(0), t_rk.index(0), rk, last_of(t_gs.index(0)))
 
     for i in range(NT):
         i_c = NT - 1 - i
@@ -134,11 +143,9 @@ def reverse_kernel(
             else b_do * scale
         )
         if gs is not None:
-            b_s *= gl.exp2(b_all)
-            b_all = gl.load(gs + gl.maximum(i_c - 1, 0).to(gl.int64) * HV * C + C - 1)
+            b_s *= last_of(t_f.index(i % 2 * 3))
             b_dq = (b_do * t_f.index(i % 2 * 3).load(gl.SliceLayout(0, left))[None, :]).to(BF16)
             b_do = b_do.to(BF16)
-            b_y = warpgroup_mma(b_do, t_p.index(i % 2), zero, use_acc=False, is_async=True)
         else:
             b_do = b_do.to(BF16)
             b_dq = b_do
@@ -150,7 +157,7 @@ def reverse_kernel(
             last = gl.minimum(i_c + 1, NT - 1)
             # unsigned: of a signed stride the upper halves of four offsets stay in registers, and others are spilled
             row_st = dv_st if gs is None else dv_st.to(gl.uint32)
-            store_tile(dv + last.to(gl.int64) * C * dv_st, row_st, t_dv, T - last * C, BV, EVEN)
+            store_tile(dv + last.to(gl.int64) * C * dv_st, row_st, t_dv, T - last * C, BV, EVEN, BV)
         if i + STAGES - 1 < NT:
             load_stage(
                 t_q, t_k, t_do, t_a, t_rk, t_rq, t_gs, q, k, do, a, rk, rq, gs,
@@ -159,8 +166,10 @@ def reverse_kernel(
         async_copy.commit_group()
         if gs is not None:
             b_after = t_f.index(i % 2 * 3 + 2).load(columns)
-            b_u, b_y = warpgroup_mma_wait(1, deps=[b_u, b_y])
-            b_u = b_u * b_after[None, :] + b_y
+            b_u = warpgroup_mma_wait(1, deps=[b_u])
+            b_u *= b_after[None, :]
+            b_u = warpgroup_mma(b_do, t_p.index(i % 2), b_u, is_async=True)
+            b_s, b_u = warpgroup_mma_wait(0, deps=[b_s, b_u])
         else:
             b_u = warpgroup_mma_wait(1, deps=[b_u])
         # dV^T = dU^T A
@@ -177,7 +186,7 @@ def reverse_kernel(
         if dv is not None:
             t_dv.permute([1, 0]).store(b_v.to(BF16))
         if gs is not None:
-            store_factors(t_f, (i + 1) % 2 * 3, t_gs.index(after), t_rk.index(after), rk, b_all)
+            store_factors(t_f, (i + 1) % 2 * 3, t_gs.index(after), t_rk.index(after), rk, last_of(t_gs.index(after)))
         b_p = warpgroup_mma_wait(1, deps=[b_p])
         if gs is not None:
             b_p = fade_lower(b_p, t_gs.index(after), narrow)
@@ -185,7 +194,7 @@ def reverse_kernel(
         b_s = warpgroup_mma_wait(0, deps=[b_s])
 
     if dv is not None and NT > 0:
-        store_tile(dv, dv_st, t_dv, T, BV, EVEN)
+        store_tile(dv, dv_st, t_dv, T, BV, EVEN, BV)
         if flags is not None:
             say_all_written(flags, FLAGS, NT)
     if dh0 is not None:

@@ -19,7 +19,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ._launch import launch
-from .hopper_tiles import STAGES, C, fade_apart, load_stage, store_factors, store_fragments, store_scores, store_tile
+from .hopper_tiles import (
+    STAGES,
+    C,
+    fade_apart,
+    last_of,
+    load_stage,
+    store_factors,
+    store_fragments,
+    store_scores,
+    store_tile,
+)
 from .layout import Inputs, Scratch, Tables
 from .limits import NORM_EPS
 from .plan import Launch
@@ -129,11 +139,8 @@ def scan_kernel(
         store_query_norms(t_q.index(0), t_rq.index(0), rq, NT > 0, K, u is not None)
     b_p = warpgroup_mma_wait(0, deps=[b_p])
     if gs is not None:
-        # log2 of what a chunk loses: of this one, and of the next
-        b_all = gl.load(gs + C - 1, mask=NT > 0, other=0.0)
-        b_then = gl.load(gs + HV * C + C - 1, mask=NT > 1, other=0.0)
-        store_factors(t_f, 0, t_gs.index(0), t_rk.index(0), rk, b_all)
-        b_p = fade_apart(b_p, t_f, 0, t_gs.index(0), b_all, square)
+        store_factors(t_f, 0, t_gs.index(0), t_rk.index(0), rk, last_of(t_gs.index(0)))
+        b_p = fade_apart(b_p, t_f, 0, t_gs.index(0), last_of(t_gs.index(0)), square)
     store_scores(t_p.index(0), b_p, square)
 
     for i_c in range(NT):
@@ -150,13 +157,11 @@ def scan_kernel(
         if u is not None:
             store_fragments(s, b_c, BV, K)
         if gs is not None:
-            b_s *= gl.exp2(b_all)
-            b_all = b_then
-            b_then = gl.load(gs + gl.minimum(i_c + 2, NT - 1).to(gl.int64) * HV * C + C - 1)
-            store_factors(t_f, (i_c + 1) % 2 * 4, t_gs.index(after), t_rk.index(after), rk, b_all)
+            b_s *= last_of(t_f.index(i_c % 2 * 4))
+            store_factors(t_f, (i_c + 1) % 2 * 4, t_gs.index(after), t_rk.index(after), rk, last_of(t_gs.index(after)))
         # the output of the chunk before; in the first turn whatever lies there, which the second replaces
         last = gl.maximum(i_c - 1, 0)
-        store_tile(o + last.to(gl.int64) * C * HV * V, HV * V, t_o, T - last * C, BV, EVEN)
+        store_tile(o + last.to(gl.int64) * C * HV * V, HV * V, t_o, T - last * C, BV, EVEN, BV)
         if i_c + STAGES - 1 < NT:
             load_stage(
                 t_q, t_k, t_v, t_a, t_rk, t_rq, t_gs, q, k, v, a, rk, rq, gs,
@@ -203,7 +208,7 @@ def scan_kernel(
             store_query_norms(t_q.index(after), t_rq.index((i_c + 1) % 2), rq + C * H, i_c + 1 < NT, K, u is not None)
         b_p = warpgroup_mma_wait(3 if gs is None else 1, deps=[b_p])
         if gs is not None:
-            b_p = fade_apart(b_p, t_f, (i_c + 1) % 2 * 4, t_gs.index(after), b_all, square)
+            b_p = fade_apart(b_p, t_f, (i_c + 1) % 2 * 4, t_gs.index(after), last_of(t_gs.index(after)), square)
         store_scores(t_p.index((i_c + 1) % 2), b_p, square)
         b_s, b_o = warpgroup_mma_wait(0, deps=[b_s, b_o])
         b_o *= (t_rq.index(i_c % 2).load(columns) * scale)[None, :] if rk is not None else scale
@@ -215,7 +220,7 @@ def scan_kernel(
             rq += C * H
 
     if NT > 0:
-        store_tile(o + (gl.to_tensor(NT) - 1).to(gl.int64) * C * HV * V, HV * V, t_o, T - (NT - 1) * C, BV, EVEN)
+        store_tile(o + (gl.to_tensor(NT) - 1).to(gl.int64) * C * HV * V, HV * V, t_o, T - (NT - 1) * C, BV, EVEN, BV)
     if ht is not None:
         if KEYS == K:
             gl.store(ht + p_s, b_s)

@@ -43,35 +43,44 @@ def copy_tile(tile, p, stride, length, N: gl.constexpr, EVEN: gl.constexpr, COLU
 
 
 @gluon.jit
-def store_tile(p, stride, tile, length, N: gl.constexpr, EVEN: gl.constexpr):
-    """A tile of shared memory to global memory, 16 bytes a thread."""
-    p_x, m_x = _rows(p, stride, length, tile.shape[0], N, N, EVEN)
+def store_tile(p, stride, tile, length, N: gl.constexpr, EVEN: gl.constexpr, COLUMNS: gl.constexpr):
+    """A tile of shared memory to global memory, but for columns from COLUMNS on, 16 bytes a thread."""
+    p_x, m_x = _rows(p, stride, length, tile.shape[0], N, COLUMNS, EVEN)
     b_x = tile.load(p_x.type.layout)
-    if EVEN:
+    if EVEN and COLUMNS == N:
         gl.store(p_x, b_x)
     else:
         gl.store(p_x, b_x, mask=m_x)
 
 
 @gluon.constexpr_function
-def fragment_layout(R, N):
+def fragment_layout(R, N, warps):
     """Who holds what of R // 64 tiles in the order of `store_fragments`, [R * N // 256, 256]: 8 neighbours a thread,
-    as an accumulator [R, N] has them. Four warps a tile."""
+    as an accumulator [R, N] has them. Four warps a tile, or eight, each of which has half of its columns."""
     blocks_of_16 = [[4, 0], [8, 0]] if N == 64 else [[4, 0], [8, 0], [16, 0]]
     lanes = [[0, 8], [0, 16], [0, 32], [0, 64], [0, 128]]
-    warps = [[1, 0], [2, 0]] if R == 64 else [[1, 0], [2, 0], [N // 4, 0]]
-    return gl.DistributedLinearLayout([[0, 1], [0, 2], [0, 4]] + blocks_of_16, lanes, warps, [], [R * N // 256, 256])
+    rows_of_16 = [[1, 0], [2, 0]] if R == 64 else [[1, 0], [2, 0], [N // 4, 0]]
+    if R == 64 and warps == 8:
+        rows_of_16 += [blocks_of_16.pop()]
+    shape = [R * N // 256, 256]
+    return gl.DistributedLinearLayout([[0, 1], [0, 2], [0, 4]] + blocks_of_16, lanes, rows_of_16, [], shape)
 
 
 @gluon.jit
-def load_fragments(p, R: gl.constexpr, N: gl.constexpr):
+def load_fragments(p, R: gl.constexpr, N: gl.constexpr, COLUMNS: gl.constexpr):
     """Neighbouring tiles [64, N], R rows in all, that `store_fragments` wrote, in the registers that they came
-    from.
+    from. Of the columns from COLUMNS on, which are zero, nothing is read.
     """
-    layout: gl.constexpr = fragment_layout(R, N)
+    layout: gl.constexpr = fragment_layout(R, N, gl.num_warps())
     o_r = gl.arange(0, R * N // 256, gl.SliceLayout(1, layout))
     o_c = gl.arange(0, 256, gl.SliceLayout(0, layout))
-    b = gl.load(p + o_r[:, None] * 256 + o_c[None, :])
+    p_x = p + o_r[:, None] * 256 + o_c[None, :]
+    if COLUMNS == N:
+        b = gl.load(p_x)
+    else:
+        gl.static_assert(R == 64)
+        m_x = gl.full([R * N // 256, 256], True, gl.int1, layout) & (o_r < COLUMNS // 4)[:, None]
+        b = gl.load(p_x, mask=m_x, other=0.0)
     b = gl.permute(gl.reshape(b, [R // 64, N // 16, 4, 8, 4, 2, 2, 2]), [0, 2, 6, 3, 1, 5, 4, 7])
     return gl.reshape(b, [R, N])
 
@@ -79,7 +88,7 @@ def load_fragments(p, R: gl.constexpr, N: gl.constexpr):
 @gluon.jit
 def store_fragments(p, b, R: gl.constexpr, N: gl.constexpr):
     """The same as `store_fragments`: an accumulator's registers [R, N] as they are, 16 bytes a thread."""
-    layout: gl.constexpr = fragment_layout(R, N)
+    layout: gl.constexpr = fragment_layout(R, N, 4 * (R // 64))
     o_r = gl.arange(0, R * N // 256, gl.SliceLayout(1, layout))
     o_c = gl.arange(0, 256, gl.SliceLayout(0, layout))
     b = gl.permute(gl.reshape(b, [R // 64, 4, 2, 8, N // 16, 2, 4, 2]), [0, 4, 1, 3, 6, 5, 2, 7])
@@ -123,6 +132,12 @@ def fade_lower(b_p, t_gs, layout: gl.constexpr):
 def fade_upper(b_p, t_gs, layout: gl.constexpr):
     """The same of a transposed product, of which the upper triangle is kept."""
     return b_p * gl.exp2(t_gs.load(gl.SliceLayout(0, layout))[None, :] - t_gs.load(gl.SliceLayout(1, layout))[:, None])
+
+
+@gluon.jit
+def last_of(t_x):
+    """The last value of a line of shared memory, to all threads."""
+    return gl.sum(t_x.slice(C - 1, 1).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
 
 
 @gluon.jit

@@ -174,7 +174,7 @@ def launch_table(arch: int, K: int, V: int, wide: bool, few: bool) -> Tiles:
         # the scans hold keys of fewer columns in tiles of 64 or 128; the gradients have the sizes of whole tiles
         gluon = ""
         if GLUON and 48 < K <= 128 and K % 16 == 0 and V % 64 == 0:
-            gluon = "all" if K in (64, 128) and V in (64, 128) else "scans"
+            gluon = "all" if V <= 256 else "scans"
         if few:
             # alone on its multiprocessor a program must hide the loads itself: three stages; the chain from state to
             # state is all that counts, so P is computed elsewhere (0.12 ms, was 0.27, at 1 x 4096 x 16 x 128); Gluon's
@@ -327,7 +327,11 @@ def plan_of(call: Call) -> Plan:
         # 64 columns are faster with many programs, too (0.230 ms, was 0.248 with 128, at 8 x 4096 x 16 x 128)
         reverse = exit = Launch(64, 4, 1, gluon=True)
     if gluon == "all":
-        grads = Launch(64, 4, 1, tiles.grads.maxnreg, gluon=True)
+        # of more than 128 value columns tiles leave room for one program per multiprocessor: eight warps. With a gate
+        # registers are not held to a limit: of what ptxas 12.8 spilled there, dg came out wrong (kernels/README.md,
+        # "What ptxas gets wrong")
+        limit = None if call.gated else tiles.grads.maxnreg
+        grads = Launch(64, 4 if V <= 128 else 8, 1, limit, gluon=True)
     # when the scan's programs fill more than three quarters of the chip there is no room for the gradients
     programs = value_tiles * call.HV * call.sequences * backward
     plan = Plan(
