@@ -25,7 +25,7 @@ RUNS = {
     "rule_h200": ["h200_ops"],
     "long_rows": ["h100_long_rows"],
     "errors": ["h200_ops", "h100_ops"],
-    "gated": ["h100_gated_366bcd6", "h100_gated"],  # of a shape the first that has it
+    "gated": ["h100_gated_a8a5fdf", "h100_gated"],  # of a shape the first that has it
     "accelerate": ["h100_accelerate"],
     "kernels": ["h200_kernels"],
     "lengths": ["h100_lengths"],
@@ -48,7 +48,7 @@ FILES = {
     "h100_ops_f9b106b": ("the six shapes beside the commit before the rewrite", False),
     "h100_ops_366bcd6": ("d = 64 and 256 beside fla", False),
     "h100_gated": ("the gated rule, five shapes and its errors, without a peer", False),
-    "h100_gated_366bcd6": ("the gated rule beside fla and FlashQLA, three shapes", False),
+    "h100_gated_a8a5fdf": ("the gated rule beside fla and FlashQLA, four shapes", False),
     "h100_accelerate": ("Transformers' own models by torch, fla and ours", False),
     "h100_check_full": ("`deltanet check --full --peer fla`, the largest errors", False),
     "h200_kernels": ("each kernel beside its bytes", True),

@@ -38,7 +38,9 @@ ACCEPTED_GATED = {
     "prepare": 48,
     "scores": 48,
 }
-ACCEPTED_GATED_GLUON = {"scan": 88, "reverse": 88, "grads": 80}
+# 96 where rows are no multiple of 64. Heads of 64 may spill nothing: dg was wrong where they did (kernels/README.md,
+# "What ptxas gets wrong")
+ACCEPTED_GATED_GLUON = {64: {"grads": 0}, 128: {"scan": 56, "reverse": 64, "grads": 96}}
 SMALL = 48
 # Triton 3.8 alone spills this much in the chain of wide keys, whatever the warps and columns: a launch of 30 us
 CHAIN_OF_3_8 = 600
@@ -50,10 +52,11 @@ HERE = [
 ]  # fmt: skip
 WIDE = [(86, 256, 256, "fp32")]  # of least shared memory; fp16 takes as much
 OTHERS = sorted(Path(sys.prefix).glob("triton-*"))
-GATED = [(90, 128, 128), (100, 128, 128)]
+GATED = [(90, 128, 128), (100, 128, 128), (90, 64, 64), (90, 96, 192)]
 CASES = [(None, *case, "bf16") for case in EVERYWHERE + HERE] + [(None, *case) for case in WIDE]
 CASES += [(None, *case, "bf16:gated") for case in GATED]
 CASES += [(other, *case, "bf16") for other in OTHERS for case in EVERYWHERE if case[0] != 100]
+CASES += [(other, 90, 64, 64, "bf16:gated") for other in OTHERS]
 
 
 @pytest.mark.compile
@@ -78,7 +81,7 @@ def test_launch_table(other, arch, K, V, dtype, tmp_path):
         assert few < registers <= 255, (name, "a kernel of few registers is empty")
         accepted = ACCEPTED.get((arch, triton.next_power_of_2(max(K, V))), {})
         if dtype.endswith("gated"):
-            accepted = ACCEPTED_GATED_GLUON if "Gluon" in name else ACCEPTED_GATED
+            accepted = ACCEPTED_GATED_GLUON[64 if max(K, V) <= 64 else 128] if "Gluon" in name else ACCEPTED_GATED
         accepted = accepted.get(kernel, SMALL)
         if version.startswith("3.8.") and K > 128 and name.startswith("chain"):
             accepted = CHAIN_OF_3_8

@@ -137,7 +137,7 @@ class Tiles(NamedTuple):
     entry: Launch
     stored: bool = True  # P by a kernel of its own; otherwise by each scan, which saves 24 KB per chunk
     deep: bool = False
-    gluon: str = ""  # Gluon's kernels take the place of the "scans", or of "all" but prepare
+    gluon: bool = False  # Gluon's kernels take the place of all but prepare
 
 
 @functools.cache
@@ -171,10 +171,8 @@ def launch_table(arch: int, K: int, V: int, wide: bool, few: bool) -> Tiles:
         if arch != 90:  # compiled, not measured: the form that spills least
             scan = Launch(64, 8, 2)
             return Tiles(prepare, scores, scan, scan, grads, entry)
-        # the scans hold keys of fewer columns in tiles of 64 or 128; the gradients have the sizes of whole tiles
-        gluon = ""
-        if GLUON and 48 < K <= 128 and K % 16 == 0 and V % 64 == 0:
-            gluon = "all" if V <= 256 else "scans"
+        # keys of fewer columns stand in tiles of 64 or 128
+        gluon = GLUON and 48 < K <= 128 and K % 16 == 0 and V % 64 == 0
         if few:
             # alone on its multiprocessor a program must hide the loads itself: three stages; the chain from state to
             # state is all that counts, so P is computed elsewhere (0.12 ms, was 0.27, at 1 x 4096 x 16 x 128); Gluon's
@@ -306,7 +304,7 @@ def plan_of(call: Call) -> Plan:
     segments = count_segments(call, blocks) if not call.packed and SEGMENTS else 1
     few = bool(call.sequences * segments * call.HV * blocks <= call.sms)
     tiles = launch_table(call.arch, K, V, wide, few)
-    might_be_beside = tiles.gluon == "all" and few
+    might_be_beside = tiles.gluon and few
     uncut = call.B * call.HV * blocks
     segments = segments if call.can_cut else 1
     backward = segments if segments > 1 and cuts_backward(call, uncut, might_be_beside) else 1
@@ -318,7 +316,7 @@ def plan_of(call: Call) -> Plan:
         x._replace(columns=value_tile) for x in (tiles.scan, tiles.reverse, tiles.reverse, tiles.entry)
     )
     grads = tiles.grads._replace(columns=min(value_tile, tiles.grads.columns))
-    gluon = tiles.gluon if call.aligned else ""
+    gluon = tiles.gluon and call.aligned
     if gluon:
         # two warp groups per program share q, k, A and P; where few run, one each (0.115 ms, was 0.170, at 1 x 4096 x
         # 16 x 128)
@@ -326,7 +324,6 @@ def plan_of(call: Call) -> Plan:
         scan = Launch(columns, columns // 16, 1, gluon=True)
         # 64 columns are faster with many programs, too (0.230 ms, was 0.248 with 128, at 8 x 4096 x 16 x 128)
         reverse = exit = Launch(64, 4, 1, gluon=True)
-    if gluon == "all":
         # of more than 128 value columns tiles leave room for one program per multiprocessor: eight warps. With a gate
         # registers are not held to a limit: of what ptxas 12.8 spilled there, dg came out wrong (kernels/README.md,
         # "What ptxas gets wrong")
@@ -346,7 +343,7 @@ def plan_of(call: Call) -> Plan:
         reverse=reverse,
         deep=tiles.deep,
         grads=grads,
-        beside=gluon == "all" and few and _switch.uses("beside") and 4 * programs <= 3 * call.sms,
+        beside=gluon and few and _switch.uses("beside") and 4 * programs <= 3 * call.sms,
         entry=entry,
         exit=exit,
         chain=chain(call.arch, K),
