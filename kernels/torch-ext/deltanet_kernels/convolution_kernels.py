@@ -76,33 +76,33 @@ def _find_state(slots, goes_on, i_n, N):
 
 
 @triton.jit
-def _from_state(h, s_hn, s_hw, o_h, i_n, N, j, m_d, W: tl.constexpr):
+def _from_state(h, s_hn, s_hd, s_hw, o_h, i_n, N, j, m_d, W: tl.constexpr):
     """The input j rows before the sequence of state i_n in fp32 where m_d; zeros without a state, or a sequence."""
     if h is not None:
         m = m_d & (i_n >= 0) & (i_n < N)
-        b_x = tl.load(h + i_n * s_hn + o_h + (W - 1 - j) * s_hw, mask=m, other=0.0).to(tl.float32)
+        b_x = tl.load(h + i_n * s_hn + o_h * s_hd + (W - 1 - j) * s_hw, mask=m, other=0.0).to(tl.float32)
     else:
         b_x = tl.zeros(o_h.shape, tl.float32)
     return b_x
 
 
 @triton.jit
-def _own(b_x, h, s_hn, s_hw, o_h, i_n, N, t, bos, m_d, FIRST: tl.constexpr, W: tl.constexpr):
+def _own(b_x, h, s_hn, s_hd, s_hw, o_h, i_n, N, t, bos, m_d, FIRST: tl.constexpr, W: tl.constexpr):
     """(x_{t-FIRST}, ..., x_{t-W+1}) as given, but those before the sequence of row t from its state, or zeros."""
     b_own = ()
     for J in tl.static_range(FIRST, W):
-        b_h = _from_state(h, s_hn, s_hw, o_h, i_n, N, J - (t - bos), m_d & (t - J < bos), W)
+        b_h = _from_state(h, s_hn, s_hd, s_hw, o_h, i_n, N, J - (t - bos), m_d & (t - J < bos), W)
         b_own += (tl.where(t - J >= bos, b_x[J - FIRST], b_h),)
     return b_own
 
 
 @triton.jit
-def _taps(p_x, s_xt, h, s_hn, s_hw, o_h, i_n, N, t, bos, m_d, FIRST: tl.constexpr, W: tl.constexpr):
+def _taps(p_x, s_xt, h, s_hn, s_hd, s_hw, o_h, i_n, N, t, bos, m_d, FIRST: tl.constexpr, W: tl.constexpr):
     """(x_{t-FIRST}, ..., x_{t-W+1}) in fp32: from x within the sequence, from its state before."""
     b_x = ()
     for J in tl.static_range(FIRST, W):
         b_x += (tl.load(p_x + (t - J) * s_xt, mask=m_d & (t - J >= bos), other=0.0).to(tl.float32),)
-    return _own(b_x, h, s_hn, s_hw, o_h, i_n, N, t, bos, m_d, FIRST, W)
+    return _own(b_x, h, s_hn, s_hd, s_hw, o_h, i_n, N, t, bos, m_d, FIRST, W)
 
 
 @triton.jit
@@ -134,7 +134,7 @@ def _dz(b_z, b_dy, SILU: tl.constexpr):
 def _dz_at(p_x, s_xt, p_dy, s_dyt, h, s_hn, o_h, i_n, N, t, bos, eos, m_d, b_w, W: tl.constexpr, SILU: tl.constexpr):
     """dz of row t >= bos from memory alone, zeros from eos on and outside of all sequences."""
     m = m_d & (t < eos) & (i_n >= 0) & (i_n < N)
-    b_z = _dot(b_w, _taps(p_x, s_xt, h, s_hn, 1, o_h, i_n, N, t, bos, m, 0, W))
+    b_z = _dot(b_w, _taps(p_x, s_xt, h, s_hn, W - 1, 1, o_h, i_n, N, t, bos, m, 0, W))
     return _dz(b_z, tl.load(p_dy + t * s_dyt, mask=m, other=0.0).to(tl.float32), SILU)
 
 
@@ -162,12 +162,10 @@ def forward_kernel(
 
     o_d = i_d * BD + tl.arange(0, BD)
     m_d = o_d < D
+    o_h = o_first + o_d
     if slots is None:
-        n_h, s_hw = N, 1
-        o_h = (o_first + o_d) * (W - 1)
+        n_h, s_hd, s_hw = N, W - 1, 1
         s_hn = ((D0 + D1 + D2) * (W - 1)).to(tl.int64)
-    else:
-        o_h = (o_first + o_d) * s_hd
     t = (tl.program_id(1) * BT).to(tl.int64)
     i_n, bos, eos = _find_sequence(cu_seqlens, t, i_b, T, N)
     first, end = _rows_inside(cu_seqlens, N, T)
@@ -177,7 +175,7 @@ def forward_kernel(
     i_h = i_n
     if slots is not None:
         i_h, exists = _find_state(slots, goes_on, i_n, N)
-    b_before = _taps(p_x, s_xt, h, s_hn, s_hw, o_h, i_h, n_h, t, bos, m_d, 1, W)
+    b_before = _taps(p_x, s_xt, h, s_hn, s_hd, s_hw, o_h, i_h, n_h, t, bos, m_d, 1, W)
     for _ in range(0, BT, R):
         b_rows = ()
         for i in tl.static_range(R):
@@ -192,7 +190,7 @@ def forward_kernel(
                         i_h, exists = _find_state(slots, goes_on, i_n, N)
                     b_before = ()
                     for J in tl.static_range(1, W):
-                        b_before += (_from_state(h, s_hn, s_hw, o_h, i_h, n_h, J, m_d, W),)
+                        b_before += (_from_state(h, s_hn, s_hd, s_hw, o_h, i_h, n_h, J, m_d, W),)
             b_x = (b_rows[i].to(tl.float32),) + b_before
             b_z = _dot(b_w, b_x)
             b_y = b_z * _sigmoid(b_z) if SILU else b_z
@@ -233,7 +231,7 @@ def backward_kernel(
 
     o_d = i_d * BD + tl.arange(0, BD)
     m_d = o_d < D
-    o_h = (o_first + o_d) * (W - 1)
+    o_h = o_first + o_d
     s_hn = ((D0 + D1 + D2) * (W - 1)).to(tl.int64)
     p_x += o_d
     p_dy += o_d
@@ -261,7 +259,7 @@ def backward_kernel(
                     b_after = (tl.zeros([BD], tl.float32),) * (W - 1)
             b_x = b_rows[i : i + W]
             if cu_seqlens is not None or h is not None:
-                b_x = b_x[:1] + _own(b_x[1:], h, s_hn, 1, o_h, i_n, N, t - i, bos, m_d, 1, W)
+                b_x = b_x[:1] + _own(b_x[1:], h, s_hn, W - 1, 1, o_h, i_n, N, t - i, bos, m_d, 1, W)
             b_dz = _dz(_dot(b_w, b_x), b_dy[i], SILU)
             b_dzs = (b_dz,) + b_after
             b_dx = _dot(b_w, b_dzs)
@@ -275,7 +273,7 @@ def backward_kernel(
         t -= R
 
     i_part = i_b * tl.num_programs(1) + tl.program_id(1)
-    p_dw = dw + (i_part * (D0 + D1 + D2) + o_first + o_d) * W + (W - 1)
+    p_dw = dw + (i_part * (D0 + D1 + D2) + o_h) * W + (W - 1)
     for j in tl.static_range(W):
         tl.store(p_dw - j, b_dw[j], mask=m_d)
 
@@ -316,18 +314,16 @@ def state_kernel(
         i_d -= n0 + n1
     o_d = i_d * BD + tl.arange(0, BD)
     m_d = o_d < D
-    i_h = i_n
-    m_out = m_d
+    o_h = o_first + o_d
+    i_h, m_out = i_n, m_d
     if slots is None:
-        n_h, s_hw = N, 1
-        o_h = (o_first + o_d) * (W - 1)
+        n_h, s_hd, s_hw = N, W - 1, 1
         s_hn = ((D0 + D1 + D2) * (W - 1)).to(tl.int64)
-        p_out = out + i_n * s_hn + o_h
+        p_out = out + i_n * s_hn + o_h * (W - 1)
     else:
         i_h, exists = _find_state(slots, goes_on, i_n, N)
         m_out = m_d & exists
-        o_h = (o_first + o_d) * s_hd
-        p_out = out + tl.load(slots + i_n).to(tl.int64) * s_hn + o_h
+        p_out = out + tl.load(slots + i_n).to(tl.int64) * s_hn + o_h * s_hd
     p_x += o_d
     p_dy += o_d
     if BACKWARD:
@@ -340,7 +336,7 @@ def state_kernel(
                 b_out += b_w[W - 1 - j + i] * b_dz
             tl.store(p_out + j, b_out.to(out.dtype.element_ty), mask=m_d)
     else:
-        b_x = _taps(p_x, s_xt, h, s_hn, s_hw, o_h, i_h, n_h, eos, bos, m_d, 1, W)
+        b_x = _taps(p_x, s_xt, h, s_hn, s_hd, s_hw, o_h, i_h, n_h, eos, bos, m_d, 1, W)
         if slots is not None:
             tl.debug_barrier()  # as in `step_kernel`
         for j in tl.static_range(W - 1):
