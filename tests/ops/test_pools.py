@@ -48,8 +48,9 @@ def poisoned_pool(states, places, layout, goes_on=None):
     those of sequences that start from zeros, and between slots.
     """
     shape = list(states.shape[1:])
-    memory = torch.full((7, 2, *(shape if layout == "rows" else [*shape[:-2], shape[-1], shape[-2]])), torch.nan)
-    pool = memory.to(DEVICE, states.dtype)[:, 0]
+    memory = torch.full((8, 2, *(shape if layout == "rows" else [*shape[:-2], shape[-1], shape[-2]])), torch.nan)
+    memory[0] = 7  # where a slot -1 would be
+    pool = memory.to(DEVICE, states.dtype)[1:, 0]
     pool = pool if layout == "rows" else pool.mT
     for n, place in enumerate(places):
         if place >= 0 and (goes_on is None or goes_on[n]):
@@ -66,7 +67,11 @@ def expected_pool(pool, states, places):
 
 
 def check(got, wanted, exact):
-    """Equal to the bit, or on a GPU, where sums over transposed states have another order, nearly so."""
+    """Equal to the bit, or on a GPU, where sums over transposed states have another order, nearly so. The pool is the
+    last.
+    """
+    memory = got[-1]._base
+    assert (memory[0] == 7).all() and memory[1:, 1].isnan().all()
     for a, b in zip(got, wanted, strict=True):
         if exact:
             assert torch.equal(a.nan_to_num(7e7), b.nan_to_num(7e7))
