@@ -72,14 +72,14 @@ def record(arch: int, K: int, V: int, dtype: torch.dtype, gated: bool) -> Iterat
     if arch == 90 and dtype == torch.bfloat16:
         # a server's pool, in vLLM's layout and in ours
         places, goes_on = torch.empty(1, dtype=torch.int32), torch.empty(1, dtype=torch.bool)
-        for pool in (torch.empty(1, 2, V, K).mT, torch.empty(1, 2, K, V)):
+        for layout, pool in (("columns", torch.empty(1, 2, V, K).mT), ("rows", torch.empty(1, 2, K, V))):
             q, k = (torch.empty(1, 65, 2, K, dtype=dtype) for _ in "qk")
             v, beta = torch.empty(1, 65, 2, V, dtype=dtype), torch.empty(1, 65, 2, dtype=dtype)
             g = torch.empty(1, 65, 2) if gated else None
             passes.forward(None, True, False, False, q, k, v, beta, pool, None, g, places, goes_on)
             for kernel, *arguments in launched:
                 name = kernel.fn.__name__.removesuffix("_kernel")
-                yield f"{name}, {'Gluon, ' if kernel.is_gluon() else ''}pool {pool.stride()}", kernel, *arguments
+                yield f"{name}, {'Gluon, ' if kernel.is_gluon() else ''}pool of {layout}", kernel, *arguments
             launched.clear()
 
 
