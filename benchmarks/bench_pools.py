@@ -49,13 +49,13 @@ def decode_ways(pool: torch.Tensor, places: torch.Tensor, inputs: dict[str, torc
     from deltanet_kernels import delta_rule_step, gated_delta_rule_step
 
     step = gated_delta_rule_step if "g" in inputs else delta_rule_step
-    options = inputs | {"use_qk_l2norm_in_kernel": True}
+    options, back = inputs | {"use_qk_l2norm_in_kernel": True}, places.long()
 
     def copies():
         states = pool.index_select(0, places)
         states = states if states.stride(-1) == 1 else states.contiguous()
         o = step(**options, state=states)
-        pool.index_copy_(0, places.long(), states)
+        pool.index_copy_(0, back, states)
         return o
 
     return {"indices": lambda: step(**options, state=pool, state_indices=places), "copies": copies}
@@ -66,14 +66,14 @@ def prefill_ways(pool: torch.Tensor, places: torch.Tensor, inputs: dict[str, tor
     from deltanet_kernels import chunk_delta_rule, chunk_gated_delta_rule
 
     rule = chunk_gated_delta_rule if "g" in inputs else chunk_delta_rule
-    B, T = inputs["q"].shape[:2]
+    (B, T), back = inputs["q"].shape[:2], places.long()
     options = {name: x.flatten(0, 1).unsqueeze(0) for name, x in inputs.items()}
     options |= {"use_qk_l2norm_in_kernel": True, "cu_seqlens": torch.arange(0, B * T + 1, T, device=pool.device)}
 
     def copies():
         states = pool.index_select(0, places)
         o, states = rule(**options, initial_state=states, output_final_state=True)
-        pool.index_copy_(0, places.long(), states)
+        pool.index_copy_(0, back, states)
         return o
 
     return {"indices": lambda: rule(**options, initial_state=pool, state_indices=places)[0], "copies": copies}
@@ -83,8 +83,7 @@ def conv_ways(pool: torch.Tensor, places: torch.Tensor, x: torch.Tensor, weight:
     """The short convolution of [B, T, D]; of one token as a step."""
     from deltanet_kernels import short_conv, short_conv_step
 
-    B, T = x.shape[:2]
-
+    (B, T), back = x.shape[:2], places.long()
     if T == 1:
 
         def run(states, **where):
@@ -98,7 +97,7 @@ def conv_ways(pool: torch.Tensor, places: torch.Tensor, x: torch.Tensor, weight:
 
     def copies():
         y, states = run(pool.index_select(0, places).contiguous())
-        pool.index_copy_(0, places.long(), states)
+        pool.index_copy_(0, back, states)
         return y
 
     return {"indices": lambda: run(pool, state_indices=places)[0], "copies": copies}

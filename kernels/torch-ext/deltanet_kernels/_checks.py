@@ -145,7 +145,7 @@ def check_pool(
     are. Reads no tensor's contents.
     """
     if state_indices is None or pool is None:
-        given, missing = ("has_initial_state", "state_indices") if pool is not None else ("state_indices", "a pool")
+        given, missing = ("has_initial_state", "state_indices") if pool is not None else ("state_indices", "pool")
         raise ValueError(f"{given} is for states in a pool, got no {missing}")
     if state_indices.shape != (n,) or state_indices.dtype not in (torch.int32, torch.int64):
         raise ValueError(
