@@ -39,6 +39,27 @@ def test_errors_are_those_of_the_rule(bench, shape, gate):
     assert max(found.values()) < 1.5e-2, found
 
 
+def test_both_ways_to_a_pool_agree(bench):
+    """`bench_pools.py` would compare times of different work."""
+    pools = bench("bench_pools")
+    places = pools.make_places(2, "cpu")
+    for layout in ("rows", "columns"):
+        for T, ways in ((1, pools.decode_ways), (9, pools.prefill_ways)):
+
+            def make(layout=layout, T=T, ways=ways):
+                pool = pools.make_pool((4, 1, 16, 16), layout, torch.float32, "cpu")
+                return pool, ways(pool, places, pools.make_inputs(2, T, 1, 16, layout == "rows", "cpu"))
+
+            assert pools.difference(make) == 0
+    for T in (1, 9):
+
+        def make_conv(T=T):
+            pool = pools.make_pool((4, 16, 3), "columns", torch.bfloat16, "cpu")
+            return pool, pools.conv_ways(pool, places, torch.randn(2, T, 16).bfloat16(), torch.randn(16, 4).bfloat16())
+
+        assert pools.difference(make_conv) == 0
+
+
 @pytest.fixture
 def bench_cpu(bench, monkeypatch, tmp_path):
     """`bench_cpu.py` at a size of milliseconds, as a function of its results file."""

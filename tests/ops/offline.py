@@ -102,10 +102,18 @@ def main(capability, d, dtype="bf16"):
         "q|k|v|o|do|beta": x,
         "cu_seqlens": "*i64",
         "h0|ht|dh0|dht|h|e|r[qk]|d[qkv]|dbeta|dq_hv|dk_[sg]": f,
+        "slots|goes_on": None,
     }
+    # a call's own states, and a pool of vLLM's layout, last dimensions first
+    pooled = {"slots": "*i32", "goes_on": "*u8"}
+    kept = dict.fromkeys(("s_hn", "s_hh", "s_hk", "s_hv"))
+    kept_conv = dict.fromkeys(("n_h", "s_hn", "s_hd", "s_hw"))
     rows = {"q|k|dq|dk": x, "r[qk]|dq_hv|dk_[sg]": f}
-    channels = {"(x|w|y|dy|dx)\\d": x, "h|out": x, "dw": f, "cu_seqlens": "*i64"}
+    channels = {"(x|w|y|dy|dx)\\d": x, "h|out": x, "dw": f, "cu_seqlens": "*i64", "slots|goes_on": None}
     conv = {"W": 4, "SILU": True}
+    rows_of_a_turn = {
+        "BT": convolution.FORWARD_SEGMENT, "BD": convolution.FORWARD_BLOCK_D, "R": convolution.FORWARD_ROWS,
+    }  # fmt: skip
     table = {
         "recurrent rows": (
             recurrent.rows_kernel,
@@ -116,12 +124,13 @@ def main(capability, d, dtype="bf16"):
         "conv forward": (
             convolution.forward_kernel,
             channels,
-            {
-                **conv,
-                "BT": convolution.FORWARD_SEGMENT,
-                "BD": convolution.FORWARD_BLOCK_D,
-                "R": convolution.FORWARD_ROWS,
-            },
+            {**conv, **rows_of_a_turn, **kept_conv},
+            convolution.FORWARD_WARPS,
+        ),
+        "conv forward, pool": (
+            convolution.forward_kernel,
+            pooled | channels,
+            {**conv, **rows_of_a_turn, "s_hd": 1},
             convolution.FORWARD_WARPS,
         ),
         "conv backward": (
@@ -138,7 +147,13 @@ def main(capability, d, dtype="bf16"):
         "conv step": (
             convolution.step_kernel,
             channels,
-            {**conv, "BD": convolution.STEP_BLOCK_D},
+            {**conv, "BD": convolution.STEP_BLOCK_D, "s_hd": None, "s_hw": None},
+            convolution.STEP_WARPS,
+        ),
+        "conv step, pool": (
+            convolution.step_kernel,
+            pooled | channels,
+            {**conv, "BD": convolution.STEP_BLOCK_D, "s_hd": 1},
             convolution.STEP_WARPS,
         ),
     }
@@ -146,14 +161,24 @@ def main(capability, d, dtype="bf16"):
         given = given | {"g": g}
         columns = {"BK": pad, "BV": loop}
         table |= {
-            f"recurrent forward{gated}": (recurrent.forward_kernel, given, {**sizes, **eps, **columns}, 1),
+            f"recurrent forward{gated}": (recurrent.forward_kernel, given, {**sizes, **eps, **columns, **kept}, 1),
+            f"recurrent forward{gated}, pool": (
+                recurrent.forward_kernel,
+                pooled | given,
+                {**sizes, **eps, **columns, "s_hk": 1},
+                1,
+            ),
             f"recurrent dv{gated}": (recurrent.dv_kernel, given, {**sizes, **columns}, 1),
             f"recurrent dqk{gated}": (recurrent.dqk_kernel, given, {**sizes, "BR": loop, "BV": pad}, 1),
         }
         for columns in (step.STEP_BLOCK, step.STEP_BLOCK_FEW):
             warps = step._step_warps(pad, columns)
             constants = {**sizes, **eps, "BK": pad, "BV": columns}
-            table[f"step{gated}, {columns} columns"] = (step._step_kernel, given, constants, warps)
+            table[f"step{gated}, {columns} columns"] = (step._step_kernel, given, constants | {"s_hv": None}, warps)
+            pool = step._step_kernel, pooled | given, constants | {"s_hk": 1}, warps
+            table[f"step{gated}, {columns} columns, pool"] = pool
+    if (capability, d) != (90, 128):  # once is enough
+        table = {name: row for name, row in table.items() if not name.endswith(", pool")}
     compiled = {name: compile_kernel(*row, capability, {"num_warps": warps}) for name, (*row, warps) in table.items()}
     return {name: resources(kernel) for name, kernel in compiled.items()}
 

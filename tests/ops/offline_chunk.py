@@ -15,12 +15,12 @@ from collections.abc import Iterator
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch  # noqa: E402
-from deltanet_kernels import grads, layout, passes, plan, prepare, reverse, scan, segments  # noqa: E402
+from deltanet_kernels import grads, layout, passes, plan, pools, prepare, reverse, scan, segments  # noqa: E402
 from offline import compile_kernel, lost_bases, read_cubin, resources, serialized  # noqa: E402
 from pipelines import overwritten  # noqa: E402
 
 
-MODULES = [layout, prepare, scan, reverse, grads, segments]
+MODULES = [layout, pools, prepare, scan, reverse, grads, segments]
 if plan.GLUON:
     from deltanet_kernels import hopper_grads, hopper_reverse, hopper_scan
 
@@ -33,11 +33,12 @@ NAMES = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.int32: "*i32",
+    torch.uint8: "*u8",
     torch.float64: "*fp64",
 }
 # Not a multiple of 16, whatever the recorded call had: lengths and numbers of heads
 NOT_DIVISIBLE = {"T", "NT", "H", "HV"}
-SHARED = {module.__name__ for module in MODULES if module not in (layout, segments)}
+SHARED = {module.__name__ for module in MODULES if module not in (layout, pools, segments)}
 # B, T, heads: few programs of a scan, many, and a sequence that is cut into segments
 CALLS = {"few": (1, 65, 2), "many": (40, 65, 16), "segmented": (1, 8250, 2)}
 
@@ -68,6 +69,18 @@ def record(arch: int, K: int, V: int, dtype: torch.dtype, gated: bool) -> Iterat
             name = f"first {name}" if first else name
             yield f"{name}, {'Gluon, ' if kernel.is_gluon() else ''}{kind}", kernel, *arguments
         launched.clear()
+    if arch == 90 and dtype == torch.bfloat16:
+        # a server's pool, in vLLM's layout and in ours
+        places, goes_on = torch.empty(1, dtype=torch.int32), torch.empty(1, dtype=torch.bool)
+        for layout, pool in (("columns", torch.empty(1, 2, V, K).mT), ("rows", torch.empty(1, 2, K, V))):
+            q, k = (torch.empty(1, 65, 2, K, dtype=dtype) for _ in "qk")
+            v, beta = torch.empty(1, 65, 2, V, dtype=dtype), torch.empty(1, 65, 2, dtype=dtype)
+            g = torch.empty(1, 65, 2) if gated else None
+            passes.forward(None, True, False, False, q, k, v, beta, pool, None, g, places, goes_on)
+            for kernel, *arguments in launched:
+                name = kernel.fn.__name__.removesuffix("_kernel")
+                yield f"{name}, {'Gluon, ' if kernel.is_gluon() else ''}pool of {layout}", kernel, *arguments
+            launched.clear()
 
 
 def is_first(kernel, pointers: tuple) -> bool:
@@ -81,8 +94,10 @@ def compile_launch(kernel, pointers: tuple, sizes: tuple, constants: dict, optio
     given = {name: None if x is None else NAMES[x.dtype] for name, x in zip(names, pointers)}
     odd = set(NOT_DIVISIBLE)
     for name, x in zip(names[len(pointers) :], sizes):
-        if not isinstance(x, int | float):  # a constant
-            constants = constants | {name: x.value}
+        if not isinstance(x, int | float):  # a constant, or nothing
+            constants = constants | {name: getattr(x, "value", None)}
+        elif x == 1 and name not in NOT_DIVISIBLE:  # for which Triton makes code of its own
+            constants = constants | {name: 1}
         elif name != "scale" and x % 16:
             odd.add(name)
     return compile_kernel(kernel, given, constants, arch, {k: x for k, x in options.items() if x is not None}, odd)

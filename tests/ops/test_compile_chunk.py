@@ -77,7 +77,7 @@ def test_launch_table(other, arch, K, V, dtype, tmp_path):
         registers, spilled, shared = found
         assert shared <= plan.shared_memory_limit(arch), (name, shared)
         kernel = name.partition(",")[0]
-        few = 16 if kernel == "decay" else 32 - (dtype == "fp32")
+        few = 16 if kernel in ("decay", "gather", "scatter") else 32 - (dtype == "fp32")
         assert few < registers <= 255, (name, "a kernel of few registers is empty")
         accepted = ACCEPTED.get((arch, triton.next_power_of_2(max(K, V))), {})
         if dtype.endswith("gated"):

@@ -67,6 +67,8 @@ def check_arguments(
     initial_state: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     g: torch.Tensor | None = None,
+    state_indices: torch.Tensor | None = None,
+    has_initial_state: torch.Tensor | None = None,
 ) -> float:
     """Raises ValueError for what the kernels cannot take; returns the scale. Reads no tensor's contents (no sync)."""
     if q.dim() != 4:
@@ -121,11 +123,68 @@ def check_arguments(
         if cu_seqlens.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
         n = cu_seqlens.shape[0] - 1
-    if initial_state is not None and initial_state.shape != (n, HV, K, V):
+    if state_indices is not None or has_initial_state is not None:
+        check_pool(initial_state, state_indices, has_initial_state, n, (HV, K, V), torch.float32, device)
+    elif initial_state is not None and initial_state.shape != (n, HV, K, V):
         raise ValueError(f"initial_state must be {[n, HV, K, V]}, got {list(initial_state.shape)}")
-    if initial_state is not None and initial_state.dtype != torch.float32:
+    elif initial_state is not None and initial_state.dtype != torch.float32:
         raise ValueError(f"initial_state must be float32, bfloat16 or float16, got {initial_state.dtype}")
     return K**-0.5 if scale is None else float(scale)
+
+
+def check_pool(
+    pool: torch.Tensor | None,
+    state_indices: torch.Tensor | None,
+    has_initial_state: torch.Tensor | None,
+    n: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Raises ValueError for what is no pool of states `[slots, *shape]`, or does not say where those of n sequences
+    are. Reads no tensor's contents.
+    """
+    if state_indices is None or pool is None:
+        given, missing = ("has_initial_state", "state_indices") if pool is not None else ("state_indices", "pool")
+        raise ValueError(f"{given} is for states in a pool, got no {missing}")
+    if state_indices.shape != (n,) or state_indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"state_indices must be int32 or int64 [{n}], got {state_indices.dtype} {list(state_indices.shape)}"
+        )
+    if has_initial_state is not None and (has_initial_state.shape != (n,) or has_initial_state.dtype != torch.bool):
+        raise ValueError(
+            f"has_initial_state must be bool [{n}], got {has_initial_state.dtype} {list(has_initial_state.shape)}"
+        )
+    if pool.dim() != len(shape) + 1 or pool.shape[1:] != shape or pool.dtype != dtype:
+        raise ValueError(
+            f"with state_indices the states must be {dtype} [slots, {str(list(shape))[1:]}, "
+            f"got {pool.dtype} {list(pool.shape)}"
+        )
+    for name, x in (("state_indices", state_indices), ("has_initial_state", has_initial_state), ("the pool", pool)):
+        if x is not None and x.device != device:
+            raise ValueError(f"{name} must be on {device} as the other tensors, got {x.device}")
+
+
+def refuse_gradients(function: str, *tensors: torch.Tensor | None) -> None:
+    """Raise where a gradient is asked of what works on states in place."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        raise ValueError(f"{function} has no backward: call it under torch.no_grad(), got requires_grad inputs")
+
+
+def check_indices(pool: torch.Tensor, state_indices: torch.Tensor, has_initial_state: torch.Tensor | None):
+    """For DELTANET_KERNELS=check: the states that a call reads from a pool. ValueError for an index outside of it, and
+    for one that comes twice. Waits for the GPU.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    indices, slots = state_indices.tolist(), pool.shape[0]
+    for i, index in enumerate(indices):
+        if not -1 <= index < slots:
+            raise ValueError(f"state_indices must be -1 to {slots - 1}, one of the pool's slots, got {index} at {i}")
+        if index >= 0 and index in indices[:i]:
+            raise ValueError(f"state_indices must name a slot once, got {index} at {indices.index(index)} and {i}")
+    read = state_indices >= 0
+    return pool[state_indices[read if has_initial_state is None else read & has_initial_state]]
 
 
 def refuse_transforms(function: str) -> None:

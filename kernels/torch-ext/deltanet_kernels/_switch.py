@@ -9,7 +9,7 @@ import os
 
 WORDS = {
     "off": "the model computes with torch",
-    "check": "calls read the borders of packed sequences and refuse values that are not finite: waits for the GPU",
+    "check": "calls read borders and indices, and refuse values that are not finite: waits for the GPU",
     "no-gluon": "Hopper's kernels in Gluon; the Triton kernels compute",
     "no-segments": "long sequences cut into segments",
     "no-beside": "gradients that start while the reverse scan runs",

@@ -9,7 +9,16 @@ registered operators, so that `fullgraph=True` compiles.
 import torch
 
 from . import _switch, passes
-from ._checks import as_state, check_arguments, check_device, check_layout, check_values, refuse_transforms
+from ._checks import (
+    as_state,
+    check_arguments,
+    check_device,
+    check_indices,
+    check_layout,
+    check_values,
+    refuse_gradients,
+    refuse_transforms,
+)
 from ._operators import empty_for_none, none_for_empty
 from ._replay import replay
 from .keep import run_once
@@ -71,6 +80,21 @@ def _(q, k, v, beta, h0, cu_seqlens, g, scale, l2norm, final, save):
     )
 
 
+@torch.library.custom_op("deltanet_kernels::chunk_in_pool", mutates_args={"pool"})
+def _pool_op(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor, pool: torch.Tensor,
+    cu_seqlens: torch.Tensor | None, g: torch.Tensor | None, state_indices: torch.Tensor,
+    has_initial_state: torch.Tensor | None, scale: float, l2norm: bool,
+) -> torch.Tensor:  # fmt: skip
+    tensors = q, k, v, beta, pool, cu_seqlens, g, state_indices, has_initial_state
+    return replay(passes.forward, (scale, l2norm, False, False), tensors)[0]
+
+
+@_pool_op.register_fake
+def _(q, k, v, beta, pool, cu_seqlens, g, state_indices, has_initial_state, scale, l2norm):
+    return v.new_empty(v.shape)
+
+
 @torch.library.custom_op("deltanet_kernels::chunk_backward", mutates_args=())
 def _backward_op(
     q: torch.Tensor, k: torch.Tensor, beta: torch.Tensor, h0: torch.Tensor | None, cu_seqlens: torch.Tensor | None,
@@ -114,7 +138,7 @@ _forward_op.register_autograd(_backward_of_op, setup_context=_setup_context)
 # ------------------------------------------------------------------------------------------------- public functions
 
 
-def _in_parts(q, k, v, beta, g, scale, state, final, l2norm, cu_seqlens):
+def _in_parts(q, k, v, beta, g, scale, state, final, l2norm, cu_seqlens, slots, goes_on):
     """More chunks than a grid takes, 4.2 M tokens: some rows at a time, or of a single row some tokens at a time."""
     if cu_seqlens is not None:
         raise ValueError(
@@ -123,19 +147,23 @@ def _in_parts(q, k, v, beta, g, scale, state, final, l2norm, cu_seqlens):
         )
     B, T = q.shape[:2]
 
-    def part(rows, state, final):
+    def part(rows, state, final, slots, goes_on):
         inputs = (None if x is None else x[rows] for x in (q, k, v, beta, g))
-        return _chunked(*inputs, scale, state, final, l2norm, None)
+        return _chunked(*inputs, scale, state, final, l2norm, None, slots, goes_on)
 
     if B > 1:
         step = max(1, MAX_CHUNKS // -(-T // CHUNK))
         rows = [slice(b, b + step) for b in range(0, B, step)]
-        parts = [part(b, None if state is None else state[b], final) for b in rows]
-        return torch.cat([o for o, _ in parts]), torch.cat([s for _, s in parts]) if final else None
+        if slots is None:
+            parts = [part(b, None if state is None else state[b], final, None, None) for b in rows]
+            return torch.cat([o for o, _ in parts]), torch.cat([s for _, s in parts]) if final else None
+        parts = [part(b, state, final, slots[b], None if goes_on is None else goes_on[b]) for b in rows]
+        return torch.cat([o for o, _ in parts]), state if final else None
     outputs, tokens = [], MAX_CHUNKS * CHUNK
     for t in range(0, T, tokens):
-        o, state = part((slice(None), slice(t, t + tokens)), state, True)
+        o, state = part((slice(None), slice(t, t + tokens)), state, True, slots, goes_on)
         outputs.append(o)
+        goes_on = None  # from here on all do
     return torch.cat(outputs, 1), state if final else None
 
 
@@ -153,6 +181,8 @@ def chunk_delta_rule(
     *,
     head_first: bool = False,
     chunk_size: int | None = None,
+    state_indices: torch.Tensor | None = None,
+    has_initial_state: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The delta rule, chunk by chunk (Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule").
 
@@ -173,10 +203,20 @@ def chunk_delta_rule(
             border or after the last, give zeros and get zero gradients.
         cu_seqlens_cpu, head_first, chunk_size: of flash-linear-attention's function. They change nothing here;
             `head_first=True` is refused.
+        state_indices: `[N]` int32 or int64 on the device, for servers: `initial_state` is a pool
+            `[slots, HV, K, V]` fp32 of any strides (for one of `[slots, HV, V, K]` pass `pool.mT`), in which the state
+            of sequence n has the place `state_indices[n]`. It is read there, and the final state takes its place; no
+            gradients. A sequence of -1 is padding: nothing is read or written, and its o is zero. The host does not
+            read the indices: none may lie outside of the pool, and of two sequences with the same one it is left open
+            what either reads and which state stays (`DELTANET_KERNELS=check` looks for both). Gluon's scans (Hopper,
+            bf16) and sequences cut into segments copy the states, by one small kernel each way.
+        has_initial_state: `[N]` bool beside state_indices: False where a sequence starts from zeros, whatever its
+            place in the pool holds. All go on from it by default.
 
     Returns:
-        `(o, final_state)`: o `[B, T, HV, V]` in v's dtype; final_state is None unless asked for. All gradients are
-        defined, that of initial_state and the one coming in on final_state included, and two runs are bit-equal.
+        `(o, final_state)`: o `[B, T, HV, V]` in v's dtype; final_state is None unless asked for, and with
+        state_indices the pool. All gradients are defined, that of initial_state and the one coming in on final_state
+        included, and two runs are bit-equal.
 
     Raises:
         ValueError: a shape, dtype, stride or device is not as above; says what came and what was wanted.
@@ -185,7 +225,7 @@ def chunk_delta_rule(
     check_device(q, "delta_rule.torch_chunk_delta_rule")
     check_layout(head_first, chunk_size)
     options = scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens
-    return _chunked(q, k, v, beta, None, *options)
+    return _chunked(q, k, v, beta, None, *options, state_indices, has_initial_state)
 
 
 def chunk_gated_delta_rule(
@@ -203,6 +243,8 @@ def chunk_gated_delta_rule(
     *,
     head_first: bool = False,
     chunk_size: int | None = None,
+    state_indices: torch.Tensor | None = None,
+    has_initial_state: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The gated delta rule, chunk by chunk (Yang, Kautz, Hatamizadeh 2024, "Gated Delta Networks"): the memory fades
     before it is read and written.
@@ -211,8 +253,8 @@ def chunk_gated_delta_rule(
 
     Args:
         g: `[B, T, HV]`, the log of the decay, at most 0, any floating dtype; summed in fp32.
-        q, k, v, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens: as in
-            `chunk_delta_rule`.
+        q, k, v, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, state_indices,
+            has_initial_state: as in `chunk_delta_rule`.
         cu_seqlens_cpu, head_first, chunk_size: of flash-linear-attention's function. They change nothing here;
             `head_first=True` is refused.
 
@@ -226,28 +268,39 @@ def chunk_gated_delta_rule(
     check_device(q, "delta_rule.torch_chunk_delta_rule")
     check_layout(head_first, chunk_size)
     options = scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens
-    return _chunked(q, k, v, beta, g, *options)
+    return _chunked(q, k, v, beta, g, *options, state_indices, has_initial_state)
 
 
-def _chunked(q, k, v, beta, g, scale, initial_state, final, l2norm, cu_seqlens):
-    """The rule with g, or without (None)."""
-    compiling = torch.compiler.is_compiling()
+def _chunked(q, k, v, beta, g, scale, initial_state, final, l2norm, cu_seqlens, slots, goes_on):
+    """The rule with g, or without (None); with `slots` for states in a pool."""
+    compiling, pooled = torch.compiler.is_compiling(), slots is not None
+    if pooled:
+        refuse_gradients("the chunked rule with state_indices", q, k, v, beta, g, initial_state)
+    else:
+        initial_state = as_state(initial_state)
     if _switch.CHECKS:
         tensors = {"q": q, "k": k, "v": v, "beta": beta, "g": g, "initial_state": initial_state}
+        if pooled:
+            check_arguments(q, k, v, beta, scale, initial_state, cu_seqlens, g, slots, goes_on)
+            tensors["initial_state"] = check_indices(initial_state, slots, goes_on)
         check_values(tensors, cu_seqlens, q.shape[1])
-    initial_state = as_state(initial_state)
     if compiling:
-        scale = check_arguments(q, k, v, beta, scale, initial_state, cu_seqlens, g)
+        scale = check_arguments(q, k, v, beta, scale, initial_state, cu_seqlens, g, slots, goes_on)
     elif scale is not None:
         scale = float(scale)
-    if initial_state is not None:
+    if initial_state is not None and not pooled:
         initial_state = initial_state.contiguous()
     if g is not None:
         g = g.contiguous()
     if count_chunks(*q.shape[:2], cu_seqlens) > MAX_CHUNKS:
-        return _in_parts(q, k, v, beta, g, scale, initial_state, final, l2norm, cu_seqlens)
+        return _in_parts(q, k, v, beta, g, scale, initial_state, final, l2norm, cu_seqlens, slots, goes_on)
     numbers, tensors = (scale, l2norm, final), (q, k, v, beta, initial_state, cu_seqlens, g)
-    if compiling:
+    if pooled and compiling:
+        o, ht = _pool_op(*tensors, slots, goes_on, scale, l2norm), initial_state
+    elif pooled or goes_on is not None:
+        numbers = scale, l2norm, False, False
+        o, ht = replay(passes.forward, numbers, (*tensors, slots, goes_on))[0], initial_state
+    elif compiling:
         save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
         o, ht, *_ = _forward_op(*tensors, *numbers, save)
     elif torch.is_grad_enabled():

@@ -27,10 +27,11 @@ import torch
 import triton
 
 from . import _switch
-from ._checks import check_device, check_values, refuse_transforms
+from ._checks import check_device, check_indices, check_pool, check_values, refuse_gradients, refuse_transforms
 from ._launch import launch
 from .convolution_kernels import backward_kernel, forward_kernel, state_kernel, step_kernel
 from .limits import MAX_TAPS, MIN_TAPS
+from .pools import Pool, make_pool
 
 
 __all__ = ["short_conv", "short_conv_step"]
@@ -99,43 +100,51 @@ def _strides(xs):
     return [s for x in _three(xs) for s in x.stride()[:2]]
 
 
-def _launch_forward(xs, weights, silu, initial_state, output_final_state, cu_seqlens):
-    """(list of y, final state or None)."""
+def _launch_forward(xs, weights, silu, initial_state, output_final_state, cu_seqlens, pool=None):
+    """(list of y, final state or None). With `pool` the initial state is a pool, into which the final states go."""
     B, T, N, Ds = _sizes(xs, cu_seqlens)
     if B > GRID_LIMIT:
-        parts = [
-            _launch_forward([x[b] for x in xs], weights, silu, _rows_of(initial_state, b), output_final_state, None)
-            for b in _batches(B)
-        ]
+        parts = []
+        for b in _batches(B):
+            state, part = (_rows_of(initial_state, b), None) if pool is None else (initial_state, pool.of(b))
+            rows = [x[b] for x in xs]
+            parts.append(_launch_forward(rows, weights, silu, state, output_final_state, None, part))
         ys = [torch.cat(y) for y in zip(*(ys for ys, _ in parts))]
         return ys, torch.cat([state for _, state in parts]) if output_final_state else None
     W = weights[0].shape[1]
     xs, weights = [_rows(x) for x in xs], [w.contiguous() for w in weights]
-    h = None if initial_state is None else initial_state.contiguous()
+    h = initial_state if initial_state is None or pool is not None else initial_state.contiguous()
     ys = [torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in xs]
     BD, blocks = _block(Ds, FORWARD_BLOCK_D)
     final_state = None
     BT = _segment(T, FORWARD_SEGMENT)
     launch(
         forward_kernel, (blocks, triton.cdiv(T, BT), B),
-        (*_three(xs), *_three(weights), h, cu_seqlens, *_three(ys)),
-        (T, N, *Ds, *_strides(xs)),
+        (*_three(xs), *_three(weights), h, cu_seqlens, *(pool or (None, None)), *_three(ys)),
+        (T, N, *Ds, *_strides(xs), *_places(h, pool)),
         {"W": W, "SILU": silu, "BT": BT, "BD": BD, "R": FORWARD_ROWS},
         {"num_warps": FORWARD_WARPS},
     )  # fmt: skip
-    if output_final_state:
+    if pool is not None:
+        _launch_state(xs, weights, xs, h, cu_seqlens, h, silu, backward=False, pool=pool)
+    elif output_final_state:
         final_state = torch.empty(N, sum(Ds), W - 1, device=xs[0].device, dtype=xs[0].dtype)
         _launch_state(xs, weights, xs, h, cu_seqlens, final_state, silu, backward=False)
     return ys, final_state
 
 
-def _launch_state(xs, weights, dys, h, cu_seqlens, out, silu, backward):
+def _places(h, pool):
+    """The number of states in a pool, and its strides."""
+    return (None,) * 4 if pool is None else (h.shape[0], *h.stride())
+
+
+def _launch_state(xs, weights, dys, h, cu_seqlens, out, silu, backward, pool=None):
     _, T, N, Ds = _sizes(xs, cu_seqlens)
     BD, blocks = _block(Ds, STEP_BLOCK_D)
     launch(
         state_kernel, (N, blocks),
-        (*_three(xs), *_three(weights), *_three(dys), h, cu_seqlens, out),
-        (T, N, *Ds, *_strides(xs), *_strides(dys)),
+        (*_three(xs), *_three(weights), *_three(dys), h, cu_seqlens, *(pool or (None, None)), out),
+        (T, N, *Ds, *_strides(xs), *_strides(dys), *_places(h, pool)),
         {"W": weights[0].shape[1], "SILU": silu, "BACKWARD": backward, "BD": BD},
         {"num_warps": STEP_WARPS},
     )  # fmt: skip
@@ -182,16 +191,19 @@ def _launch_backward(xs, weights, dys, silu, initial_state, cu_seqlens, needs_st
     return dxs, [d.to(w.dtype, copy=True) for d, w in zip(dws, weights, strict=True)], dh
 
 
-def _launch_step(xs, weights, state, silu):
-    """List of y; state is overwritten."""
+def _launch_step(xs, weights, state, silu, slots=None):
+    """List of y; state, with `slots` a pool, is overwritten."""
     B, _, _, Ds = _sizes(xs, None)
     xs, weights = [_rows(x) for x in xs], [w.contiguous() for w in weights]
     ys = [torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in xs]
     BD, blocks = _block(Ds, STEP_BLOCK_D)
     launch(
         step_kernel, (B, blocks),
-        (*_three(xs), *_three(weights), state, *_three(ys)),
-        (*Ds, *[x.stride(0) for x in _three(xs)], state.stride(0)),
+        (*_three(xs), *_three(weights), state, slots, *_three(ys)),
+        (
+            *Ds, *[x.stride(0) for x in _three(xs)], state.stride(0),
+            *((None, None) if slots is None else state.stride()[1:]),
+        ),
         {"W": weights[0].shape[1], "SILU": silu, "BD": BD},
         {"num_warps": STEP_WARPS},
     )  # fmt: skip
@@ -218,6 +230,25 @@ def _(xs, weights, silu, initial_state, output_final_state, cu_seqlens):
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (N, sum(x.shape[2] for x in xs), weights[0].shape[1] - 1) if output_final_state else (0,)
     return [*(x.new_empty(x.shape) for x in xs), xs[0].new_empty(shape)]
+
+
+# An operator that changes its input may return tensors but no list of them, so these two always return three.
+def _always_three(ys, like):
+    return (*ys, *(like.new_empty(0) for _ in range(MAX_TENSORS - len(ys))))
+
+
+@torch.library.custom_op("deltanet_kernels::short_conv_in_pool", mutates_args={"states"})
+def _pool_op(
+    xs: list[torch.Tensor], weights: list[torch.Tensor], silu: bool, states: torch.Tensor,
+    cu_seqlens: torch.Tensor | None, slots: torch.Tensor, goes_on: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    ys, _ = _launch_forward(xs, weights, silu, states, False, cu_seqlens, Pool(slots, goes_on))
+    return _always_three(ys, states)
+
+
+@_pool_op.register_fake
+def _(xs, weights, silu, states, cu_seqlens, slots, goes_on):
+    return _always_three([x.new_empty(x.shape) for x in xs], states)
 
 
 @torch.library.custom_op("deltanet_kernels::short_conv_backward", mutates_args=())
@@ -253,19 +284,17 @@ def _backward_of_op(ctx, grads):
 _forward_op.register_autograd(_backward_of_op, setup_context=_setup_context)
 
 
-# An operator that changes its input may return tensors but no list of them, so this one always returns three.
 @torch.library.custom_op("deltanet_kernels::short_conv_step", mutates_args={"state"})
 def _step_op(
-    xs: list[torch.Tensor], weights: list[torch.Tensor], state: torch.Tensor, silu: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    ys = _launch_step(xs, weights, state, silu)
-    return tuple(ys + [state.new_empty(0) for _ in range(MAX_TENSORS - len(ys))])
+    xs: list[torch.Tensor], weights: list[torch.Tensor], state: torch.Tensor, silu: bool,
+    slots: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    return _always_three(_launch_step(xs, weights, state, silu, slots), state)
 
 
 @_step_op.register_fake
-def _(xs, weights, state, silu):
-    ys = [x.new_empty(x.shape) for x in xs]
-    return tuple(ys + [state.new_empty(0) for _ in range(MAX_TENSORS - len(ys))])
+def _(xs, weights, state, silu, slots=None):
+    return _always_three([x.new_empty(x.shape) for x in xs], state)
 
 
 # --------------------------------------------------------------------------------------------------------- autograd
@@ -342,6 +371,11 @@ def _check_state(name, state, N, xs, W):
         )
 
 
+def _check_pool(pool, state_indices, has_initial_state, n, xs, W):
+    shape = sum(x.shape[2] for x in xs), W - 1
+    check_pool(pool, state_indices, has_initial_state, n, shape, xs[0].dtype, xs[0].device)
+
+
 def _last_inputs(xs, initial_state, W, cu_seqlens):
     """The final state in torch's own operators, which give it a gradient."""
     if initial_state is None:
@@ -365,6 +399,9 @@ def short_conv(
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: torch.Tensor | None = None,
+    *,
+    state_indices: torch.Tensor | None = None,
+    has_initial_state: torch.Tensor | None = None,
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
     """Causal depthwise convolution of one to three tensors, with SiLU, in one launch.
 
@@ -383,9 +420,12 @@ def short_conv(
         cu_seqlens: [N + 1] int32 or int64, borders of N sequences packed into B = 1: 0, ..., T. Without it N = B.
             A border may repeat. They are not read by the host: none may go back or lie beyond T. What lies outside of
             all sequences gives zeros, and gets zero gradients.
+        state_indices, has_initial_state: [N], as in `chunk_delta_rule`: initial_state is a pool
+            [slots, sum D_i, W - 1] in x's dtype, of any strides ([slots, W - 1, sum D_i] in memory: pass `pool.mT`).
 
     Returns:
-        a tuple of y_i [B, T, D_i] in x's dtype, and the final state [N, sum D_i, W - 1] or None.
+        a tuple of y_i [B, T, D_i] in x's dtype, and the final state [N, sum D_i, W - 1] or None; with state_indices
+        the pool or None.
 
     Raises:
         ValueError: for shapes, dtypes, devices or an activation that do not fit, naming what came and what was
@@ -405,11 +445,23 @@ def short_conv(
             raise ValueError(f"cu_seqlens must be on x's device {xs[0].device}, got {cu_seqlens.device}")
         N = cu_seqlens.shape[0] - 1
         cu_seqlens = cu_seqlens.contiguous()
-    if initial_state is not None:
+    pooled = state_indices is not None or has_initial_state is not None
+    if pooled:
+        _check_pool(initial_state, state_indices, has_initial_state, N, xs, weights[0].shape[1])
+        refuse_gradients("short_conv with state_indices", *xs, *weights, initial_state)
+    elif initial_state is not None:
         _check_state("initial_state", initial_state, N, xs, weights[0].shape[1])
     check_device(xs[0], "short_conv.torch_short_conv")
     if _switch.CHECKS:
-        check_values(_named(xs, weights, initial_state), cu_seqlens, xs[0].shape[1])
+        read = check_indices(initial_state, state_indices, has_initial_state) if pooled else initial_state
+        check_values(_named(xs, weights, read), cu_seqlens, xs[0].shape[1])
+    if pooled:
+        pool = make_pool(state_indices, has_initial_state)
+        if torch.compiler.is_compiling():
+            ys = _pool_op(xs, weights, silu, initial_state, cu_seqlens, *pool)[: len(xs)]
+        else:
+            ys, _ = _launch_forward(xs, weights, silu, initial_state, False, cu_seqlens, pool)
+        return tuple(ys), initial_state if output_final_state else None
     last = None
     if output_final_state and torch.is_grad_enabled():
         last, output_final_state = _last_inputs(xs, initial_state, weights[0].shape[1], cu_seqlens), False
@@ -425,6 +477,8 @@ def short_conv_step(
     weights: Sequence[torch.Tensor],
     state: torch.Tensor,
     activation: str | None = "silu",
+    *,
+    state_indices: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """One token of `short_conv` for decoding: one launch, the state moves on in place. Not differentiable.
 
@@ -434,6 +488,8 @@ def short_conv_step(
         state: [B, sum D_i, W - 1] in x's dtype, the last inputs, oldest first; its last two dimensions contiguous.
             Overwritten: the oldest input leaves, the new one enters.
         activation: "silu" or None.
+        state_indices: [B], as in `delta_rule_step`: `state` is a pool [slots, sum D_i, W - 1] in x's dtype, of any
+            strides.
 
     Returns:
         a tuple of y_i [B, 1, D_i] in x's dtype.
@@ -447,14 +503,18 @@ def short_conv_step(
     W = weights[0].shape[1]
     if xs[0].shape[1] != 1:
         raise ValueError(f"short_conv_step takes one token, T = 1, got T = {xs[0].shape[1]}")
-    _check_state("state", state, xs[0].shape[0], xs, W)
+    if state_indices is None:
+        _check_state("state", state, xs[0].shape[0], xs, W)
+    else:
+        _check_pool(state, state_indices, None, xs[0].shape[0], xs, W)
+        state_indices = state_indices.contiguous()
     check_device(xs[0], "short_conv.short_conv_step")
     if _switch.CHECKS:
-        check_values(_named(xs, weights, state), None, 1)
-    if state.stride()[1:] != (W - 1, 1):
+        read = state if state_indices is None else check_indices(state, state_indices, None)
+        check_values(_named(xs, weights, read), None, 1)
+    if state_indices is None and state.stride()[1:] != (W - 1, 1):
         raise ValueError(f"state must be contiguous in its last two dimensions, got strides {state.stride()}")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (*xs, *weights, state)):
-        raise ValueError("short_conv_step has no backward: call it under torch.no_grad(), got requires_grad inputs")
+    refuse_gradients("short_conv_step", *xs, *weights, state)
     if torch.compiler.is_compiling():
-        return _step_op(xs, weights, state, silu)[: len(xs)]
-    return tuple(_launch_step(xs, weights, state, silu))
+        return _step_op(xs, weights, state, silu, state_indices)[: len(xs)]
+    return tuple(_launch_step(xs, weights, state, silu, state_indices))

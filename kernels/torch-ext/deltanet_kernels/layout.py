@@ -10,6 +10,7 @@ import triton.language as tl
 from ._launch import launch
 from .limits import CHUNK
 from .plan import Plan
+from .pools import Pool
 from .tiles import C
 
 
@@ -27,6 +28,7 @@ class Inputs(NamedTuple):
     h0: torch.Tensor | None
     cu_seqlens: torch.Tensor | None
     g: torch.Tensor | None  # contiguous; None: the rule without a gate
+    pool: Pool | None = None  # where in h0, a pool then, the states lie
 
 
 # -------------------------------------------------------------------------------------------------------------- tables

@@ -15,23 +15,31 @@ from .layout import (
     tables,
 )
 from .plan import Plan, can_cut, is_aligned, make_plan
+from .pools import gather, make_pool, scatter
 from .prepare import prepare
 from .reverse import reverse
 from .scan import scan
 from .segments import cut, entry_states, exit_gradients
 
 
-def forward(scale: float | None, l2norm: bool, final: bool, save: bool, q, k, v, beta, h0, cu_seqlens, g) -> list:
+def forward(
+    scale: float | None, l2norm: bool, final: bool, save: bool, q, k, v, beta, h0, cu_seqlens, g,
+    state_indices=None, has_initial_state=None,
+) -> list:  # fmt: skip
     """o, the final state or None, the plan, and with `save` what backward reads: the memory of the scratch, and Phi or
-    None; otherwise two more None.
+    None; otherwise two more None. With `state_indices` h0 is a pool, to which the final states go.
     """
     # checked here: a replayed call has the signature of one that passed
-    scale = check_arguments(q, k, v, beta, scale, h0, cu_seqlens, g)
+    scale = check_arguments(q, k, v, beta, scale, h0, cu_seqlens, g, state_indices, has_initial_state)
     B, T = q.shape[:2]
     plan = make_plan(q, k, v, beta, cu_seqlens, save, gated=g is not None)
     call, s = plan.call, plan.segments
-    x = Inputs(q, k, v, beta, h0, cu_seqlens, g)
+    pool = make_pool(state_indices, has_initial_state)
+    x = Inputs(q, k, v, beta, h0, cu_seqlens, g, pool)
     o = v.new_empty(B, T, call.HV, call.V)
+    copies = pool is not None and (s > 1 or plan.scan.gluon)  # whose kernels know no slots
+    if copies:
+        x, final = x._replace(h0=gather(h0, pool), pool=None), True
     if s > 1:
         x = x._replace(q=cut(q, s), k=cut(k, s), v=cut(v, s), beta=cut(beta, s), g=None if g is None else cut(g, s))
         t = segment_tables(B, T, s, k.device)
@@ -46,7 +54,10 @@ def forward(scale: float | None, l2norm: bool, final: bool, save: bool, q, k, v,
     if s > 1:
         x = x._replace(h0=entry_states(x, scratch, t, plan, scale, phi))
     scan(x, scratch, t, plan, scale, plan.scan, o=cut(o, s) if s > 1 else o, ht=ht)
-    if s > 1 and final:
+    if copies:
+        scatter(ht[s - 1 :: s], h0, pool, o, cu_seqlens)
+        ht = None
+    elif s > 1 and final:
         ht = ht[s - 1 :: s].contiguous()
     return [o, ht, plan, memory, phi if plan.segments_backward > 1 else None] if save else [o, ht, plan, None, None]
 

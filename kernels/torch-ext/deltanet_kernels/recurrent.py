@@ -35,10 +35,20 @@ import torch
 import triton
 
 from . import _switch
-from ._checks import as_state, check_arguments, check_device, check_layout, check_values, refuse_transforms
+from ._checks import (
+    as_state,
+    check_arguments,
+    check_device,
+    check_indices,
+    check_layout,
+    check_values,
+    refuse_gradients,
+    refuse_transforms,
+)
 from ._launch import launch
 from ._operators import empty_for_none, none_for_empty
 from .limits import NORM_EPS
+from .pools import Pool, make_pool
 from .recurrent_kernels import dqk_kernel, dv_kernel, forward_kernel, rows_kernel
 
 
@@ -60,24 +70,33 @@ def _allocation(cu_seqlens):
     return torch.empty if cu_seqlens is None else torch.zeros
 
 
-def _launch_forward(q, k, v, beta, g, scale, h0, cu_seqlens, output_final_state, norm, save):
-    """(o, ht, e, rq, rk); ht None unless wanted, e (and, with the norm, rq and rk) None unless `save`."""
+def _launch_forward(q, k, v, beta, g, scale, h0, cu_seqlens, output_final_state, norm, save, pool=None):
+    """(o, ht, e, rq, rk); ht None unless wanted, e (and, with the norm, rq and rk) None unless `save`. With `pool`, h0
+    is a pool of states and ht the same.
+    """
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     fp32 = {"device": q.device, "dtype": torch.float32}
     new = _allocation(cu_seqlens)
     o = new(B, T, HV, V, device=v.device, dtype=v.dtype)
-    ht = torch.empty(N, HV, K, V, **fp32) if output_final_state else None
+    slots, goes_on = pool or (None, None)
+    if pool is not None:
+        ht = h0
+    else:
+        ht = torch.empty(N, HV, K, V, **fp32) if output_final_state else None
+        h0 = None if h0 is None else h0.contiguous()
     e = torch.empty(B, T, HV, V, **fp32) if save else None
     rq = new(B, T, H, **fp32) if save and norm else None
     rk = new(B, T, H, **fp32) if save and norm else None
-    h0 = None if h0 is None else h0.contiguous()
     BV = LOOP_BLOCK
     launch(
         forward_kernel, (triton.cdiv(V, BV) * N * HV,),
-        (q, k, v, beta, g, h0, cu_seqlens, o, e, rq, rk, ht),
-        (scale, T, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *beta.stride()),
+        (q, k, v, beta, g, h0, cu_seqlens, slots, goes_on, o, e, rq, rk, ht),
+        (
+            scale, T, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *beta.stride(),
+            *([None] * 4 if pool is None else h0.stride()),
+        ),
         {
             "H": H, "HV": HV, "K": K, "V": V, "BK": triton.next_power_of_2(K), "BV": BV, "NORM": norm, "EPS": NORM_EPS,
         },
@@ -184,6 +203,21 @@ def _(q, k, v, beta, g, scale, initial_state, cu_seqlens, output_final_state, no
     return empty_for_none(q, o, ht, e, rq, rk)
 
 
+@torch.library.custom_op("deltanet_kernels::recurrent_in_pool", mutates_args={"states"})
+def _pool_op(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor, g: torch.Tensor | None, scale: float,
+    states: torch.Tensor, cu_seqlens: torch.Tensor | None, norm: bool, slots: torch.Tensor,
+    goes_on: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    pool = Pool(slots, goes_on)
+    return _launch_forward(q, k, v, beta, g, scale, states, cu_seqlens, False, norm, False, pool)[0]
+
+
+@_pool_op.register_fake
+def _(q, k, v, beta, g, scale, states, cu_seqlens, norm, slots, goes_on):
+    return v.new_empty(v.shape)
+
+
 @torch.library.custom_op("deltanet_kernels::recurrent_backward", mutates_args=())
 def _backward_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor, g: torch.Tensor | None,
@@ -263,6 +297,8 @@ def fused_recurrent_delta_rule(
     cu_seqlens_cpu: torch.Tensor | None = None,
     *,
     head_first: bool = False,
+    state_indices: torch.Tensor | None = None,
+    has_initial_state: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The delta rule, one token after another (Schlag, Irie and Schmidhuber 2021, arXiv:2102.11174).
 
@@ -281,6 +317,7 @@ def fused_recurrent_delta_rule(
             in `chunk_delta_rule`.
         cu_seqlens_cpu, head_first: of flash-linear-attention's functions. They change nothing here; `head_first=True`
             is refused.
+        state_indices, has_initial_state: where the states lie in a pool, as in `chunk_delta_rule`.
 
     Inputs may be strided views, read in place; the last dimension of q, k and v must be contiguous.
 
@@ -292,6 +329,7 @@ def fused_recurrent_delta_rule(
     """
     beta = v.new_ones(v.shape[:-1]) if beta is None else beta
     options = scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, head_first
+    options += state_indices, has_initial_state
     return _token_by_token("fused_recurrent_delta_rule", q, k, v, beta, None, *options)
 
 
@@ -311,6 +349,8 @@ def fused_recurrent_gated_delta_rule(
     cu_seqlens_cpu: torch.Tensor | None = None,
     *,
     head_first: bool = False,
+    state_indices: torch.Tensor | None = None,
+    has_initial_state: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The gated delta rule, one token after another; see `chunk_gated_delta_rule`.
 
@@ -325,21 +365,38 @@ def fused_recurrent_gated_delta_rule(
         raise ValueError("gk and gv, decays per channel, are not of this rule, which has one per value head: pass g")
     beta = v.new_ones(v.shape[:-1]) if beta is None else beta
     options = scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, head_first
+    options += state_indices, has_initial_state
     return _token_by_token("fused_recurrent_gated_delta_rule", q, k, v, beta, g, *options)
 
 
-def _token_by_token(name, q, k, v, beta, g, scale, initial_state, final, norm, cu_seqlens, head_first):
+def _token_by_token(
+    name, q, k, v, beta, g, scale, initial_state, final, norm, cu_seqlens, head_first, state_indices, has_initial_state
+):
     """The rule with g, or without (None)."""
     refuse_transforms(name)
     check_device(q, "delta_rule.torch_recurrent_delta_rule")
     check_layout(head_first)
-    initial_state = as_state(initial_state)
-    scale = check_arguments(q, k, v, beta, scale, initial_state, cu_seqlens, g)
+    if state_indices is None:
+        initial_state = as_state(initial_state)
+    scale = check_arguments(
+        q, k, v, beta, scale, initial_state, cu_seqlens, g, state_indices, has_initial_state
+    )  # fmt: skip
     tensors = {"q": q, "k": k, "v": v, "beta": beta, "g": g, "initial_state": initial_state}
     if _switch.CHECKS:
-        check_values(tensors, cu_seqlens, q.shape[1])
+        read = initial_state
+        if state_indices is not None:
+            read = check_indices(initial_state, state_indices, has_initial_state)
+        check_values(tensors | {"initial_state": read}, cu_seqlens, q.shape[1])
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     g = None if g is None else g.contiguous()
+    pool = make_pool(state_indices, has_initial_state)
+    if pool is not None:
+        refuse_gradients(f"{name} with state_indices", *tensors.values())
+        if torch.compiler.is_compiling():
+            o = _pool_op(q, k, v, beta, g, scale, initial_state, cu_seqlens, norm, *pool)
+        else:
+            o, *_ = _launch_forward(q, k, v, beta, g, scale, initial_state, cu_seqlens, False, norm, False, pool)
+        return o, initial_state if final else None
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors.values())
     if torch.compiler.is_compiling():
         o, ht, *_ = _forward_op(q, k, v, beta, g, scale, initial_state, cu_seqlens, final, norm, differentiable)

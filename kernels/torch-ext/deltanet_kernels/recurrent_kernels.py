@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .pools import find_state
+
 
 @triton.jit
 def _sequence(cu_seqlens, i_n, T):
@@ -20,12 +22,13 @@ def _sequence(cu_seqlens, i_n, T):
 
 @triton.jit(do_not_specialize=["T"])
 def forward_kernel(
-    # inputs; g [B, T, HV], h0 and cu_seqlens may be None
-    q, k, v, beta, g, h0, cu_seqlens,
+    # inputs; g [B, T, HV], h0 and cu_seqlens may be None; with slots h0 and ht are one pool; goes_on may be None
+    q, k, v, beta, g, h0, cu_seqlens, slots, goes_on,
     # outputs; e (with rq, rk) is None when nothing will be differentiated, ht when it is not wanted
     o, e, rq, rk, ht,
     # sizes and strides
     scale, T, s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_bb, s_bt, s_bh,
+    s_hn, s_hh, s_hk, s_hv,
     # constants
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
@@ -40,7 +43,14 @@ def forward_kernel(
     o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     m_k, m_v = o_k < K, o_v < V
     m_h = m_k[:, None] & m_v[None, :]
-    o_h = (i_n * HV + i_hv) * K * V + o_k[:, None] * V + o_v[None, :]
+    m_h0 = m_h
+    if slots is None:
+        o_h = (i_n * HV + i_hv) * K * V + o_k[:, None] * V + o_v[None, :]
+    else:
+        i_s, exists, reads = find_state(slots, goes_on, i_n)
+        o_h = i_s * s_hn + i_hv.to(tl.int64) * s_hh + o_k[:, None] * s_hk + o_v[None, :] * s_hv
+        m_h0 = m_h & reads
+        m_h = m_h & exists
     p_q = q + i_b * s_qb + bos * s_qt + i_h * s_qh + o_k
     p_k = k + i_b * s_kb + bos * s_kt + i_h * s_kh + o_k
     p_v = v + i_b * s_vb + bos * s_vt + i_hv * s_vh + o_v
@@ -58,7 +68,7 @@ def forward_kernel(
 
     b_h = tl.zeros([BK, BV], dtype=tl.float32)
     if h0 is not None:
-        b_h += tl.load(h0 + o_h, mask=m_h, other=0.0).to(tl.float32)
+        b_h += tl.load(h0 + o_h, mask=m_h0, other=0.0).to(tl.float32)
 
     # The loads of a token are issued while the one before it is computed.
     n_q = tl.load(p_q, mask=m_k & (n_tokens > 0), other=0.0)
@@ -96,6 +106,8 @@ def forward_kernel(
             b_u *= b_rk
         b_h += b_k[:, None] * b_u[None, :]
         b_o = b_qscale * (b_hq + b_kq * b_u)
+        if slots is not None:
+            b_o = tl.where(exists, b_o, 0.0)
 
         tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_v)
         p_o += HV * V

@@ -16,6 +16,7 @@ import triton.language as tl
 from ._launch import launch
 from .layout import Inputs, Scratch, Tables, precision, static
 from .plan import GLUON, Launch, Plan
+from .pools import find_state
 from .tiles import EPS, C, below, decay, load_tile, load_tile_t, locate_sequence, store_fragments
 
 
@@ -31,15 +32,16 @@ def _squares(b):
 
 @triton.jit
 def scan_kernel(
-    # inputs; a, rk and gs as the prepare kernel wrote them; p, and then rq, as the scores kernel did, or None
-    q, k, v, a, p, rk, gs, h0,
+    # inputs; a, rk and gs as the prepare kernel wrote them; p, and then rq, as the scores kernel did, or None; with
+    # slots h0 and ht are one pool
+    q, k, v, a, p, rk, gs, h0, slots, goes_on,
     # outputs or None; u and s in tiles (`store_fragments`); phi for segments; rq, where p is None
     o, u, s, rq, ht, phi,
     # packed sequences
     cu_seqlens, chunk_offsets,
     # sizes and strides
     scale, T, NT, H, HV,
-    q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, K, V,
+    q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, K, V, h_sn, h_sh, h_sk, h_sv,
     # constants
     BK: tl.constexpr, NK: tl.constexpr, BV: tl.constexpr, EVEN: tl.constexpr, FULL_K: tl.constexpr,
     FULL_V: tl.constexpr, PRECISION: tl.constexpr,
@@ -90,7 +92,16 @@ def scan_kernel(
     if rk is not None:
         rk += (chunk_0 * H + i_h) * C
         rq += (chunk_0 * H + i_h) * C
-    p_h = (i_n.to(tl.int64) * HV + i_hv) * K * V
+    m_h0 = m_v
+    if slots is None:
+        p_h = (i_n.to(tl.int64) * HV + i_hv) * K * V
+        h_sk = V
+        o_h = o_v
+    else:
+        i_s, exists, reads = find_state(slots, goes_on, i_n)
+        p_h = i_s * h_sn + i_hv.to(tl.int64) * h_sh
+        o_h = o_v * h_sv
+        m_h0 = m_v & reads
 
     b_s1 = tl.zeros([BV, BK], tl.float32)
     if NK > 1:
@@ -100,9 +111,9 @@ def scan_kernel(
         if NK > 1:
             b_s2 += ((o_v[:, None] == o_k2[None, :]) & (i_v >= NV)).to(tl.float32)
     if h0 is not None:
-        b_s1 += load_tile_t(h0 + p_h, o_k1, V, o_v, m_k1, m_v)
+        b_s1 += load_tile_t(h0 + p_h, o_k1, h_sk, o_h, m_k1, m_h0)
         if NK > 1:
-            b_s2 += load_tile_t(h0 + p_h, o_k2, V, o_v, m_k2, m_v)
+            b_s2 += load_tile_t(h0 + p_h, o_k2, h_sk, o_h, m_k2, m_h0)
 
     if gs is not None:
         # a chunk ahead, since the chain waits for them
@@ -192,6 +203,8 @@ def scan_kernel(
                 b_o = tl.dot(b_u, tl.trans(b_p), b_o, input_precision=PRECISION)
             else:
                 b_o = tl.dot(b_u, b_p, b_o, input_precision=PRECISION) * (b_rq * scale)[None, :]
+            if slots is not None:
+                b_o = tl.where(exists, b_o, 0.0)
             p_o = o + o_c[None, :] * (HV * V) + o_v[:, None]
             tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_t[None, :] & m_v[:, None])
 
@@ -211,17 +224,21 @@ def scan_kernel(
             rq += C * H
 
     if ht is not None:
-        p_h = (i_n.to(tl.int64) * HV + i_hv) * K * V_HT
-        tl.store(ht + p_h + o_k1[None, :] * V_HT + o_v[:, None], b_s1, mask=m_v[:, None] & m_k1[None, :])
+        if slots is None:
+            p_h = (i_n.to(tl.int64) * HV + i_hv) * K * V_HT
+            h_sk = V_HT
+        else:
+            m_v = m_v & exists
+        tl.store(ht + p_h + o_k1[None, :] * h_sk + o_h[:, None], b_s1, mask=m_v[:, None] & m_k1[None, :])
         if NK > 1:
-            tl.store(ht + p_h + o_k2[None, :] * V_HT + o_v[:, None], b_s2, mask=m_v[:, None] & m_k2[None, :])
+            tl.store(ht + p_h + o_k2[None, :] * h_sk + o_h[:, None], b_s2, mask=m_v[:, None] & m_k2[None, :])
 
 
 def scan(
     x: Inputs, scratch: Scratch, t: Tables, plan: Plan, scale: float, choice: Launch, *, o=None, ht=None, phi=None
 ) -> None:
     """Writes o and the final state ht where they are given, u and s where the scratch has them, and, for segments,
-    phi [N, HV, K, K]. `choice` is the plan's scan or entry.
+    phi [N, HV, K, K]. `choice` is the plan's scan or entry. States in a pool go back into it, `ht` is None.
     """
     call = plan.call
     if t.n == 0:
@@ -230,13 +247,15 @@ def scan(
         hopper_scan.scan(x, scratch, t, scale, choice, plan.key_tile, o, ht)
         return
     a, p, rq, rk, u, s, gs = scratch
+    slots, goes_on = x.pool or (None, None)
+    ht = ht if x.pool is None else x.h0
     columns = plan.value_tiles if phi is None else plan.value_tiles - (-call.K // plan.value_tile)
     launch(
         scan_kernel, (columns, call.HV, t.n),
-        (x.q, x.k, x.v, a, p, rk, gs, x.h0, o, u, s, rq, ht, phi, t.cu_seqlens, t.chunk_offsets),
+        (x.q, x.k, x.v, a, p, rk, gs, x.h0, slots, goes_on, o, u, s, rq, ht, phi, t.cu_seqlens, t.chunk_offsets),
         (
             scale, x.k.shape[1], t.nt, call.H, call.HV, *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3],
-            static(call.K, call.wide), static(call.V, call.wide),
+            static(call.K, call.wide), static(call.V, call.wide), *([None] * 4 if x.pool is None else x.h0.stride()),
         ),
         {
             "BK": plan.key_tile, "NK": plan.key_tiles, "BV": plan.value_tile, "EVEN": t.even,

@@ -12,10 +12,18 @@ import triton
 import triton.language as tl
 
 from . import _switch
-from ._checks import check_arguments, check_device, check_values, refuse_transforms
+from ._checks import (
+    check_arguments,
+    check_device,
+    check_indices,
+    check_values,
+    refuse_gradients,
+    refuse_transforms,
+)
 from ._launch import launch
 from .limits import NORM_EPS
 from .plan import multiprocessors
+from .pools import find_state
 
 
 __all__ = ["delta_rule_step", "gated_delta_rule_step"]
@@ -28,12 +36,12 @@ STEP_BLOCK, STEP_BLOCK_FEW, STEP_ELEMENTS_PER_WARP = 32, 16, 1024
 
 @triton.jit
 def _step_kernel(
-    # inputs; g [B, 1, HV] or None; h [B, HV, K, V] is also an output, updated in place
-    q, k, v, beta, g, h,
+    # inputs; g [B, 1, HV] or None; h [B, HV, K, V], or a pool for slots, is also an output, updated in place
+    q, k, v, beta, g, h, slots,
     # output
     o,
     # sizes and strides
-    scale, s_qb, s_qh, s_kb, s_kh, s_vb, s_vh, s_bb, s_bh, s_hb, s_hh, s_hk,
+    scale, s_qb, s_qh, s_kb, s_kh, s_vb, s_vh, s_bb, s_bh, s_hb, s_hh, s_hk, s_hv,
     # constants
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
@@ -47,8 +55,13 @@ def _step_kernel(
     m_k, m_v = o_k < K, o_v < V
     m_h = m_k[:, None] & m_v[None, :]
 
+    if slots is None:
+        p_h = h + i_b * s_hb + i_hv * s_hh + o_k[:, None] * s_hk + o_v[None, :]
+    else:
+        i_s, exists, _ = find_state(slots, None, i_b)
+        p_h = h + i_s * s_hb + i_hv.to(tl.int64) * s_hh + o_k[:, None] * s_hk + o_v[None, :] * s_hv
+        m_h = m_h & exists
     # The state first: its loads are the ones worth waiting for, the others arrive in their shadow.
-    p_h = h + i_b * s_hb + i_hv * s_hh + o_k[:, None] * s_hk + o_v[None, :]
     b_h = tl.load(p_h, mask=m_h, other=0.0)
     b_k = tl.load(k + i_b * s_kb + i_h * s_kh + o_k, mask=m_k, other=0.0).to(tl.float32)
     b_q = tl.load(q + i_b * s_qb + i_h * s_qh + o_k, mask=m_k, other=0.0).to(tl.float32)
@@ -64,10 +77,12 @@ def _step_kernel(
     b_u = b_beta * (b_v - b_hk)
     tl.store(p_h, b_h + b_k[:, None] * b_u[None, :], mask=m_h)
     b_o = scale * (b_hq + tl.sum(b_k * b_q, 0) * b_u)
+    if slots is not None:
+        b_o = tl.where(exists, b_o, 0.0)
     tl.store(o + (i_b * HV + i_hv) * V + o_v, b_o.to(o.dtype.element_ty), mask=m_v)
 
 
-def _launch_step(q, k, v, beta, g, state, scale, norm):
+def _launch_step(q, k, v, beta, g, state, scale, norm, slots):
     """o [B, 1, HV, V]; state is overwritten."""
     B, _, H, K = q.shape
     HV, V = v.shape[2:]
@@ -75,8 +90,11 @@ def _launch_step(q, k, v, beta, g, state, scale, norm):
     BK, BV, columns, warps = _step_blocks(K, V, B * HV, q.device)
     launch(
         _step_kernel, (columns * B * HV,),
-        (q, k, v, beta, g, state, o),
-        (scale, *[s for x in (q, k, v, beta) for s in x.stride()[0:3:2]], *state.stride()[:3]),
+        (q, k, v, beta, g, state, slots, o),
+        (
+            scale, *[s for x in (q, k, v, beta) for s in x.stride()[0:3:2]], *state.stride()[:3],
+            None if slots is None else state.stride(3),
+        ),
         {"H": H, "HV": HV, "K": K, "V": V, "BK": BK, "BV": BV, "NORM": norm, "EPS": NORM_EPS},
         {"num_warps": warps},
     )  # fmt: skip
@@ -98,13 +116,13 @@ def _step_warps(BK: int, BV: int) -> int:
 @torch.library.custom_op("deltanet_kernels::delta_rule_step", mutates_args={"state"})
 def _step_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor, g: torch.Tensor | None,
-    state: torch.Tensor, scale: float, norm: bool,
+    state: torch.Tensor, scale: float, norm: bool, slots: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    return _launch_step(q, k, v, beta, g, state, scale, norm)
+    return _launch_step(q, k, v, beta, g, state, scale, norm, slots)
 
 
 @_step_op.register_fake
-def _(q, k, v, beta, g, state, scale, norm):
+def _(q, k, v, beta, g, state, scale, norm, slots):
     return v.new_empty(v.shape)
 
 
@@ -116,6 +134,8 @@ def delta_rule_step(
     state: torch.Tensor,
     scale: float | None = None,
     use_qk_l2norm_in_kernel: bool = False,
+    *,
+    state_indices: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One token of decoding: one launch that reads the state once, writes it once, in place. Not differentiable.
 
@@ -126,6 +146,11 @@ def delta_rule_step(
         state: [B, HV, K, V] float32, last dimension contiguous; overwritten with the state after the token.
         scale: factor on q; K ** -0.5 by default.
         use_qk_l2norm_in_kernel: divide q and k by their lengths, x * rsqrt(sum x^2 + 1e-6).
+        state_indices: [B] int32 or int64 on the device: `state` is a pool [slots, HV, K, V] float32 of any strides
+            ([slots, HV, V, K] in memory: pass `pool.mT`), where row b's state has the place state_indices[b]. Of -1,
+            padding, nothing is read or written, and o is zero. The host does not read them: none may lie outside of
+            the pool, and of two rows with the same one it is left open what either reads and which state stays
+            (`DELTANET_KERNELS=check` looks for both).
 
     Returns:
         o [B, 1, HV, V] in v's dtype.
@@ -134,7 +159,7 @@ def delta_rule_step(
         ValueError: for shapes, dtypes or devices that do not fit, for T != 1, for a state that cannot be updated
             in place, and when a gradient is asked of it.
     """
-    return _step("delta_rule_step", q, k, v, beta, None, state, scale, use_qk_l2norm_in_kernel)
+    return _step("delta_rule_step", q, k, v, beta, None, state, scale, use_qk_l2norm_in_kernel, state_indices)
 
 
 def gated_delta_rule_step(
@@ -146,24 +171,27 @@ def gated_delta_rule_step(
     state: torch.Tensor,
     scale: float | None = None,
     use_qk_l2norm_in_kernel: bool = False,
+    *,
+    state_indices: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One token of the gated rule, as `delta_rule_step`; g [B, 1, HV] is the log of the decay, at most 0."""
-    return _step("gated_delta_rule_step", q, k, v, beta, g, state, scale, use_qk_l2norm_in_kernel)
+    return _step("gated_delta_rule_step", q, k, v, beta, g, state, scale, use_qk_l2norm_in_kernel, state_indices)
 
 
-def _step(name, q, k, v, beta, g, state, scale, norm):
+def _step(name, q, k, v, beta, g, state, scale, norm, state_indices):
     refuse_transforms(name)
     check_device(q, "delta_rule.delta_rule_step")
-    scale = check_arguments(q, k, v, beta, scale, state, None, g)
+    scale = check_arguments(q, k, v, beta, scale, state, None, g, state_indices)
     if _switch.CHECKS:
-        check_values({"q": q, "k": k, "v": v, "beta": beta, "g": g, "state": state}, None, 1)
+        read = state if state_indices is None else check_indices(state, state_indices, None)
+        check_values({"q": q, "k": k, "v": v, "beta": beta, "g": g, "state": read}, None, 1)
     if q.shape[1] != 1:
         raise ValueError(f"{name} takes one token, T = 1, got T = {q.shape[1]}")
-    if state.stride(3) != 1 and state.shape[3] != 1:
+    if state_indices is not None:
+        state_indices = state_indices.contiguous()
+    elif state.stride(3) != 1 and state.shape[3] != 1:
         raise ValueError(f"state must be contiguous in its last dimension, got strides {state.stride()}")
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, beta, g, state)):
-        raise ValueError(f"{name} has no backward: call it under torch.no_grad(), got requires_grad inputs")
+    refuse_gradients(name, q, k, v, beta, g, state)
     g = None if g is None else g.contiguous()
-    if torch.compiler.is_compiling():
-        return _step_op(q, k, v, beta, g, state, scale, norm)
-    return _launch_step(q, k, v, beta, g, state, scale, norm)
+    step = _step_op if torch.compiler.is_compiling() else _launch_step
+    return step(q, k, v, beta, g, state, scale, norm, state_indices)

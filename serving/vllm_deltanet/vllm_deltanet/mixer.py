@@ -21,11 +21,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
-from . import rule
-
-
-MAX_KERNEL_HEAD_DIM = 256  # of vLLM's kernels for a GPU, as their convolution's taps
-MAX_KERNEL_TAPS = 4
+from . import our_kernels, rule
 
 
 def state_shapes(config, tp_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -166,14 +162,10 @@ class DeltaNetMixer(nn.Module, MambaBase):
         conv_state, memory = self.kv_cache
         if is_conv_state_dim_first() and self.conv1d is not None:
             conv_state = conv_state.mT
-        by_kernels = self._has_kernels(qkv)
-        batch = None if by_kernels else rule.Batch(metadata)
+        kernels = self._kernels(qkv, conv_state, memory)
+        batch = kernels.Batch(metadata)
         if self.conv1d is not None:
-            weight = self.conv1d.weight.squeeze(1)
-            if by_kernels:
-                qkv = _conv_by_kernels(qkv, weight, conv_state, metadata)
-            else:
-                qkv = rule.short_conv(qkv, weight, conv_state, batch)
+            qkv = kernels.short_conv(qkv, self.conv1d.weight.squeeze(1), conv_state, batch)
         key_dim, value_dim = self.key_dim // self.tp_size, self.value_dim // self.tp_size
         q, k, v = qkv.split((key_dim, key_dim, value_dim), dim=-1)
         q, k, v = (x.unflatten(-1, (-1, size)) for x, size in (
@@ -186,63 +178,20 @@ class DeltaNetMixer(nn.Module, MambaBase):
             q, k = self.rotary_emb(positions, q.reshape(n, -1), k.reshape(n, -1))
             q, k = q.view(shape), k.view(shape)
         l2_norm = config.linear_qk_norm == "l2"
-        if by_kernels:
-            o.copy_(_rule_by_kernels(q, k, v, g, beta, memory, metadata, l2_norm))
-        else:
-            o.copy_(rule.delta_rule(q, k, v, g, beta, memory, batch, l2_norm))
+        if kernels is our_kernels and self.a_proj is None:
+            g = None
+        o.copy_(kernels.delta_rule(q, k, v, g, beta, memory, batch, l2_norm))
 
-    def _has_kernels(self, qkv: torch.Tensor) -> bool:
-        """Whether vLLM's Triton kernels take this layer: on a GPU, in half precision, up to their sizes."""
-        config = self.config
-        return (
-            qkv.is_cuda
-            and qkv.dtype != torch.float32
-            and max(config.linear_key_head_dim, config.linear_value_head_dim) <= MAX_KERNEL_HEAD_DIM
-            and (config.linear_conv_kernel_dim or 2) <= MAX_KERNEL_TAPS
-        )
+    def _kernels(self, qkv: torch.Tensor, conv_state: torch.Tensor, memory: torch.Tensor):
+        """The module that computes: with our kernels, with vLLM's for a GPU, or in torch."""
+        if our_kernels.take(qkv, conv_state, memory, self.config):
+            return our_kernels
+        if qkv.is_cuda:
+            from . import vllm_kernels
 
-
-def _conv_by_kernels(qkv, weight, conv_state, metadata: GDNAttentionMetadata) -> torch.Tensor:
-    from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
-
-    slots, conv_state = metadata.non_spec_state_indices_tensor, conv_state.mT
-    if metadata.num_prefills:
-        return causal_conv1d_fn(
-            qkv.mT,
-            weight,
-            None,
-            activation=None,
-            conv_states=conv_state,
-            has_initial_state=metadata.has_initial_state,
-            cache_indices=slots,
-            query_start_loc=metadata.non_spec_query_start_loc,
-            metadata=metadata,
-        ).mT
-    # The kernel writes over its input.
-    return causal_conv1d_update(
-        qkv.clone(), conv_state, weight, None, None, conv_state_indices=slots[: metadata.num_decodes]
-    )
-
-
-def _rule_by_kernels(q, k, v, g, beta, memory, metadata: GDNAttentionMetadata, l2_norm: bool) -> torch.Tensor:
-    from vllm.third_party.flash_linear_attention.ops import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
-
-    slots, borders = metadata.non_spec_state_indices_tensor, metadata.non_spec_query_start_loc
-    q, k, v, g, beta = (x.contiguous().unsqueeze(0) for x in (q, k, v, g, beta))
-    if metadata.num_prefills:
-        state = memory[slots]
-        state[~metadata.has_initial_state] = 0
-        o, state = chunk_gated_delta_rule(
-            q, k, v, g, beta, initial_state=state, output_final_state=True, cu_seqlens=borders,
-            use_qk_l2norm_in_kernel=l2_norm,
-        )  # fmt: skip
-        memory[slots] = state.to(memory.dtype)
-    else:
-        o, _ = fused_recurrent_gated_delta_rule(
-            q, k, v, g, beta, initial_state=memory, inplace_final_state=True,
-            cu_seqlens=borders[: metadata.num_decodes + 1], ssm_state_indices=slots, use_qk_l2norm_in_kernel=l2_norm,
-        )  # fmt: skip
-    return o.squeeze(0)
+            if vllm_kernels.take(qkv, self.config):
+                return vllm_kernels
+        return rule
 
 
 @eager_break_during_capture
