@@ -208,8 +208,8 @@ def chunk_delta_rule(
             of sequence n has the place `state_indices[n]`. It is read there, and the final state takes its place; no
             gradients. A sequence of -1 is padding: nothing is read or written, and its o is zero. The host does not
             read the indices: none may lie outside of the pool, and of two sequences with the same one it is left open
-            what either reads and which state stays (`DELTANET_KERNELS=check` looks for both). Gluon's scans (Hopper,
-            bf16) and sequences cut into segments copy the states, by one small kernel each way.
+            what either reads and which state stays (`DELTANET_KERNELS=check` looks for both). Sequences cut into
+            segments copy the states, by one small kernel each way.
         has_initial_state: `[N]` bool beside state_indices: False where a sequence starts from zeros, whatever its
             place in the pool holds. All go on from it by default.
 

@@ -33,6 +33,7 @@ from .hopper_tiles import (
 from .layout import Inputs, Scratch, Tables
 from .limits import NORM_EPS
 from .plan import Launch
+from .pools import find_state
 from .tiles import locate_sequence
 
 
@@ -59,15 +60,17 @@ def store_query_norms(t_q, t_rq, rq, exists, K: gl.constexpr, SAVE: gl.constexpr
 @gluon.jit(do_not_specialize=["NT"])
 def scan_kernel(
     # inputs; a, rk and gs as the prepare kernel wrote them; rk and rq None without the L2 norm, gs without a gate
-    q, k, v, a, rk, gs, h0,
+    # (with slots h0 and ht are one pool)
+    q, k, v, a, rk, gs, h0, slots, goes_on,
     # outputs; u, s (in tiles, `store_fragments`) and ht may be None; rq is written with u
     o, u, s, rq, ht,
     # packed sequences
     cu_seqlens, chunk_offsets,
     # sizes and strides
-    scale, T, NT, q_sb, q_sh, k_sb, k_sh, v_sb, v_sh,
+    scale, T, NT, q_sb, q_sh, k_sb, k_sh, v_sb, v_sh, h_sn, h_sh,
     # constants; heads and a token's strides among them, so that of a tile's addresses a thread keeps one
     H: gl.constexpr, HV: gl.constexpr, q_st: gl.constexpr, k_st: gl.constexpr, v_st: gl.constexpr,
+    h_sk: gl.constexpr, h_sv: gl.constexpr,
     K: gl.constexpr, KEYS: gl.constexpr, V: gl.constexpr, BV: gl.constexpr, EVEN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Runs one sequence, value head and block of BV value columns, 64 a warp group, from the first chunk to the
@@ -91,7 +94,11 @@ def scan_kernel(
     if rk is not None:
         rk += (chunk_0 * H + i_h) * C
         rq += (chunk_0 * H + i_h) * C
-    p_h = (i_n.to(gl.int64) * HV + i_hv) * KEYS * V + i_v
+    if slots is None:
+        p_h = (i_n.to(gl.int64) * HV + i_hv) * KEYS * V + i_v
+    else:
+        i_s, exists, reads = find_state(slots, goes_on, i_n)
+        p_h = i_s * h_sn + i_hv.to(gl.int64) * h_sh + i_v * h_sv
 
     BF16: gl.constexpr = gl.bfloat16
     square_tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], BF16)
@@ -122,8 +129,12 @@ def scan_kernel(
     b_s = gl.zeros([BV, K], gl.float32, wide)
     o_k = gl.arange(0, K, gl.SliceLayout(0, wide))
     p_s = p_h + o_k[None, :] * V + gl.arange(0, BV, gl.SliceLayout(1, wide))[:, None]
+    if slots is not None:
+        p_s = p_h + o_k[None, :] * h_sk + gl.arange(0, BV, gl.SliceLayout(1, wide))[:, None] * h_sv
     m_s = gl.full([BV, K], True, gl.int1, wide) & (o_k < KEYS)[None, :]
-    if h0 is not None:
+    if slots is not None:
+        b_s = gl.load(h0 + p_s, mask=m_s & reads, other=0.0)
+    elif h0 is not None:
         b_s = gl.load(h0 + p_s) if KEYS == K else gl.load(h0 + p_s, mask=m_s, other=0.0)
     for i_c in gl.static_range(STAGES - 1):
         if i_c < NT:
@@ -212,6 +223,8 @@ def scan_kernel(
         store_scores(t_p.index((i_c + 1) % 2), b_p, square)
         b_s, b_o = warpgroup_mma_wait(0, deps=[b_s, b_o])
         b_o *= (t_rq.index(i_c % 2).load(columns) * scale)[None, :] if rk is not None else scale
+        if slots is not None:
+            b_o = gl.where(exists, b_o, 0.0)
         t_o.permute([1, 0]).store(b_o.to(BF16))
         if u is not None:
             u += HV * V * C
@@ -222,7 +235,9 @@ def scan_kernel(
     if NT > 0:
         store_tile(o + (gl.to_tensor(NT) - 1).to(gl.int64) * C * HV * V, HV * V, t_o, T - (NT - 1) * C, BV, EVEN, BV)
     if ht is not None:
-        if KEYS == K:
+        if slots is not None:
+            gl.store(ht + p_s, b_s, mask=m_s & exists)
+        elif KEYS == K:
             gl.store(ht + p_s, b_s)
         else:
             gl.store(ht + p_s, b_s, mask=m_s)
@@ -233,20 +248,26 @@ def scan_kernel(
 
 def scan(x: Inputs, scratch: Scratch, t: Tables, scale: float, choice: Launch, key_tile: int, o, ht) -> None:
     """Writes o, ht where it is given, and u, s and rq where the scratch has them. K, V and the columns are 64 or
-    128.
+    128. States in a pool go back into it.
     """
     q, k, v, h0 = x.q, x.k, x.v, x.h0
+    slots, goes_on = x.pool or (None, None)
+    ht = ht if x.pool is None else h0
     H, K = k.shape[2:]
     HV, V = v.shape[2:]
     launch(
         scan_kernel, (V // choice.columns, HV, t.n),
         (
-            q, k, v, scratch.a, scratch.rk, scratch.gs, h0, o, scratch.u, scratch.s, scratch.rq, ht, t.cu_seqlens,
-            t.chunk_offsets,
+            q, k, v, scratch.a, scratch.rk, scratch.gs, h0, slots, goes_on, o, scratch.u, scratch.s, scratch.rq, ht,
+            t.cu_seqlens, t.chunk_offsets,
         ),
-        (scale, k.shape[1], t.nt, q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2)),
+        (
+            scale, k.shape[1], t.nt, q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2),
+            *([None] * 2 if x.pool is None else h0.stride()[:2]),
+        ),
         {
             "H": H, "HV": HV, "q_st": q.stride(1), "k_st": k.stride(1), "v_st": v.stride(1),
+            "h_sk": None if x.pool is None else h0.stride(2), "h_sv": None if x.pool is None else h0.stride(3),
             "K": key_tile, "KEYS": K, "V": V, "BV": choice.columns, "EVEN": t.even, "STAGES": STAGES[choice.columns],
         },
         {"num_warps": choice.num_warps},

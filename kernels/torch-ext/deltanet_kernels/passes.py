@@ -37,7 +37,7 @@ def forward(
     pool = make_pool(state_indices, has_initial_state)
     x = Inputs(q, k, v, beta, h0, cu_seqlens, g, pool)
     o = v.new_empty(B, T, call.HV, call.V)
-    copies = pool is not None and (s > 1 or plan.scan.gluon)  # whose kernels know no slots
+    copies = pool is not None and s > 1
     if copies:
         x, final = x._replace(h0=gather(h0, pool), pool=None), True
     if s > 1:
