@@ -24,7 +24,7 @@ def by(rows: list[dict], *names: str) -> dict[tuple, list[dict]]:
     return dict(found)
 
 
-# ------------------------------------------------------------------------------------------- overwriting, state tracking
+# ---------------------------------------------------------------------------------------- overwriting, state tracking
 
 
 def overwriting_recall(record: dict) -> str:
@@ -70,7 +70,7 @@ def plot_evidence_cpu(record: dict, axes) -> None:
     right.legend()
 
 
-# ------------------------------------------------------------------------------------------------------------------ MQAR
+# --------------------------------------------------------------------------------------------------------------- MQAR
 
 
 def _best_rates(record: dict) -> dict[tuple, list[float]]:
@@ -114,7 +114,7 @@ def plot_mqar(record: dict, axes) -> None:
     right.legend()
 
 
-# ------------------------------------------------------------------------------------------------------ language models
+# ---------------------------------------------------------------------------------------------------- language models
 
 
 def language_models(record: dict) -> str:
@@ -171,7 +171,7 @@ def plot_language_models(record: dict, axes) -> None:
     right.set(title="cache of one text, MB", xlabel="tokens", yscale="log")
 
 
-# ------------------------------------------------------------------------------------------------------- token by token
+# ----------------------------------------------------------------------------------------------------- token by token
 
 
 def plot_token_by_token(record: dict, axes) -> None:

@@ -21,12 +21,6 @@ SEEDS = 0, 1, 2
 LENGTHS = 32, 64, 128, 256
 PLAIN, DOUBLED = "DeltaNet, no convolution", "DeltaNet, no convolution, beta to 2"
 TASKS = {
-    "overwriting recall": {
-        "models": ("DeltaNet", "additive", "2021 form"),
-        "sizes": {"width": 64, "layers": 2, "heads": 2, "vocab_size": 256, "intermediate_size": 128},
-        "recipe": {"steps": 1200, "batch": 64, "learning_rate": 5e-3},
-        "data": {"keys": 8, "writes": 4, "vocab_size": 256},
-    },
     "S3": {
         "models": (DOUBLED, PLAIN),
         "sizes": {"width": 64, "layers": 1, "heads": 2, "vocab_size": 16, "intermediate_size": 128},
@@ -38,6 +32,12 @@ TASKS = {
         "sizes": {"width": 64, "layers": 1, "heads": 2, "vocab_size": 16, "intermediate_size": 128},
         "recipe": {"steps": 600, "batch": 64, "learning_rate": 5e-3},
         "data": {"length": LENGTHS[0]},
+    },
+    "overwriting recall": {
+        "models": ("DeltaNet", "additive", "2021 form"),
+        "sizes": {"width": 64, "layers": 2, "heads": 2, "vocab_size": 256, "intermediate_size": 128},
+        "recipe": {"steps": 1200, "batch": 64, "learning_rate": 5e-3},
+        "data": {"keys": 8, "writes": 4, "vocab_size": 256},
     },
 }
 

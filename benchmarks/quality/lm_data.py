@@ -190,11 +190,11 @@ def main() -> None:
         said[f"{name}_tokens"] = len(ids)
         for start in range(0, len(ids), TOKENS_A_FILE):
             part = name if held_out else f"{name}-{start // TOKENS_A_FILE:02d}"
-            piece = lzma.compress(ids[start : start + TOKENS_A_FILE].tobytes(), preset=6)
-            (args.folder / f"{part}.bin.xz").write_bytes(piece)
-            said.setdefault("files", {})[part] = {
-                "bytes": len(piece), "sha256": hashlib.sha256(ids[start : start + TOKENS_A_FILE].tobytes()).hexdigest(),
-            }  # fmt: skip
+            piece = ids[start : start + TOKENS_A_FILE].tobytes()
+            packed = lzma.compress(piece, preset=6)
+            (args.folder / f"{part}.bin.xz").write_bytes(packed)
+            digest = hashlib.sha256(piece).hexdigest()
+            said.setdefault("files", {})[part] = {"bytes": len(packed), "sha256": digest}
             print(part, said["files"][part], flush=True)
     (args.folder / "lm_data.json").write_text(json.dumps(said, indent=1) + "\n")
 

@@ -25,7 +25,7 @@ class Recipe:
 
 
 class QuestionTrainer(Trainer):
-    """`Trainer` with the loss of the answers alone: a vocabulary of logits at every other place would be for nothing."""
+    """`Trainer` with the loss of the answers alone, and logits at no other place."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         logits = answer_logits(model, inputs)
