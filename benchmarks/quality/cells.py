@@ -12,8 +12,6 @@ import time
 import traceback
 from pathlib import Path
 
-from results_file import write
-
 
 def devices() -> list[str]:
     """The GPUs by number; otherwise one CPU."""
@@ -31,6 +29,8 @@ def run_cells(
     `seconds`: what still runs then is ended, by SIGTERM. No cell begins that would not end by then (judged by the
     longest so far), unless it `resumes`. Returns whether nothing is left.
     """
+    from results_file import write  # here, for workers do without Transformers until they need it
+
     started = time.time()
     rows = json.loads(out.read_text())["rows"] if out.exists() else []
     record["rows"] = rows
@@ -69,10 +69,7 @@ def run_cells(
 def _worker(work, place: str, todo, done, end: float, resumes: bool) -> None:
     if place != "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = place
-    os.environ["OMP_NUM_THREADS"] = "1"
-    import torch
-
-    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # which torch reads when it is imported, by `work`
     longest = 0.0
     while time.time() + (0 if resumes else longest) < end:
         try:

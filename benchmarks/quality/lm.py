@@ -114,7 +114,6 @@ def train(name: str, data: np.ndarray, rate: float, steps: int, seed: int, folde
             report_to="none",
             seed=seed,
             data_seed=0,
-            dataloader_num_workers=2 if on_gpu else 0,
             dataloader_pin_memory=on_gpu,
         ),
         train_dataset=Rows(data, options["length"]),
@@ -258,7 +257,8 @@ def work(options: dict, cell: dict) -> dict:
     print(f"{cell['model']}: lr {best}: {took}", flush=True)
     model.save_pretrained(folder / "model")
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(Path(options["data"]) / "tokenizer.json"))
-    row = {"search": search, "lr": best, "parameters": model.num_parameters(), **took, "tokens": options["tokens"]}
+    row = {"search": search, "lr": best, "parameters": model.num_parameters(), **took}
+    row |= {"tokens": options["tokens"], "text_tokens": len(data)}
     return row | measure(model, held_out, tokenizer, options)
 
 

@@ -3,10 +3,14 @@
 The right answer to a question is a token that the model has to predict where the question ends.
 """
 
+import random
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+
+NOT_ASKED = -100  # in place of an answer, where a text has fewer questions than another
 
 
 @dataclass
@@ -52,6 +56,26 @@ def overwriting(seed: int, rows: int, keys: int = 8, writes: int = 4, vocab_size
     questions = np.stack((np.zeros_like(asked), np.take_along_axis(names, asked, 1), answers), axis=2)
     at = np.tile(2 * count + 1 + 3 * np.arange(keys), (rows, 1))
     return _questions(np.concatenate((written, questions.reshape(rows, -1)), axis=1), at, answers)
+
+
+def overwriting_stream(seed: int, rows: int, keys: int = 8, length: int = 88, vocab_size: int = 256) -> Questions:
+    """What `overwriting` is learned from: writes and questions of the same form in any order."""
+    draw, half = random.Random(seed), vocab_size // 2
+    ids, at, answers = np.empty((rows, length)), np.zeros((rows, length // 3)), np.full((rows, length // 3), NOT_ASKED)
+    for row in range(rows):
+        names, memory, text, asked = draw.sample(range(1, half), keys), {}, [], 0
+        while len(text) < length:
+            key = draw.choice(names)
+            if key in memory and draw.random() < 0.5:
+                if len(text) + 1 < length:
+                    at[row, asked], answers[row, asked] = len(text) + 1, memory[key]
+                    asked += 1
+                text += [0, key, memory[key]]
+            else:
+                memory[key] = draw.randrange(half, vocab_size)
+                text += [key, memory[key]]
+        ids[row] = text[:length]
+    return _questions(ids, at, answers)
 
 
 def mqar(seed: int, rows: int, length: int, pairs: int, vocab_size: int = 8192, power: float = 0.01) -> Questions:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
-from tasks import Questions
+from tasks import NOT_ASKED, Questions
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 
@@ -29,7 +29,7 @@ class QuestionTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         logits = answer_logits(model, inputs)
-        return F.cross_entropy(logits.flatten(0, 1).float(), inputs["answers"].flatten())
+        return F.cross_entropy(logits.flatten(0, 1).float(), inputs["answers"].flatten(), ignore_index=NOT_ASKED)
 
 
 def answer_logits(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -49,7 +49,7 @@ def accuracy(model, questions: Questions, batch: int = 256) -> float:
         inputs = {name: x.to(model.device) for name, x in inputs.items()}
         with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
             right += (answer_logits(model, inputs).argmax(-1) == inputs["answers"]).sum().item()
-    return right / questions.answers.numel()
+    return right / (questions.answers != NOT_ASKED).sum().item()
 
 
 class StopWhenRight(TrainerCallback):
