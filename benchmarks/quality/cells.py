@@ -11,13 +11,16 @@ import queue
 import time
 import traceback
 from pathlib import Path
+from unittest.mock import patch
 
 
 def devices() -> list[str]:
-    """The GPUs by number; otherwise one CPU."""
+    """The GPUs as CUDA_VISIBLE_DEVICES names them; without any, one nameless place."""
     import torch
 
-    return [str(i) for i in range(torch.cuda.device_count())] or ["cpu"]
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    count = torch.cuda.device_count()
+    return (seen if len(seen) == count else [str(i) for i in range(count)]) or [""]
 
 
 def run_cells(
@@ -39,12 +42,12 @@ def run_cells(
     todo, done = context.Queue(), context.Queue()
     for cell in left:
         todo.put(cell)
-    places = [device for device in devices() for _ in range(workers_per_device)][: len(left)]
-    workers = [
-        context.Process(target=_worker, args=(work, place, todo, done, started + seconds, resumes)) for place in places
-    ]
-    for worker in workers:
-        worker.start()
+    places = (devices() * workers_per_device)[: len(left)]
+    workers = [context.Process(target=_worker, args=(work, todo, done, started + seconds, resumes)) for _ in places]
+    for worker, place in zip(workers, places):
+        # A process reads both before it reaches `_worker`: importing torch, or looking for a GPU, is enough.
+        with patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": place, "OMP_NUM_THREADS": "1"}):
+            worker.start()
     print(f"{len(left)} of {len(cells)} cells to run, {len(places)} at a time", flush=True)
     while (any(worker.is_alive() for worker in workers) or not done.empty()) and time.time() < started + seconds:
         try:
@@ -66,10 +69,7 @@ def run_cells(
     return not missing
 
 
-def _worker(work, place: str, todo, done, end: float, resumes: bool) -> None:
-    if place != "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = place
-    os.environ["OMP_NUM_THREADS"] = "1"  # which torch reads when it is imported, by `work`
+def _worker(work, todo, done, end: float, resumes: bool) -> None:
     longest = 0.0
     while time.time() + (0 if resumes else longest) < end:
         try:
