@@ -167,6 +167,23 @@ def multiple_choice(model, ids: np.ndarray, batch: int, choices: int = 4, contex
 
 
 @torch.no_grad()
+def share_right(model, episodes: list, batch: int) -> float:
+    """Of the questions of `deltanet evaluate`'s tasks, how many are answered by the likeliest tokens."""
+    right = asked = 0
+    device = model.device
+    for start in range(0, len(episodes), batch):
+        part = episodes[start : start + batch]
+        ids = torch.tensor([episode.ids for episode in part], device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            likeliest = model(input_ids=ids, use_cache=False).logits.argmax(-1).tolist()
+        for episode, said in zip(part, likeliest):
+            for answer in episode.answers:
+                right += all(said[at - 1] == episode.ids[at] for at in answer)
+                asked += 1
+    return right / asked
+
+
+@torch.no_grad()
 def decoding(model, context: int, batch: int, steps: int = 20) -> dict:
     """Milliseconds per token of `batch` texts after `context` tokens, and bytes of one text's cache."""
     device = model.device
@@ -202,7 +219,6 @@ def tensors_in(value) -> list[torch.Tensor]:
 
 def measure(model, held_out: np.ndarray, tokenizer, options: dict) -> dict:
     """Everything that is measured of a trained model."""
-    from deltanet_conversion.evaluate import _share_right
     from deltanet_conversion.recall_tasks import RecallTasks
 
     length, long, batch, count = (options[x] for x in ("length", "long", "batch", "rows"))
@@ -223,13 +239,11 @@ def measure(model, held_out: np.ndarray, tokenizer, options: dict) -> dict:
         "multiple_choice": round(multiple_choice(model, ids, batch), 4),
     }
     tasks = RecallTasks(tokenizer, held_out[: 50 * length].tolist())
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-        for asked, draw in (("needle", tasks.needle), ("overwriting", tasks.overwriting)):
-            for at in (length // 4, length, 2 * length, long):
-                if at >= tasks.shortest():
-                    episodes = list(draw(at, options["episodes"], 0))
-                    share = _share_right(model, episodes, max(1, batch * length // at // 2), f"{asked} {at}")
-                    found.setdefault(asked, {})[at] = round(share, 4)
+    for asked, draw in (("needle", tasks.needle), ("overwriting", tasks.overwriting)):
+        for at in (length // 4, length, 2 * length, long):
+            if at >= tasks.shortest():
+                share = share_right(model, list(draw(at, options["episodes"], 0)), max(1, batch * length // at // 2))
+                found.setdefault(asked, {})[at] = round(share, 4)
     found["decoding"] = [decoding(model, context, options["decode_batch"]) for context in options["contexts"]]
     return found
 
@@ -237,6 +251,8 @@ def measure(model, held_out: np.ndarray, tokenizer, options: dict) -> dict:
 def work(options: dict, cell: dict) -> dict:
     """Search, train and measure one model."""
     from transformers import PreTrainedTokenizerFast
+
+    from modeling_deltanet import DeltaNetForCausalLM
 
     data, held_out = (tokens(Path(options["data"]), name) for name in ("train", "held_out"))
     folder = Path(options["work"]) / f"{cell['model']}-{cell['seed']}".replace(" ", "_").replace(",", "")
@@ -253,9 +269,14 @@ def work(options: dict, cell: dict) -> dict:
             print(f"{cell['model']}: lr {rate}: held-out loss {search[str(rate)]}, {took}", flush=True)
     best = float(min(search, key=lambda rate: search[rate] if math.isfinite(search[rate]) else math.inf))
     steps = math.ceil(options["tokens"] / options["batch"] / options["length"])
-    model, took = train(cell["model"], data, best, steps, cell["seed"], folder / "training", options)
-    print(f"{cell['model']}: lr {best}: {took}", flush=True)
-    model.save_pretrained(folder / "model")
+    saved = folder / f"model-{steps}"  # what is trained is not trained again, should measuring fail or be cut off
+    if not (saved / "took.json").exists():
+        model, took = train(cell["model"], data, best, steps, cell["seed"], folder / f"training-{steps}", options)
+        print(f"{cell['model']}: lr {best}: {took}", flush=True)
+        model.save_pretrained(saved)
+        (saved / "took.json").write_text(json.dumps(took))
+    took = json.loads((saved / "took.json").read_text())
+    model = DeltaNetForCausalLM.from_pretrained(saved).to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(Path(options["data"]) / "tokenizer.json"))
     row = {"search": search, "lr": best, "parameters": model.num_parameters(), **took}
     row |= {"tokens": options["tokens"], "text_tokens": len(data)}
