@@ -5,8 +5,8 @@
 
 The published settings (Zoology, Arora et al. 2023): vocabulary 8192, 4 pairs of key and value in 64 tokens up to 64 in
 512, 100,000 texts to learn from, two layers of width 64 to 512. Other than there: layers have an MLP of their own
-width, two heads, rotary positions in the transformer; 8000 steps of 128 texts at most, learning rates 1e-3 and 4e-3, of which
-the better counts.
+width, two heads, rotary positions in the transformer; at most 8000 steps of 128 texts, the better learning rate of
+1e-3 and 4e-3.
 """
 
 import argparse
