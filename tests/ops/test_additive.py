@@ -25,11 +25,17 @@ def sum_of_writes(q, k, v, beta, state):
     return o * q.shape[-1] ** -0.5, state + torch.einsum("bthk, bthv -> bhkv", k, written)
 
 
-@pytest.mark.parametrize("rule, dtype", [("torch", torch.float64), *((r, torch.float32) for r in RULES),
-                                         ("kernels", torch.bfloat16), ("torch", torch.float16)])  # fmt: skip
-def test_the_additive_update_is_the_sum_of_the_writes(rule, dtype):
+CASES = [("torch", torch.float64, 16), *((rule, torch.float32, 16) for rule in RULES), ("torch", torch.float16, 16),
+         ("kernels", torch.bfloat16, 16)]  # fmt: skip
+LARGE = [("kernels", torch.bfloat16, K) for K in (64, 128, 256)]  # for which Hopper has kernels of its own
+
+
+@pytest.mark.parametrize("rule, dtype, K", [*CASES, *(pytest.param(*x, marks=pytest.mark.gpu) for x in LARGE)])
+def test_the_additive_update_is_the_sum_of_the_writes(rule, dtype, K):
     """The baseline would forget a little of what it holds, or scale it, and the comparison would mean nothing."""
-    *inputs, state = make(1, 130, 2, 16, dtype=torch.float64, keys="unit", beta_max=1.0)
+    if K > 16 and DEVICE == "cpu":
+        pytest.skip("minutes in the interpreter")
+    *inputs, state = make(1, 130, 2, K, dtype=torch.float64, keys="unit", beta_max=1.0)
     inputs = [x.to(DEVICE, dtype).requires_grad_() for x in inputs]
     state = (state * 3).to(DEVICE, torch.promote_types(dtype, torch.float32)).requires_grad_()
     exact = [x.detach().double().requires_grad_() for x in (*inputs, state)]
