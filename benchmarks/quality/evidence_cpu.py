@@ -25,7 +25,7 @@ TASKS = {
     "S3": {
         "models": (DOUBLED, PLAIN),
         "sizes": {"width": 64, "layers": 1, "heads": 2, "vocab_size": 16, "intermediate_size": 128},
-        "recipe": {"steps": 1000, "batch": 64, "learning_rate": 5e-3},
+        "recipe": {"steps": 1500, "batch": 64, "learning_rate": 5e-3},
         "data": {"length": LENGTHS[0]},
     },
     "parity": {
