@@ -131,13 +131,18 @@ def train(name: str, data: np.ndarray, rate: float, steps: int, seed: int, folde
     return trainer.model, took
 
 
+def spread(ids: np.ndarray, length: int, rows: int) -> np.ndarray:
+    """`rows` rows of `length` tokens (or all that there are), evenly from all documents."""
+    every = ids[: len(ids) // length * length].reshape(-1, length)
+    return every[np.linspace(0, len(every) - 1, min(rows, len(every))).astype(int)]
+
+
 @torch.no_grad()
-def losses(model, ids: np.ndarray, length: int, batch: int) -> np.ndarray:
+def losses(model, rows: np.ndarray, batch: int) -> np.ndarray:
     """`[rows, length - 1]`: -log p of every token but a row's first."""
     model.eval()
-    rows, found = torch.from_numpy(ids[: len(ids) // length * length].reshape(-1, length).astype(np.int64)), []
-    device = model.device
-    for part in rows.split(batch):
+    found, device = [], model.device
+    for part in torch.from_numpy(rows.astype(np.int64)).split(batch):
         part = part.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = model(input_ids=part, use_cache=False).logits[:, :-1]
@@ -156,13 +161,11 @@ def recalled(rows: np.ndarray, vocab_size: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def multiple_choice(model, ids: np.ndarray, batch: int, choices: int = 4, context: int = 192, end: int = 32) -> float:
-    """How often the text's own continuation is the likeliest; the others are those of the next texts."""
-    rows = ids[: len(ids) // (context + end) * (context + end)].reshape(-1, context + end)
-    others = [
-        np.concatenate((rows[:, :context], np.roll(rows[:, context:], i, axis=0)), axis=1) for i in range(choices)
-    ]
-    scores = [losses(model, x.ravel(), context + end, batch)[:, -end:].sum(1) for x in others]
+def multiple_choice(model, rows: np.ndarray, batch: int, choices: int = 4, end: int = 32) -> float:
+    """How often a text's own last `end` tokens are likelier than those of the next texts."""
+    start = rows.shape[1] - end
+    texts = [np.concatenate((rows[:, :start], np.roll(rows[:, start:], i, axis=0)), axis=1) for i in range(choices)]
+    scores = [losses(model, text, batch)[:, -end:].sum(1) for text in texts]
     return float((np.stack(scores).argmin(0) == 0).mean())
 
 
@@ -222,13 +225,12 @@ def measure(model, held_out: np.ndarray, tokenizer, options: dict) -> dict:
     from deltanet_conversion.recall_tasks import RecallTasks
 
     length, long, batch, count = (options[x] for x in ("length", "long", "batch", "rows"))
-    ids = held_out[: count * length]
-    loss = losses(model, ids, length, batch)
-    again = recalled(ids[: len(ids) // length * length].reshape(-1, length), options["sizes"]["vocab_size"])
-    by_position = losses(model, ids, long, max(1, batch // 4)).mean(0)
+    rows = spread(held_out, length, count)
+    loss, again = losses(model, rows, batch), recalled(rows, options["sizes"]["vocab_size"])
+    by_position = losses(model, spread(held_out, long, count * length // long), max(1, batch // 4)).mean(0)
     edges = [1, length // 4, length // 2, length, 2 * length, long]
     found = {
-        "held_out_tokens": len(ids),
+        "held_out_tokens": rows.size,
         "perplexity": round(math.exp(loss.mean()), 3),
         "perplexity_recalled": round(math.exp(loss[again].mean()), 3),
         "perplexity_others": round(math.exp(loss[~again].mean()), 3),
@@ -236,7 +238,7 @@ def measure(model, held_out: np.ndarray, tokenizer, options: dict) -> dict:
         "perplexity_by_position": {
             f"{a} to {b}": round(math.exp(by_position[a - 1 : b - 1].mean()), 3) for a, b in zip(edges, edges[1:])
         },
-        "multiple_choice": round(multiple_choice(model, ids, batch), 4),
+        "multiple_choice": round(multiple_choice(model, spread(held_out, 224, 4 * count), batch), 4),
     }
     tasks = RecallTasks(tokenizer, held_out[: 50 * length].tolist())
     for asked, draw in (("needle", tasks.needle), ("overwriting", tasks.overwriting)):
@@ -263,8 +265,8 @@ def work(options: dict, cell: dict) -> dict:
         if str(rate) not in search:
             steps = options["search_steps"]
             model, took = train(cell["model"], data, rate, steps, cell["seed"], folder / f"lr-{rate}", options)
-            ids = held_out[: options["rows"] * options["length"] // 4]
-            search[str(rate)] = round(float(losses(model, ids, options["length"], options["batch"]).mean()), 4)
+            rows = spread(held_out, options["length"], options["rows"] // 4)
+            search[str(rate)] = round(float(losses(model, rows, options["batch"]).mean()), 4)
             found.write_text(json.dumps(search))
             print(f"{cell['model']}: lr {rate}: held-out loss {search[str(rate)]}, {took}", flush=True)
     best = float(min(search, key=lambda rate: search[rate] if math.isfinite(search[rate]) else math.inf))
