@@ -33,22 +33,22 @@ class QuestionTrainer(Trainer):
 
 
 def answer_logits(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """`[B, A, vocabulary]`"""
-    hidden = model.model(input_ids=inputs["input_ids"], use_cache=False).last_hidden_state
-    at = inputs["at"].unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
-    return model.lm_head(hidden.gather(1, at))
+    """`[B, A, vocabulary]`, in bf16 on a GPU (accelerate's autocast is around the model's own forward only)."""
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+        hidden = model.model(input_ids=inputs["input_ids"], use_cache=False).last_hidden_state
+        at = inputs["at"].unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+        return model.lm_head(hidden.gather(1, at))
 
 
 @torch.no_grad()
 def accuracy(model, questions: Questions, batch: int = 256) -> float:
-    """The share of right answers. In bf16 on a GPU, as in training."""
+    """The share of right answers."""
     model.eval()
     right = 0
     for start in range(0, len(questions), batch):
         inputs = questions.__getitems__(slice(start, start + batch))
         inputs = {name: x.to(model.device) for name, x in inputs.items()}
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-            right += (answer_logits(model, inputs).argmax(-1) == inputs["answers"]).sum().item()
+        right += (answer_logits(model, inputs).argmax(-1) == inputs["answers"]).sum().item()
     return right / (questions.answers != NOT_ASKED).sum().item()
 
 
@@ -75,7 +75,6 @@ def fit(model, questions: Questions, recipe: Recipe, seed: int, held_out: Questi
                 weight_decay=recipe.weight_decay,
                 lr_scheduler_type="cosine",
                 warmup_steps=recipe.steps // 10,
-                bf16=torch.cuda.is_available(),
                 save_strategy="no",
                 logging_strategy="no",
                 disable_tqdm=True,
