@@ -53,12 +53,13 @@ def _seeds(rows: list[dict]) -> str:
 def plot_evidence_cpu(record: dict, axes) -> None:
     left, right = axes
     rows = [row for row in record["rows"] if row["task"] == "overwriting recall"]
-    for i, ((model,), found) in enumerate(by(rows, "model").items()):
+    models = by(rows, "model")
+    for i, found in enumerate(models.values()):
         right_answers = [row["accuracy"]["all"] for row in found]
-        left.bar(i, np.mean(right_answers), label=model, alpha=0.6)
+        left.bar(i, np.mean(right_answers), alpha=0.6)
         left.plot([i] * len(right_answers), right_answers, "k.")
-    left.set(title="overwriting recall", ylabel="right answers", ylim=(0, 1.05), xticks=[])
-    left.legend(loc="lower left")
+    left.set(title="overwriting recall", ylabel="right answers", ylim=(0, 1.05))
+    left.set_xticks(range(len(models)), [model for (model,) in models])
     rows = [row for row in record["rows"] if row["task"] != "overwriting recall"]
     for (task, model), found in by(rows, "task", "model").items():
         lengths = list(map(int, found[0]["accuracy"]))
@@ -67,7 +68,7 @@ def plot_evidence_cpu(record: dict, axes) -> None:
         right.plot(lengths, means, marker="o", ls="-" if "to 2" in model else "--", label=f"{task}, {beta}")
     right.set_xscale("log", base=2)
     right.set(title="state tracking, learned from 32 tokens", xlabel="tokens", ylim=(0, 1.05))
-    right.legend()
+    right.legend(loc="center left", bbox_to_anchor=(0, 0.75))
 
 
 # --------------------------------------------------------------------------------------------------------------- MQAR

@@ -1,5 +1,6 @@
 """The experiments under benchmarks/quality/: tasks ask what they say, and runs go on where they stopped."""
 
+import random
 import sys
 from itertools import permutations
 from pathlib import Path
@@ -15,6 +16,7 @@ import cells  # noqa: E402
 import figures_quality  # noqa: E402
 import lm  # noqa: E402
 import lm_data  # noqa: E402
+import local_tasks  # noqa: E402
 import models  # noqa: E402
 import tasks  # noqa: E402
 import train  # noqa: E402
@@ -164,3 +166,15 @@ def test_tables_of_the_grid_and_of_language_models():
     table = figures_quality.language_models({"rows": [row, row | {"seed": 1, "perplexity": 10.0}]})
     assert "| a | 29.9M | 0.002 | 9.50 [9.00, 10.00] | 2.00 [2.00, 2.00] |" in table
     assert "1.00 / 0.25" in table and "| a | 512K | 20.5 | 1.00 | 1.00 | 2.00 | 2.00 |" in table
+
+
+def test_local_tasks_can_be_answered_from_their_text():
+    """lm-evaluation-harness would ask what no model can know."""
+    draw, filler = random.Random(0), "The engine of a boat turns the screw. " * 10
+    [row] = local_tasks.cloze([f"{filler}\n\n{filler}It is the engine."], draw)
+    assert row == {"text": f"{filler}It is the", "target": " engine"}
+    [row] = local_tasks.value([f"{filler}\nport number: 8080\nUse it: often\nUse it: often\n{filler}"], draw)
+    assert row["target"] == " 8080" and row["text"].endswith("\n\nport number:") and "port number: 8080" in row["text"]
+    texts = ["".join(draw.choices("abcdefgh ", k=900)) for _ in range(4)]
+    [row] = local_tasks.continuation(texts, draw)
+    assert row["text"] + row["choices"][row["target"]] in {text[:720] for text in texts}
