@@ -41,7 +41,7 @@ RUNS = {
     "parity": ["fla_parity", "h200_fla_parity_gated"],
     "cpu": ["cpu"],
     "memory": ["convert_memory"],
-    "evidence_cpu": [],
+    "evidence_cpu": ["evidence_cpu"],
     "mqar": [],
     "language_models": [],
 }
@@ -73,6 +73,7 @@ FILES = {
     "h200_fla_parity_gated": ("the same of gated ones", False),
     "cpu": ("the torch rule on two cores", False),
     "convert_memory": ("peak memory of a conversion", False),
+    "evidence_cpu": ("overwriting recall and state tracking, models trained on a CPU", False),
 }
 # What the rows of `rule_h200` set out for, as multiples of fla: forward, forward + backward.
 AIMS = {
@@ -540,7 +541,11 @@ def title_of(record: dict) -> str:
     return f"Delta rule, B = {B}, {H} heads of {d}, bf16, {record['gpu']}, {record['date']} ({record.get('commit')})"
 
 
-PLOTS = {"h100_lengths": "h100_lengths.png", "h100_token_by_token": "h100_token_by_token.png"}
+PLOTS = {
+    "h100_lengths": "h100_lengths.png",
+    "h100_token_by_token": "h100_token_by_token.png",
+    "evidence_cpu": "evidence_cpu.png",
+}
 PANELS = {
     "h100_token_by_token": figures_quality.plot_token_by_token,
     "evidence_cpu": figures_quality.plot_evidence_cpu,
