@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: help quickstart test test-compile test-serving test-mlx test-vllm test-latest update-latest test-gpu bench \
-	bench-gpu docs lint format
+	bench-gpu evidence-cpu evidence-gpu docs lint format
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -76,6 +76,17 @@ bench: $(VENV)/.installed  ## the torch rule against transformers' own, on this 
 bench-gpu: $(VENV)/.installed  ## the kernels against their peers, on this GPU
 	$(RUN) benchmarks/bench_ops.py $(ARGS)
 	$(RUN) benchmarks/bench_decode.py $(ARGS)
+
+evidence-cpu: $(VENV)/.installed  ## overwriting recall and state tracking, trained here (20 minutes on two cores)
+	$(RUN) benchmarks/quality/evidence_cpu.py --out runs/evidence_cpu.json $(ARGS)
+
+# Both stop by themselves, say what is left, and go on by the same command. The text is made once (25 minutes).
+LM_DATA ?= runs/lm
+evidence-gpu: $(VENV)/.installed  ## associative recall, language models, chunked against token by token: on every GPU
+	$(RUN) benchmarks/bench_ops.py --token-by-token
+	$(RUN) benchmarks/quality/mqar.py --out runs/mqar.json
+	test -e $(LM_DATA)/lm_data.json || $(RUN) benchmarks/quality/lm_data.py $(LM_DATA)
+	$(RUN) benchmarks/quality/lm.py --data $(LM_DATA) --out runs/language_models.json --liger $(ARGS)
 
 docs: $(VENV)/.installed  ## write docs/api.md and the tables of figures anew, from docstrings and results
 	$(RUN) docs/api.py

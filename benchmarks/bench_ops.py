@@ -4,6 +4,7 @@
     python benchmarks/bench_ops.py --shapes 8,4096,16,128    # one of them
     python benchmarks/bench_ops.py --lengths --plot lengths.svg    # by sequence length, with a plot
     python benchmarks/bench_ops.py --gated                   # the gated rule at the sizes of published models
+    python benchmarks/bench_ops.py --token-by-token          # against the algorithm of 2021, by length and head size
 
 Same inputs, same process, bf16, q/k norm in kernel; medians of triton.testing.do_bench. "forward" runs without
 gradients, "forward + backward" returns those of q, k, v and beta (and g). A peer that is not installed has no column:
@@ -45,6 +46,8 @@ GATED_SHAPES = [  # B, T, H, HV, K, V
     (8, 4096, 30, 30, 96, 192),
     (1, 4096, 16, 16, 128, 128),
 ]
+# 32768 tokens of 2048 channels in all, as fewer and longer sequences.
+TOKEN_BY_TOKEN_SHAPES = [(32768 // T, T, 2048 // d, d) for d in (128, 64, 256) for T in (512 << i for i in range(7))]
 PEERS = {"fla": ("fla.ops", "flash-linear-attention"), "flash_qla": ("flash_qla", "flash-qla")}
 ERROR_LENGTHS = 512, 4096  # the second is cut into segments
 COLD = """
@@ -176,6 +179,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", help="B,T,H,d each, gated B,T,H,HV,K,V; default: the table")
     parser.add_argument("--gated", action="store_true", help="the gated rule")
     parser.add_argument("--lengths", action="store_true", help="1 x T x 16 x 128 for T from 1024 to 131072 instead")
+    parser.add_argument("--token-by-token", action="store_true", help="against the algorithm of 2021 instead")
     parser.add_argument(
         "--only", default="ours,fla,flash_qla,sdpa", help="names, separated by commas; also: token by token"
     )
@@ -193,10 +197,13 @@ def main() -> None:
         parser.exit(1, "bench_ops needs a CUDA GPU: there is nothing to measure in Triton's interpreter\n")
     import triton
 
-    functions = candidates(args.only.split(","), args.gated)
     shapes = (
         [tuple(map(int, s.split(","))) for s in args.shapes] if args.shapes else GATED_SHAPES if args.gated else SHAPES
     )
+    if args.token_by_token:
+        args.only = "ours,token by token"
+        shapes = shapes if args.shapes else TOKEN_BY_TOKEN_SHAPES
+    functions = candidates(args.only.split(","), args.gated)
     if args.lengths:
         shapes = [(1, 1024 * 4**i, 16, 128) for i in range(4)] + [(1, 131072, 16, 128)]
     gpu = torch.cuda.get_device_name()
@@ -215,7 +222,7 @@ def main() -> None:
         "timer": "triton.testing.do_bench median, bf16, use_qk_l2norm_in_kernel=True",
         "rows": rows,
     }
-    suffix = "_gated" if args.gated else "_ops"
+    suffix = "_gated" if args.gated else "_token_by_token" if args.token_by_token else "_ops"
     out = Path(args.out or Path(__file__).parent / "results" / f"{gpu.lower().replace(' ', '_')}{suffix}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
 

@@ -14,6 +14,9 @@ import re
 from functools import cache
 from pathlib import Path
 
+import figures_quality
+from figures_quality import markdown
+
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -38,6 +41,9 @@ RUNS = {
     "parity": ["fla_parity", "h200_fla_parity_gated"],
     "cpu": ["cpu"],
     "memory": ["convert_memory"],
+    "evidence_cpu": ["evidence_cpu"],
+    "mqar": [],
+    "language_models": [],
 }
 # What each file holds, and whether it was measured with the kernels as they were before c4f9cfe rewrote the package.
 FILES = {
@@ -67,6 +73,7 @@ FILES = {
     "h200_fla_parity_gated": ("the same of gated ones", False),
     "cpu": ("the torch rule on two cores", False),
     "convert_memory": ("peak memory of a conversion", False),
+    "evidence_cpu": ("overwriting recall and state tracking, models trained on a CPU", False),
 }
 # What the rows of `rule_h200` set out for, as multiples of fla: forward, forward + backward.
 AIMS = {
@@ -104,11 +111,6 @@ def span(values, n: int = 3) -> str:
     """One figure, or the range of several."""
     low, high = digits(min(values), n), digits(max(values), n)
     return low if low == high else f"{low} to {high}"
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(map(str, line))} |" for line in (head, *rows)]
-    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]]) + "\n"
 
 
 def shape_of(shape) -> str:
@@ -467,6 +469,26 @@ def readme() -> str:
     return "\n".join([_conditions([load(name) for name in shown]), table, *shown.values()]) + "\n"
 
 
+def overwriting_recall() -> str:
+    return _quality("evidence_cpu", figures_quality.overwriting_recall, "make evidence-cpu")
+
+
+def state_tracking() -> str:
+    return _quality("evidence_cpu", figures_quality.state_tracking, "make evidence-cpu")
+
+
+def mqar() -> str:
+    return _quality("mqar", figures_quality.mqar, "python benchmarks/quality/mqar.py")
+
+
+def language_models() -> str:
+    return _quality("language_models", figures_quality.language_models, "python benchmarks/quality/lm.py")
+
+
+def _quality(table: str, function, command: str) -> str:
+    return "\n".join(map(function, runs(table))) or f"Not measured yet: `{command}`.\n"
+
+
 def _conditions(records: list[dict]) -> str:
     """Versions and dates of several files."""
     names = {"torch": "torch", "triton": "Triton", "fla": "fla"}
@@ -477,35 +499,59 @@ def _conditions(records: list[dict]) -> str:
     return f"bf16, {versions}, {dates[0]} to {dates[-1]}.\n"
 
 
-def plot(record: dict, path: Path) -> None:
-    """The times of `bench_ops.py` by sequence length, with shape, hardware and date in the title (and in the file)."""
+def plot(record: dict, path: Path, panels=None) -> None:
+    """Two panels, drawn by `panels(record, axes)`: the times of `bench_ops.py` by sequence length by default. What was
+    measured, on what and when stands in the title (and in the file).
+    """
     import matplotlib
 
     matplotlib.use("svg" if path.suffix == ".svg" else "agg")
     import matplotlib.pyplot as plt
 
     title = title_of(record)
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharey=panels is None)
+    (panels or _plot_times)(record, axes)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Title": title})
+    plt.close(figure)
+
+
+def _plot_times(record: dict, axes) -> None:
     for axis, key, what in zip(axes, (FORWARD, BOTH), ("forward", "forward + backward")):
         for who, label in {"ours": "ours", "sdpa": "softmax attention (SDPA)", "fla": "fla"}.items():
             points = [(r["shape"][1], r["results"][who][key]) for r in record["rows"] if who in r["results"]]
             axis.plot(*zip(*points), marker="o", label=label)
         axis.set(xscale="log", yscale="log", xlabel="sequence length", title=what)
         axis.set_xscale("log", base=2)
-        axis.grid(alpha=0.3)
     axes[0].set_ylabel("ms")
     axes[0].legend()
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Title": title})
 
 
 def title_of(record: dict) -> str:
+    if "what" in record:
+        what = record["what"][0].upper() + record["what"][1:]
+        return f"{what}, {hardware(record)}, {record['date']} ({record.get('commit')})"
     B, _, H, d = record["rows"][0]["shape"]
+    if any("token by token" in row["results"] for row in record["rows"]):
+        sizes = f"{B * record['rows'][0]['shape'][1]} tokens of {H * d} channels"
+        return f"Chunked against token by token, {sizes}, {record['gpu']}, {record['date']} ({record.get('commit')})"
     return f"Delta rule, B = {B}, {H} heads of {d}, bf16, {record['gpu']}, {record['date']} ({record.get('commit')})"
 
 
-PLOTS = {"h100_lengths": "h100_lengths.png"}
+PLOTS = {
+    "h100_lengths": "h100_lengths.png",
+    "h100_token_by_token": "h100_token_by_token.png",
+    "evidence_cpu": "evidence_cpu.png",
+}
+PANELS = {
+    "h100_token_by_token": figures_quality.plot_token_by_token,
+    "evidence_cpu": figures_quality.plot_evidence_cpu,
+    "h100_mqar": figures_quality.plot_mqar,
+    "h100_language_models": figures_quality.plot_language_models,
+}
 
 
 def documents() -> list[Path]:
@@ -522,18 +568,26 @@ def written(text: str) -> str:
     return BLOCK.sub(lambda block: block[1] + globals()[block[2]]() + block[3], text)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plot", action="store_true", help="draw the pictures, too")
-    args = parser.parse_args()
+def write_documents() -> None:
     for path in documents():
         if (text := written(path.read_text())) != path.read_text():
             path.write_text(text)
             print(f"written: {path.relative_to(ROOT)}")
+
+
+def draw(names) -> None:
+    for name in names:
+        plot(load(name), RESULTS / PLOTS[name], PANELS.get(name))
+        print(f"drawn: {(RESULTS / PLOTS[name]).relative_to(ROOT)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plot", action="store_true", help="draw the pictures, too")
+    args = parser.parse_args()
+    write_documents()
     if args.plot:
-        for name, picture in PLOTS.items():
-            plot(load(name), RESULTS / picture)
-            print(f"drawn: {(RESULTS / picture).relative_to(ROOT)}")
+        draw(PLOTS)
 
 
 if __name__ == "__main__":

@@ -279,6 +279,8 @@ def _architecture(folder: Path) -> tuple[list[tuple[str, str]], str, str]:
     linear += f"convolution of {config.linear_conv_kernel_dim}" if config.linear_conv_kernel_dim else "no convolution"
     if not config.linear_use_beta:
         linear += "; step size 1"
+    if not config.linear_use_delta_rule:
+        linear += "; no delta rule, writes only add"
     if config.linear_allow_neg_eigval:
         linear += "; step sizes up to 2"
     if config.linear_use_decay:

@@ -93,6 +93,8 @@ def _check_mlx_runs(source: str | Path, config: DeltaNetConfig, checkpoint: Chec
             f"{source} has a quantization_config, which MLX does not read: export the model that was quantised, and "
             "quantise the export by `mlx_lm.convert -q`"
         )
+    if not config.linear_use_delta_rule:
+        raise ValueError(f"{source} has linear_use_delta_rule = False, a baseline that the model file for MLX lacks")
     if config.hidden_act not in ACTIVATIONS:
         raise ValueError(f"hidden_act must be one of {', '.join(ACTIVATIONS)} for MLX, got {config.hidden_act!r}")
     if config.uses_rope and config.rope_parameters["rope_type"] in GROWING_ROTATIONS:

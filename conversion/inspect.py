@@ -76,6 +76,7 @@ def inspect_checkpoint(source: str | Path, revision: str | None = None) -> dict:
             "value_heads": config.linear_num_value_heads,
             "key_dim": config.linear_key_head_dim,
             "value_dim": config.linear_value_head_dim,
+            "delta_rule": config.linear_use_delta_rule,
             "decay": config.linear_use_decay,
         },
         "softmax_heads": None if set(counts) == {"linear_attention"} else {

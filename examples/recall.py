@@ -12,16 +12,14 @@ import argparse
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Column, Table
 from shared import claim, log_in_lines, refusals, run, train
 from transformers import Trainer, TrainingArguments, set_seed
 
-from modeling_deltanet import DeltaNetConfig, DeltaNetForCausalLM, linear_attention_deltanet
+from modeling_deltanet import DeltaNetConfig, DeltaNetForCausalLM
 
 
 AT_ONCE = 8  # keys that a text uses
@@ -31,17 +29,6 @@ WRITES = 4  # under each key, of the texts that are measured
 LENGTH = len(KEYS) * (2 * WRITES + 3)  # symbols of such a text
 EPISODES = 128
 BATCH = 32
-
-
-def without_delta_rule(q, k, v, beta, initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=True, **_):
-    """Linear attention in the place of the delta rule: the memory is the sum of all writes.
-
-    Shapes: q, k `[B, T, H, K]`, v `[B, T, H, V]`, beta `[B, T, H]`. For training and whole texts only.
-    """
-    assert initial_state is None and not output_final_state and use_qk_l2norm_in_kernel
-    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-    scores = torch.einsum("bthk, bshk -> bhts", q, k).tril() * q.shape[-1] ** -0.5
-    return torch.einsum("bhts, bshv -> bthv", scores, v * beta.unsqueeze(-1)), None
 
 
 def recall_stream(draw: random.Random, keys: Sequence[str], values: Sequence[str], question: str, length: int):
@@ -70,7 +57,7 @@ def recall_episode(draw: random.Random, keys: Sequence[str], values: Sequence[st
     return text
 
 
-def make_model() -> DeltaNetForCausalLM:
+def make_model(use_delta_rule: bool) -> DeltaNetForCausalLM:
     config = DeltaNetConfig(
         vocab_size=len(SYMBOLS),
         hidden_size=64,
@@ -78,6 +65,7 @@ def make_model() -> DeltaNetForCausalLM:
         num_hidden_layers=2,
         layer_types=["linear_attention"] * 2,
         linear_num_key_heads=1,
+        linear_use_delta_rule=use_delta_rule,
         num_attention_heads=1,
         pad_token_id=None,
         bos_token_id=None,
@@ -106,14 +94,11 @@ def answers(model, texts: list[list[str]]) -> tuple[torch.Tensor, torch.Tensor]:
     return model.eval()(ids, use_cache=False).logits[:, asked].argmax(-1), ids[:, asked + 1]
 
 
-def measure(folder: Path, steps: int, seed: int, rule) -> tuple[float, float, list[str]]:
-    """The share of questions that are answered right before and after training, and the answers to the first text.
-
-    `rule` is put in the place of the layers' delta rule.
-    """
+def measure(folder: Path, steps: int, seed: int, use_delta_rule: bool) -> tuple[float, float, list[str]]:
+    """The share of questions that are answered right before and after training, and the answers to the first text."""
     texts = episodes()
     set_seed(seed)
-    model = make_model()
+    model = make_model(use_delta_rule)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -132,11 +117,10 @@ def measure(folder: Path, steps: int, seed: int, rule) -> tuple[float, float, li
         ),
         train_dataset=examples(random.Random(seed), steps * BATCH),
     )
-    with patch.object(linear_attention_deltanet, "delta_rule", rule):
-        given, right = answers(model, texts)
-        before = (given == right).float().mean().item()
-        train(log_in_lines(trainer))
-        given, right = answers(model, texts)
+    given, right = answers(model, texts)
+    before = (given == right).float().mean().item()
+    train(log_in_lines(trainer))
+    given, right = answers(model, texts)
     return before, (given == right).float().mean().item(), [SYMBOLS[answer] for answer in given[0]]
 
 
@@ -147,11 +131,11 @@ def episodes() -> list[list[str]]:
 
 def compare(folder: Path, steps: int, seed: int, console: Console) -> dict[str, tuple[float, float]]:
     """Train both models and show what they answer. The share of right answers before and after, of each."""
-    rules = {"with the delta rule": linear_attention_deltanet.delta_rule, "without it": without_delta_rule}
+    rules = {"with the delta rule": True, "without it": False}
     shares, given = {}, {}
-    for name, rule in rules.items():
+    for name, use_delta_rule in rules.items():
         console.print(f"A model {name}:", highlight=False)
-        *shares[name], given[name] = measure(folder / name.replace(" ", "_"), steps, seed, rule)
+        *shares[name], given[name] = measure(folder / name.replace(" ", "_"), steps, seed, use_delta_rule)
     text = episodes()[0]
     writes, questions = text[: -3 * len(KEYS)], text[-3 * len(KEYS) :]
     console.print(f"\nA text:  {' '.join(map(''.join, zip(writes[::2], writes[1::2])))}", highlight=False)

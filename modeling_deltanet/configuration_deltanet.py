@@ -108,6 +108,9 @@ class DeltaNetConfig(PreTrainedConfig):
             Whether the step size beta is learned, a sigmoid per token and value head; otherwise it is 1.
         linear_allow_neg_eigval (`bool`, *optional*, defaults to `False`):
             Double beta, to a range of (0, 2): negative eigenvalues, which learn parity and permutations.
+        linear_use_delta_rule (`bool`, *optional*, defaults to `True`):
+            Whether a write first subtracts what its key already retrieves. Without it a write only adds, as in a plain
+            linear transformer: the baseline that the delta rule is compared with.
         linear_use_decay (`bool`, *optional*, defaults to `False`):
             Let the memory fade before each token writes (Gated DeltaNet): every value head multiplies its state by
             alpha = exp(-exp(`A_log`) * softplus(`a_proj`(x) + `dt_bias`)), learned per token. Not to be confused with
@@ -189,6 +192,7 @@ class DeltaNetConfig(PreTrainedConfig):
     linear_qk_norm: Literal["l2", "sum"] = "l2"
     linear_use_beta: bool = True
     linear_allow_neg_eigval: bool = False
+    linear_use_delta_rule: bool = True
     linear_use_decay: bool = False
     linear_use_output_gate: bool = False
     linear_attention_bias: bool = False
@@ -284,12 +288,12 @@ class DeltaNetConfig(PreTrainedConfig):
         self.auto_map = getattr(self, "auto_map", None) or {}
 
     def to_dict(self) -> dict[str, Any]:
-        """As [`PreTrainedConfig.to_dict`], without the `auto_map` of a model that is no remote code, and without the
-        `linear_use_decay` of one that has none, of which older versions would warn.
+        """As [`PreTrainedConfig.to_dict`], without the `auto_map` of a model that is no remote code, and without those
+        fields at their defaults of which older versions would warn.
         """
         fields = super().to_dict()
-        for name in ("auto_map", "linear_use_decay"):
-            if not fields[name]:
+        for name, default in (("auto_map", {}), ("linear_use_decay", False), ("linear_use_delta_rule", True)):
+            if fields[name] == default:
                 del fields[name]
         return fields
 
@@ -410,6 +414,12 @@ class DeltaNetConfig(PreTrainedConfig):
             raise ValueError(
                 "linear_allow_neg_eigval is True, but linear_use_beta is False: a fixed beta has no range to double"
             )
+        for name in ("linear_allow_neg_eigval", "linear_use_decay"):
+            if getattr(self, name) and not self.linear_use_delta_rule:
+                raise ValueError(
+                    f"{name} is True, but linear_use_delta_rule is False: it belongs to the delta rule, and a memory "
+                    "that only adds has none"
+                )
         if self.linear_use_rope and self.rope_parameters.get("rope_theta") is None:
             raise ValueError("linear_use_rope is True, but rope_parameters has no rope_theta to rotate by")
         if self.linear_use_rope and self.linear_key_head_dim != self.head_dim:

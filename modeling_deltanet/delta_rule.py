@@ -31,6 +31,7 @@ CHUNK_SIZE = 64
 SHORT_SEQUENCE = 4
 # More than models have: a time axis, rather. (fla warned of more heads than tokens, which a short prompt has, too.)
 MANY_HEADS = 256
+SMALL_STEP = 2.0**-28  # the least that the kernels take
 L2_NORM_EPS = 1e-6  # as the kernels' limits.NORM_EPS, which need not be installed
 
 
@@ -79,6 +80,20 @@ def delta_rule_step(
     o, new_state = torch_recurrent_delta_rule(q, k, v, beta, scale, state, True, use_qk_l2norm_in_kernel, g=g)
     state.copy_(new_state)
     return o
+
+
+def additive(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Arguments with which the delta rule only adds, S_t = S_{t-1} + k_t (beta_t v_t)^T: the plain linear transformer.
+
+    It is the rule's limit for small steps: step (v / step - S^T k) = v - step S^T k. At 2^-28 a text of T tokens loses
+    T / 2^28 of what it has written, and a power of two changes no digit of v. fp16, which has no room for v / step,
+    becomes fp32.
+    """
+    if v.dtype == torch.float16:
+        q, k, v = q.float(), k.float(), v.float()
+    return q, k, v * (beta.to(v.dtype) / SMALL_STEP).unsqueeze(-1), torch.full_like(beta, SMALL_STEP, dtype=v.dtype)
 
 
 def _too_large(q: torch.Tensor, v: torch.Tensor) -> str | None:

@@ -15,7 +15,7 @@ from transformers.integrations.accelerate import force_accelerate_hooks
 
 from .cache_deltanet import can_overwrite
 from .configuration_deltanet import DeltaNetConfig
-from .delta_rule import delta_rule, delta_rule_step
+from .delta_rule import additive, delta_rule, delta_rule_step
 from .kernel_switch import checkpoint_but_for_rule, is_transformed
 from .norm_deltanet import DeltaNetRMSNorm
 from .rotary_deltanet import rotate
@@ -46,6 +46,7 @@ class DeltaNetLinearAttention(nn.Module):
         self.qk_activation = config.linear_qk_activation
         self.qk_norm = config.linear_qk_norm
         self.allow_neg_eigval = config.linear_allow_neg_eigval
+        self.use_delta_rule = config.linear_use_delta_rule
         key_dim = config.linear_num_key_heads * self.head_k_dim
         value_dim = self.num_v_heads * self.head_v_dim
 
@@ -159,6 +160,10 @@ class DeltaNetLinearAttention(nn.Module):
         if attention_mask is not None:
             beta = beta * attention_mask.unsqueeze(-1).to(beta.dtype)
 
+        dtype = v.dtype
+        if not self.use_delta_rule:
+            q, k, v, beta = additive(q, k, v, beta)
+
         options = {"use_qk_l2norm_in_kernel": self.qk_norm == "l2"}
         if a is not None:
             options["g"] = self._log_decay(a, attention_mask)
@@ -178,7 +183,7 @@ class DeltaNetLinearAttention(nn.Module):
         if past_key_values is not None:
             past_key_values.update_recurrent_state(state, self.layer_idx, new_tokens=T)
 
-        o = self.o_norm(o)
+        o = self.o_norm(o.to(dtype))
         if gate is not None:
             o = o * F.silu(gate.unflatten(-1, (-1, self.head_v_dim)))
         return self.o_proj(o.flatten(-2))

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Trainer, TrainerControl, TrainingArguments
 
@@ -324,19 +323,6 @@ def test_a_launch_of_one_process_is_told(monkeypatch, tmp_path):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.warns(UserWarning, match="torchrun --nproc_per_node"):
         shared.check_setup(arguments)
-
-
-def test_without_the_delta_rule_is_the_sum_of_all_writes(monkeypatch):
-    """The quickstart's first figures would compare the delta rule with something else than linear attention."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    import recall
-
-    q, k, v = (torch.randn(2, 9, 3, 8, dtype=torch.float64) for _ in "qkv")
-    beta = torch.rand(2, 9, 3, dtype=torch.float64)
-    o, _ = recall.without_delta_rule(q, k, v, beta)
-    q, k = (x / x.norm(dim=-1, keepdim=True) for x in (q, k))
-    memory = (k.unsqueeze(-1) * (v * beta.unsqueeze(-1)).unsqueeze(-2)).cumsum(1)
-    torch.testing.assert_close(o, torch.einsum("bthk, bthkv -> bthv", q, memory) * 8**-0.5)
 
 
 @pytest.mark.parametrize("script", ["pretrain.py", "finetune_lora.py"])

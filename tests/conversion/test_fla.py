@@ -297,6 +297,7 @@ def test_what_ours_does_not_compute_is_refused(tmp_path, fields, words):
         {"linear_use_rope": True, "head_dim": 16},
         {"linear_attention_bias": True},
         {"hidden_act": "gelu"},
+        {"linear_use_delta_rule": False},
         {"linear_use_decay": True, "linear_use_beta": False},
         {"linear_use_decay": True, "linear_qk_activation": "relu"},
         {"linear_use_decay": True, "linear_qk_norm": "sum", "linear_qk_activation": "elu"},

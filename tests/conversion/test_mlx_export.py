@@ -88,9 +88,10 @@ def test_the_model_file_stands_alone(tree):
         (lambda f: saved(f, layer_types=[LINEAR, LINEAR, LINEAR, FULL], sliding_window=None), "lacks .*linear_attn"),
         (lambda f: saved(f, model_type="delta_net"), "is 'delta_net', .*deltanet convert"),
         (lambda f: saved(f, hidden_size="many"), "config.json.*hidden_size"),
+        (lambda f: saved(f, tiny_model(linear_use_delta_rule=False)), "linear_use_delta_rule = False"),
     ],
     ids=["activation", "rotation", "fp64", "quantised", "classifier", "llama", "adapter", "no tokenizer",
-         "other weights", "fla", "broken config"],
+         "other weights", "fla", "broken config", "additive"],
 )  # fmt: skip
 def test_what_mlx_cannot_run_is_refused_by_name(tmp_path, make, message):
     """The folder would be made, and fail or speak nonsense on the machine that it was made for."""

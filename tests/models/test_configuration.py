@@ -125,6 +125,14 @@ CONTRADICTIONS = {
         {"linear_allow_neg_eigval": True, "linear_use_beta": False},
         ["linear_allow_neg_eigval", "True", "linear_use_beta", "False"],
     ),
+    "negative eigenvalues without the delta rule": (
+        {"linear_allow_neg_eigval": True, "linear_use_delta_rule": False},
+        ["linear_allow_neg_eigval", "True", "linear_use_delta_rule", "False"],
+    ),
+    "a decay without the delta rule": (
+        {"linear_use_decay": True, "linear_use_delta_rule": False},
+        ["linear_use_decay", "True", "linear_use_delta_rule", "False"],
+    ),
     "linear layers rotate by nothing": (
         {"linear_use_rope": True, "head_dim": 16, "rope_parameters": {"rope_theta": None}},
         ["linear_use_rope", "True", "rope_theta"],
@@ -284,6 +292,7 @@ OTHER_VALUES = {
     "linear_qk_norm": {"linear_qk_norm": "sum", "linear_qk_activation": "relu"},
     "linear_use_beta": False,
     "linear_allow_neg_eigval": True,
+    "linear_use_delta_rule": False,
     "linear_use_decay": True,
     "linear_use_output_gate": True,
     "linear_attention_bias": True,

@@ -84,7 +84,8 @@ def reference_mixer(mixer, config, x):
         for g in range(G):
             q_t, k_t = q[t, g * H // G], k[t, g * H // G]
             S[g] = alpha[t, g] * S[g]
-            S[g] = S[g] + beta[t, g] * torch.outer(k_t, v[t, g] - k_t @ S[g])
+            known = k_t @ S[g] if config.linear_use_delta_rule else 0
+            S[g] = S[g] + beta[t, g] * torch.outer(k_t, v[t, g] - known)
             heads.append(q_t @ S[g] / len(q_t) ** 0.5)
         outputs.append(torch.stack(heads))
     o = torch.stack(outputs)

@@ -36,6 +36,7 @@ VARIANTS = {
     },
     "fixed_beta": {"linear_use_beta": False},
     "negative_eigenvalues": {"linear_allow_neg_eigval": True},
+    "additive": {"linear_use_delta_rule": False},
     "grouped_value_heads": {
         "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 12,
     },

@@ -30,6 +30,7 @@ class DeltaNetConfig(PreTrainedConfig):
     linear_qk_norm: Literal["l2", "sum"] = "l2"
     linear_use_beta: bool = True
     linear_allow_neg_eigval: bool = False
+    linear_use_delta_rule: bool = True
     linear_use_decay: bool = False
     linear_use_output_gate: bool = False
     linear_attention_bias: bool = False

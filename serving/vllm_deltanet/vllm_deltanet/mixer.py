@@ -96,6 +96,8 @@ class DeltaNetMixer(nn.Module, MambaBase):
             prefix=f"{prefix}.qkv_proj",
         )
         self.b_proj = columns("b_proj", config.linear_num_value_heads) if config.linear_use_beta else None
+        if not config.linear_use_delta_rule:
+            raise ValueError("linear_use_delta_rule is False: vLLM serves the delta rule, not the baseline without it")
         self.a_proj = columns("a_proj", config.linear_num_value_heads) if config.linear_use_decay else None
         self.g_proj = columns("g_proj", self.value_dim) if config.linear_use_output_gate else None
         if config.linear_use_decay:
