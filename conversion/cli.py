@@ -12,10 +12,12 @@ import typer
 
 from .cli_output import AsJson, Result, command, say
 from .cli_publish import register
+from .cli_sample import sample
 
 
 app = typer.Typer(
-    help="DeltaNet checkpoints: convert, align, distill, inspect, generate, export, publish; a check of this machine.",
+    help="DeltaNet checkpoints: convert, sample, align, distill, inspect, generate, export, publish; a check of this "
+    "machine.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -152,6 +154,9 @@ def convert(
         calibrate=tuple(calibrate or ()), calibration_tokens=calibration_tokens, text_column=text_column,
     )  # fmt: skip
     return Result(result, code=int(verify and result["logits"]["verdict"] == "different"))
+
+
+command(app)(sample)
 
 
 # What align and distill have in common.
