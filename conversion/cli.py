@@ -257,6 +257,19 @@ def distill(
         bool,
         typer.Option("--completion-only", help="Of chats, and of prompts with completions, learn the answers only."),
     ] = False,
+    freeze: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What stays as it is: 'embeddings', 'mlp', 'attention' (of kept layers) or 'norms'; may be given "
+            "several times."
+        ),
+    ] = None,
+    linear_decay: Annotated[
+        bool,
+        typer.Option(
+            "--linear-decay", help="Give the linear layers a decay that starts open: for a stage on long texts."
+        ),
+    ] = False,
     keep_training: KeepTraining = False,
 ) -> Result:
     """Second stage after a conversion: the whole student learns the teacher's next-token distributions.
@@ -268,6 +281,10 @@ def distill(
         deltanet distill ./teacher ./aligned ./distilled --data ./texts --tokens 300000000
 
         deltanet distill ./teacher ./aligned ./distilled --data chats.jsonl --completion-only
+
+    A third stage, on long texts, is another distillation:
+
+        deltanet distill ./teacher ./distilled ./long --data ./books --length 8192 --batch-size 1 --linear-decay
     """
     from .distillation import Distillation
     from .distillation import distill as run
@@ -275,7 +292,8 @@ def distill(
     stage = Distillation(
         teacher, student, str(output), tuple(data), tokens, length, batch_size, accumulation, learning_rate, seed,
         text_column, save_steps, precision and precision.value, activation_checkpointing, report_to,
-        device and device.value, keep_training, mixer_learning_rate, lora_rank, completion_only,
+        device and device.value, keep_training, mixer_learning_rate, lora_rank, completion_only, tuple(freeze or ()),
+        linear_decay,
     )  # fmt: skip
     return Result(run(stage))
 
