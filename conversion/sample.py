@@ -155,9 +155,6 @@ class Writer:
 
     def __init__(self, model: PreTrainedModel, tokenizer, sampling: Sampling):
         self.model, self.tokenizer, self.s = model, tokenizer, sampling
-        ends = getattr(model.generation_config, "eos_token_id", None)
-        ends = ends if isinstance(ends, list) else [ends]
-        self.ends = sorted({token for token in (*ends, tokenizer.eos_token_id) if token is not None})
         added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.special = [token for token in {*tokenizer.all_special_tokens, *added} if token.strip()]
 
@@ -205,14 +202,10 @@ class Writer:
 
     def answers(self) -> Batch:
         """What comes before the first answer of a chat, and the teacher's answer."""
-        from .text import load_text
+        from .text import unanswered
 
-        documents = load_text(
-            list(self.s.prompts), self.s.text_column, tokenizer=self.tokenizer, completion_only=True
-        ).shuffle(seed=self.s.seed)
-        texts = [row["text"][: row["answers"][0][0]] for row in documents if row["answers"]]
-        if not any(texts):
-            raise ValueError(f"{', '.join(self.s.prompts)} holds no answer that could be written anew")
+        texts = unanswered(list(self.s.prompts), self.tokenizer, self.s.text_column)
+        random.Random(self.s.seed).shuffle(texts)
         return self._from(lambda i: self._ids(texts[i % len(texts)]))
 
     def _from(self, prompt: Callable[[int], list[int]]) -> Batch:
@@ -240,25 +233,29 @@ class Writer:
         """Whether a text would be read as more than one message."""
         return any(token in text for token in self.special)
 
-    @torch.no_grad()
     def _go_on(self, prompts: list[list[int]], max_new_tokens: int | None = None) -> list[list[int]]:
-        """New tokens after each prompt, up to the one that ends a text."""
-        if not prompts:
-            return []
-        width = max(map(len, prompts))
-        padding = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else (self.ends or [0])[0]
-        ids = torch.tensor([[padding] * (width - len(p)) + p for p in prompts], device=self.model.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
-        written = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens or self.s.max_new_tokens,
-            do_sample=True,
-            temperature=self.s.temperature,
-            top_p=self.s.top_p,
-            top_k=0,
-            eos_token_id=self.ends or None,
-            pad_token_id=padding,
-        )
-        rows = written[:, width:].tolist()
-        return [row[: next((i for i, token in enumerate(row) if token in self.ends), len(row))] for row in rows]
+        sampling = {"do_sample": True, "temperature": self.s.temperature, "top_p": self.s.top_p, "top_k": 0}
+        return go_on(self.model, self.tokenizer, prompts, max_new_tokens or self.s.max_new_tokens, **sampling)
+
+
+@torch.no_grad()
+def go_on(model: PreTrainedModel, tokenizer, prompts: list[list[int]], max_new_tokens: int, **sampling) -> list:
+    """New tokens after each of several prompts, up to the one that ends a text."""
+    if not prompts:
+        return []
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
+    width = max(map(len, prompts))
+    ids = torch.tensor([[padding] * (width - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    written = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=padding,
+        **sampling,
+    )
+    rows = written[:, width:].tolist()
+    return [row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in rows]
