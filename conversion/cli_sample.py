@@ -31,7 +31,8 @@ def sample(
         ),
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Of a completion or an answer, at most.", min=1)] = 480,
-    temperature: Annotated[float, typer.Option(help="Of the sampling; 1 for the teacher's own distribution.")] = 1.0,
+    question_tokens: Annotated[int, typer.Option(help="Of a question that it makes up, at most.", min=1)] = 128,
+    temperature: Annotated[float, typer.Option(help="Of the sampling; 1 for the teacher's own distribution.")] = 0.8,
     top_p: Annotated[
         float, typer.Option(help="Sample among the likeliest tokens of so much probability; 1 for all.", max=1.0)
     ] = 1.0,
@@ -59,6 +60,6 @@ def sample(
 
     sampling = Sampling(
         teacher, str(output), tokens, tuple(prompts or ()), text_column, prompt_tokens, answers, max_new_tokens,
-        temperature, top_p, batch_size, seed, dtype,
+        question_tokens, temperature, top_p, batch_size, seed, dtype,
     )  # fmt: skip
     return Result(sample_text(sampling))

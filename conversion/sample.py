@@ -29,7 +29,6 @@ from .files import read_json
 
 DTYPES = ("float32", "bfloat16", "float16")
 PLACE = "DELTANET-MESSAGE"  # stands for a message while its place in the chat template is looked for
-QUESTION_TOKENS = 256  # of a message that is made up, at most
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,8 @@ class Sampling:
         prompts: text whose pieces are gone on from, see `load_text`; none for chats that the teacher makes up.
         prompt_tokens: tokens of a piece to go on from.
         answers: `prompts` are chats, or prompts with completions, of which the first answer is written anew.
-        max_new_tokens: of a completion or an answer, at most.
-        temperature, top_p: of the sampling.
+        max_new_tokens: of a completion or an answer, at most; `question_tokens` of a question that is made up.
+        temperature, top_p: of the sampling; at 1, a small model writes much that makes no sense.
         batch_size: texts at a time.
         dtype: to compute in; bfloat16 on a GPU and float32 on a CPU by default.
     """
@@ -57,7 +56,8 @@ class Sampling:
     prompt_tokens: int = 32
     answers: bool = False
     max_new_tokens: int = 480
-    temperature: float = 1.0
+    question_tokens: int = 128
+    temperature: float = 0.8
     top_p: float = 1.0
     batch_size: int = 64
     seed: int = 0
@@ -172,7 +172,7 @@ class Writer:
 
         def batch(number: int):
             questions = []
-            for ids in self._go_on([opening] * self.s.batch_size, QUESTION_TOKENS):
+            for ids in self._go_on([opening] * self.s.batch_size, self.s.question_tokens):
                 text = self.tokenizer.decode(ids)
                 question = (text.split(after.strip())[0] if after.strip() else text).strip()
                 if question and not self._has_special(question):

@@ -4,10 +4,14 @@ import importlib.util
 import json
 import random
 import re
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
+from test_sample import settings  # noqa: F401  a fixture
+
+from deltanet_conversion.interrupt import Stopped
 
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "convert_llama.py"
@@ -62,3 +66,47 @@ def test_recall_asks_for_the_last_value(example):
             tokens = tokens[question + 2 :]
         assert len(memory) == 8 and asked >= 8
     assert writes < 200
+
+
+def test_a_chat_model_goes_the_whole_way(monkeypatch, tmp_path, settings, capsys):  # noqa: F811
+    """The command that the README names for one's own chat model would break between two of its steps, do a step
+    twice, or leave a card without its figures.
+    """
+    monkeypatch.syspath_prepend(EXAMPLE.parent)
+    out, long = tmp_path / "run", tmp_path / "run" / "long"
+    arguments = (
+        f"--smoke --teacher {settings['teacher']} --output-dir {out} --compare --keep auto:25% --linear-decay "
+        "--chat-tokens 300 --held-out-tokens 60 --max-new-tokens 12 --calibration-tokens 64 --align-tokens 64 "
+        "--distill-tokens 64 --long-tokens 64 --length 16 --long-length 32 --batch-size 2 --recall-lengths 250 "
+        f"--speed-lengths 8 --eval-length 16 --text {tmp_path / 'text.txt'}"
+    ).split()
+    monkeypatch.setattr(sys, "argv", ["convert_smollm2.py", *arguments])
+    stopped = [Stopped("the machine is somebody else's")]
+    module = runpy.run_path(str(EXAMPLE.with_name("convert_smollm2.py")))
+    evaluate = module["main"].__globals__["evaluate"]
+
+    def stops_once(*args):
+        if stopped:
+            raise stopped.pop()
+        return evaluate(*args)
+
+    monkeypatch.setitem(module["main"].__globals__, "evaluate", stops_once)
+    with pytest.raises(Stopped):
+        module["main"]()
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    module["main"]()
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    facts = json.loads((long / "conversion.json").read_text())
+    assert len(facts["layer_scores"]["scores"]) == 4 and {"align", "distill", "distill_2"} <= facts.keys()
+    figures = json.loads((long / "evaluation.json").read_text())
+    columns = {row.get("of", "") for row in figures["results"] if row["metric"] == "perplexity"}
+    stages = {"hybrid", "aligned", "distilled"}
+    assert columns == {"", "teacher", "even long", *stages, *(f"even {name}" for name in stages)}
+    card = (long / "README.md").read_text()
+    assert "KL to the teacher" in card and "greedy agreement" in card and "the next token after 8, teacher" in card
+    transcript = (long / "transcript.md").read_text()
+    assert (
+        transcript.count("**Teacher:**") == transcript.count("**Student:**") == transcript.count("**Prompt:**") == 10
+    )
+    assert str(tmp_path) not in card + transcript
+    assert "even long" in capsys.readouterr().out

@@ -42,7 +42,7 @@ def settings(tmp_path):
     )
     return {
         "teacher": str(tmp_path / "teacher"), "output": str(tmp_path / "out.jsonl"), "tokens": 300, "batch_size": 4,
-        "max_new_tokens": 12, "prompt_tokens": 5,
+        "max_new_tokens": 12, "question_tokens": 20, "prompt_tokens": 5,
     }  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def test_what_a_teacher_writes_is_what_stages_read(settings, tmp_path, kind):
     prompts = tuple(str(tmp_path / name) for name in sources)
     summary = sample_text(Sampling(**settings, prompts=prompts, answers=kind == "answers"))
     rows = lines(settings)
-    assert len(rows) == summary["rows"] and 300 <= summary["tokens"] < 300 + 4 * 300
+    assert len(rows) == summary["rows"] and 300 <= summary["tokens"] < 300 + 4 * 60
     assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.jsonl"]
     tokenizer = AutoTokenizer.from_pretrained(settings["teacher"])
     documents = load_text([settings["output"]], tokenizer=tokenizer, completion_only=True)
