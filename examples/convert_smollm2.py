@@ -148,7 +148,7 @@ def student_steps(out: Path, folder: Path, keep: str, args) -> dict[Path, tuple]
             ),
         ),
     }  # fmt: skip
-    # The last stage of the three: longer blocks, a tenth of the rates.
+    # The last of the three stages: longer blocks, a quarter of the rates.
     if args.long_tokens:
         steps[long] = (
             f"deltanet distill {teacher} {distilled} {long} --length {args.long_length} --tokens {args.long_tokens}"
