@@ -91,19 +91,19 @@ class KLDivergence(torch.autograd.Function):
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         for start in range(0, len(logits), CHUNK):
             part = slice(start, start + CHUNK)
-            log_q, log_p = (x[part].to(dtype).log_softmax(-1) for x in (logits, wanted))
+            log_q, log_p = (x[part].log_softmax(-1, dtype=dtype) for x in (logits, wanted))
             p = log_p.exp()
-            total += ((log_p - log_q).mul_(p).sum(-1) * learned[part]).sum()
+            total += (log_p.sub_(log_q).mul_(p).sum(-1) * learned[part]).sum()
             if gradient is not None:
-                gradient[part] = log_q.exp_().sub_(p).mul_(learned[part, None])
-        ctx.save_for_backward(gradient)
+                torch.sub(log_q.exp_(), p, out=gradient[part])
+        ctx.save_for_backward(gradient, learned)
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_total):
-        (gradient,) = ctx.saved_tensors
-        return gradient * d_total, None, None
+        gradient, learned = ctx.saved_tensors
+        return gradient * (d_total * learned).unsqueeze(-1), None, None
 
 
 class DistillationTrainer(Trainer):

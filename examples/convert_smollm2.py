@@ -218,7 +218,7 @@ def main():
         "keep": ("auto:25%", "25%", None),
         "chat_tokens": (8_000_000, 1200, "of the teacher's own writing to learn from"),
         "held_out_tokens": (60_000, 600, "of it, held out"),
-        "max_new_tokens": (320, 32, "of an answer, at most"),
+        "max_new_tokens": (256, 32, "of an answer, at most"),
         "question_tokens": (128, 32, "of a question, at most"),
         "sample_batch": (2048, 8, "chats at a time"),
         "calibration_tokens": (16_384, 512, "that the start of the mixers is computed from"),
