@@ -23,6 +23,7 @@ from deltanet_conversion.card import make_card
 from deltanet_conversion.card_check import card_problems
 from deltanet_conversion.evaluate import _share_right
 from deltanet_conversion.recall_tasks import KEYS, WRITES, RecallTasks
+from deltanet_conversion.text import unanswered
 
 
 TEXT = "The delta rule writes what is new. It leaves alone what is known already, and forgets the rest. " * 60
@@ -186,6 +187,7 @@ def test_students_stand_beside_each_other(folder, tokenizer, deltanet):  # noqa:
 def test_answers_to_chats_are_compared(folder, tokenizer):
     """Agreement would be measured on what users say, or on questions with their answers."""
     (folder / "chats.jsonl").write_text('{"prompt": "Who writes", "completion": " it?"}\n' * 3)
+    assert unanswered([str(folder / "chats.jsonl")], tokenizer) == ["Who writes"] * 3
     chats = {"teacher": str(folder / "teacher"), "chats": (str(folder / "chats.jsonl"),), "blocks": 2}
     rows = [row for row in evaluate(folder, **chats)["results"] if "agreement" in row["metric"]]
     one, other = (
