@@ -124,6 +124,8 @@ class Stage:
         _check_pair(teacher, student)
         student = self._prepared(student)
         tokenizer = load_tokenizer(student_folder)
+        # Without the folder's name, so that `datasets` finds the rows that another stage made with this tokenizer.
+        tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = ""
         documents = load_text(
             list(self.data), self.text_column, tokenizer=tokenizer, completion_only=self.completion_only
         )

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -291,6 +292,22 @@ def test_what_a_retry_may_change(pair, tmp_path, monkeypatch):
     (work / "settings.json").write_text('{"seed": 1}')
     again = align(Stage(**pair | {"output": str(tmp_path / "other"), "tokens": 64}))
     assert not again["resumed"] and again["loss_before"] == resumed["loss_before"]
+
+
+def test_the_text_of_a_stage_is_made_once(pair, tmp_path, monkeypatch):
+    """Each stage would write out all chats and make tokens of all text again, minutes for each on a GPU that waits."""
+    made = []
+
+    def blocks_only(*arguments):
+        made.append(blocks(*arguments)._fingerprint)
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(stage_module, "blocks", blocks_only)
+    shutil.copytree(pair["student"], tmp_path / "aligned")
+    for student in (pair["student"], tmp_path / "aligned"):
+        with pytest.raises(RuntimeError, match="enough"):
+            align(Stage(**pair | {"student": str(student)}))
+    assert made[0] == made[1]
 
 
 def test_settings_that_do_not_fit_are_refused(pair, tmp_path):
