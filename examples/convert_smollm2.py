@@ -126,6 +126,11 @@ def student_steps(out: Path, folder: Path, keep: str, args) -> dict[Path, tuple]
     stage = {"teacher": str(teacher), "data": (chats, docs), "seed": args.seed}
     rates = {"learning_rate": args.learning_rate, "mixer_learning_rate": args.mixer_learning_rate}
     short = {"length": args.length, "batch_size": args.batch_size}
+
+    def amount(tokens: int) -> dict[str, int]:
+        """Three checkpoints, of which each is three models large: a stop makes one of its own."""
+        return {"tokens": tokens, "save_steps": max(1, tokens // (args.length * args.batch_size * 3))}
+
     steps = {
         hybrid: (
             f"deltanet convert {teacher} {hybrid} --keep {keep} --calibrate {chats} --calibrate {docs}",
@@ -136,14 +141,15 @@ def student_steps(out: Path, folder: Path, keep: str, args) -> dict[Path, tuple]
         aligned: (
             f"deltanet align {teacher} {hybrid} {aligned} --tokens {args.align_tokens}",
             lambda: align(
-                Stage(student=str(hybrid), output=str(aligned), tokens=args.align_tokens, **short, **stage)
+                Stage(student=str(hybrid), output=str(aligned), **amount(args.align_tokens), **short, **stage)
             ),
         ),
         distilled: (
             f"deltanet distill {teacher} {aligned} {distilled} --tokens {args.distill_tokens}",
             lambda: distill(
                 Distillation(
-                    student=str(aligned), output=str(distilled), tokens=args.distill_tokens, **short, **rates, **stage
+                    student=str(aligned), output=str(distilled), **amount(args.distill_tokens), **short, **rates,
+                    **stage,
                 )
             ),
         ),
@@ -155,7 +161,7 @@ def student_steps(out: Path, folder: Path, keep: str, args) -> dict[Path, tuple]
             + " --linear-decay" * args.linear_decay,
             lambda: distill(
                 Distillation(
-                    student=str(distilled), output=str(long), tokens=args.long_tokens, length=args.long_length,
+                    student=str(distilled), output=str(long), **amount(args.long_tokens), length=args.long_length,
                     batch_size=max(1, args.batch_size * args.length // args.long_length),
                     linear_decay=args.linear_decay, **{name: rate / 4 for name, rate in rates.items()}, **stage,
                 )
