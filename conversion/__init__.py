@@ -12,6 +12,7 @@ _MODULES = {
     "Checkpoint": "checkpoint",
     "Distillation": "distillation",
     "Evaluation": "evaluate",
+    "Sampling": "sample",
     "Stage": "stage",
     "align": "alignment",
     "choose_layers": "llama",
@@ -25,6 +26,7 @@ _MODULES = {
     "generate_text": "generate",
     "inspect_checkpoint": "inspect",
     "logit_difference": "verify",
+    "sample_text": "sample",
 }
 __all__ = list(_MODULES)
 

@@ -45,7 +45,7 @@ from .hub_names import language_problem, license_problem
 
 EVALUATION_KEYS = {"command", "hardware", "results", "speed"}
 RESULT_KEYS = {"dataset", "dataset_id", "metric", "value", "of", "split"}
-SPEED_KEYS = {"what", "value", "unit"}
+SPEED_KEYS = {"what", "value", "unit"}  # and, as of a result, "of"
 
 
 @dataclass(frozen=True)
@@ -223,9 +223,11 @@ def read_evaluations(paths: list[str | os.PathLike], repo_id: str) -> tuple[list
             }
             figures.append(Figure(**texts, value=_number(f"{path}: results[{i}]", entry["value"]), **source))
         for i, entry in enumerate(timings):
-            _refuse_unknown(f"{path}: speed[{i}]", entry, SPEED_KEYS, required=SPEED_KEYS)
+            _refuse_unknown(f"{path}: speed[{i}]", entry, {*SPEED_KEYS, "of"}, required=SPEED_KEYS)
             value = _number(f"{path}: speed[{i}]", entry["value"])
             what, unit = (_text(f"{path}: speed[{i}], {key}", entry[key]) for key in ("what", "unit"))
+            if entry.get("of"):
+                what += f", {_text(f'{path}: speed[{i}], of', entry['of'])}"
             speeds.append(Speed(what, f"{_format(value)} {unit}", **source))
     return figures, speeds
 

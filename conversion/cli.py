@@ -12,10 +12,12 @@ import typer
 
 from .cli_output import AsJson, Result, command, say
 from .cli_publish import register
+from .cli_sample import sample
 
 
 app = typer.Typer(
-    help="DeltaNet checkpoints: convert, align, distill, inspect, generate, export, publish; a check of this machine.",
+    help="DeltaNet checkpoints: convert, sample, align, distill, inspect, generate, export, publish; a check of this "
+    "machine.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -154,6 +156,9 @@ def convert(
     return Result(result, code=int(verify and result["logits"]["verdict"] == "different"))
 
 
+command(app)(sample)
+
+
 # What align and distill have in common.
 Teacher = Annotated[str, typer.Argument(help="The Llama-like model that was converted: folder or repository.")]
 Student = Annotated[str, typer.Argument(help="The converted model: folder or repository.")]
@@ -252,6 +257,19 @@ def distill(
         bool,
         typer.Option("--completion-only", help="Of chats, and of prompts with completions, learn the answers only."),
     ] = False,
+    freeze: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What stays as it is: 'embeddings', 'mlp', 'attention' (of kept layers) or 'norms'; may be given "
+            "several times."
+        ),
+    ] = None,
+    linear_decay: Annotated[
+        bool,
+        typer.Option(
+            "--linear-decay", help="Give the linear layers a decay that starts open: for a stage on long texts."
+        ),
+    ] = False,
     keep_training: KeepTraining = False,
 ) -> Result:
     """Second stage after a conversion: the whole student learns the teacher's next-token distributions.
@@ -263,6 +281,10 @@ def distill(
         deltanet distill ./teacher ./aligned ./distilled --data ./texts --tokens 300000000
 
         deltanet distill ./teacher ./aligned ./distilled --data chats.jsonl --completion-only
+
+    A third stage, on long texts, is another distillation:
+
+        deltanet distill ./teacher ./distilled ./long --data ./books --length 8192 --batch-size 1 --linear-decay
     """
     from .distillation import Distillation
     from .distillation import distill as run
@@ -270,7 +292,8 @@ def distill(
     stage = Distillation(
         teacher, student, str(output), tuple(data), tokens, length, batch_size, accumulation, learning_rate, seed,
         text_column, save_steps, precision and precision.value, activation_checkpointing, report_to,
-        device and device.value, keep_training, mixer_learning_rate, lora_rank, completion_only,
+        device and device.value, keep_training, mixer_learning_rate, lora_rank, completion_only, tuple(freeze or ()),
+        linear_decay,
     )  # fmt: skip
     return Result(run(stage))
 

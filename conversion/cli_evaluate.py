@@ -42,6 +42,22 @@ def evaluate(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; by default bfloat16 on a GPU, float32 on a CPU.")
     ] = None,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(help="Another model to measure, FOLDER or NAME=FOLDER: each stage, other layers; repeatable."),
+    ] = None,
+    chats: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Held-out chats, or prompts with completions: how far greedy answers agree with the teacher's; "
+            "pieces of --data by default."
+        ),
+    ] = None,
+    speed_lengths: Annotated[
+        str | None,
+        typer.Option(help="Also weigh the cache and time a token after so many tokens, such as '1024,8192,32768'."),
+    ] = None,
+    speed_batch: Annotated[int, typer.Option(help="Texts at once while it is timed.", min=1)] = 1,
     output: Annotated[
         Path | None,
         typer.Option(help="File to write; evaluation.json in the folder, or evaluation-recall.json, by default."),
@@ -58,6 +74,10 @@ def evaluate(
 
         deltanet evaluate distilled --teacher a-llama --data wikitext:wikitext-2-raw-v1 --recall-lengths 1024,8192
 
+        deltanet evaluate distilled --teacher a-llama --beside even=hybrid --beside aligned --chats chats.jsonl
+
+        deltanet evaluate distilled --teacher a-llama --speed-lengths 1024,8192,32768 --speed-batch 8
+
         deltanet evaluate distilled --task arc_easy --task hellaswag --limit 500
     """
     from .evaluate import Evaluation, evaluate_checkpoint
@@ -66,13 +86,16 @@ def evaluate(
         Evaluation(
             folder, teacher, tuple(data or ()), text_column, split, length, blocks, _lengths(recall_lengths), episodes,
             batch_size, tuple(task or ()), limit, seed, dtype, None if output is None else str(output),
+            tuple(beside or ()), tuple(chats or ()), _lengths(speed_lengths, "--speed-lengths"), speed_batch,
         )
     )  # fmt: skip
 
     def show():
-        columns = list(dict.fromkeys(row.get("of", "") for row in result["results"]))
+        speed = [{"dataset": row["what"], "metric": row["unit"], **row} for row in result.get("speed", ())]
+        rows = [*result["results"], *speed]
+        columns = list(dict.fromkeys(row.get("of", "") for row in rows))
         table = Table("", "", *(column or "this model" for column in columns), title=result["hardware"])
-        values = {(row["dataset"], row["metric"], row.get("of", "")): row["value"] for row in result["results"]}
+        values = {(row["dataset"], row["metric"], row.get("of", "")): row["value"] for row in rows}
         for dataset, metric in dict.fromkeys(key[:2] for key in values):
             cells = (values.get((dataset, metric, column)) for column in columns)
             table.add_row(metric, dataset, *("" if cell is None else f"{cell:,.4g}" for cell in cells))
@@ -82,11 +105,11 @@ def evaluate(
     return Result(result, show)
 
 
-def _lengths(text: str | None) -> tuple[int, ...]:
+def _lengths(text: str | None, option: str = "--recall-lengths") -> tuple[int, ...]:
     try:
         lengths = tuple(int(length) for length in text.split(",")) if text else ()
     except ValueError:
         lengths = (0,)
     if not all(length > 0 for length in lengths):
-        raise ValueError(f"--recall-lengths takes numbers of tokens such as '256,1024', got {text!r}")
+        raise ValueError(f"{option} takes numbers of tokens such as '256,1024', got {text!r}")
     return lengths

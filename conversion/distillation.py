@@ -3,11 +3,23 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel, Trainer
 
+from modeling_deltanet import DeltaNetConfig, DeltaNetForCausalLM
+
+from .llama import OPEN_DT_BIAS
 from .stage import Stage
+
+
+# What a stage can leave as it is: a part's name -> what its parameters' names hold.
+PARTS = {
+    "embeddings": ("embed_tokens.", "lm_head."),
+    "mlp": (".mlp.",),
+    "attention": (".self_attn.",),
+    "norms": ("layernorm.", "model.norm."),
+}
+CHUNK = 1024  # tokens whose distributions are compared at a time: 0.2 GB for each of 49152 words, in fp32
 
 
 @dataclass(frozen=True)
@@ -20,12 +32,78 @@ class Distillation(Stage):
         lora_rank: train LoRA adapters of this rank on every projection, with `mixer_learning_rate`, and merge them at
             the end; by default all parameters are trained.
         completion_only: of chats, and of prompts with completions, learn the answers only.
+        freeze: parts that stay as they are, of "embeddings" (and the head), "mlp", "attention" (of kept layers) and
+            "norms".
+        linear_decay: give the linear layers a decay (Gated DeltaNet), for a stage on long texts. It starts open: the
+            student begins as it was.
     """
 
     learning_rate: float = 1e-5
     mixer_learning_rate: float = 1e-4
     lora_rank: int | None = None
     completion_only: bool = False
+    freeze: tuple[str, ...] = ()
+    linear_decay: bool = False
+
+    def _prepared(self, student: DeltaNetForCausalLM) -> DeltaNetForCausalLM:
+        if unknown := set(self.freeze) - PARTS.keys():
+            raise ValueError(f"freeze takes {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
+        if self.freeze and self.lora_rank is not None:
+            raise ValueError("freeze and lora_rank were given: LoRA trains its own matrices and leaves all else")
+        if self.linear_decay:
+            student = with_open_decay(student)
+        patterns = [pattern for part in self.freeze for pattern in PARTS[part]]
+        for name, parameter in student.named_parameters():
+            if any(pattern in name for pattern in patterns):
+                parameter.requires_grad_(False)
+        return student
+
+
+@torch.no_grad()
+def with_open_decay(student: DeltaNetForCausalLM) -> DeltaNetForCausalLM:
+    """The same model with a decay in its linear layers that lets everything through.
+
+    Raises:
+        ValueError: there is no linear layer, or the decay is there already.
+    """
+    if student.config.linear_use_decay or "linear_attention" not in student.config.layer_types:
+        why = "has one already" if student.config.linear_use_decay else "has no linear layer"
+        raise ValueError(f"linear_decay adds a decay to the student's linear layers, and the student {why}")
+    config = DeltaNetConfig.from_dict(student.config.to_dict() | {"linear_use_decay": True})
+    gated = DeltaNetForCausalLM(config)
+    gated.generation_config = student.generation_config
+    for name in gated.load_state_dict(student.state_dict(), strict=False).missing_keys:
+        gated.get_parameter(name).fill_(OPEN_DT_BIAS if name.endswith("dt_bias") else 0.0)
+    return gated
+
+
+class KLDivergence(torch.autograd.Function):
+    """KL(teacher || student) in nats, summed over the learned ones of `N` tokens, from logits `[N, V]`.
+
+    Its gradient is the difference of the two distributions, and is made with it, `CHUNK` tokens at a time: in fp32 and
+    for all tokens at once, what autograd keeps is several times as large as the logits.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, wanted, learned):
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        total = logits.new_zeros((), dtype=dtype)
+        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(logits), CHUNK):
+            part = slice(start, start + CHUNK)
+            log_q, log_p = (x[part].log_softmax(-1, dtype=dtype) for x in (logits, wanted))
+            p = log_p.exp()
+            total += (log_p.sub_(log_q).mul_(p).sum(-1) * learned[part]).sum()
+            if gradient is not None:
+                torch.sub(log_q.exp_(), p, out=gradient[part])
+        ctx.save_for_backward(gradient, learned)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_total):
+        gradient, learned = ctx.saved_tensors
+        return gradient * (d_total * learned).unsqueeze(-1), None, None
 
 
 class DistillationTrainer(Trainer):
@@ -41,12 +119,7 @@ class DistillationTrainer(Trainer):
         with torch.no_grad():
             wanted = self.teacher(inputs["input_ids"], use_cache=False).logits
         learned = inputs["shift_labels"] != -100
-        loss = F.kl_div(
-            F.log_softmax(outputs.logits[learned].float(), dim=-1),
-            F.log_softmax(wanted[learned].float(), dim=-1),
-            reduction="sum",
-            log_target=True,
-        )
+        loss = KLDivergence.apply(outputs.logits.flatten(0, 1), wanted.flatten(0, 1), learned.flatten())
         # Trainer counts what is learned in all batches of the step on all processes, whose gradients it averages.
         loss = loss * self.accelerator.num_processes / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
@@ -77,6 +150,7 @@ def distill(stage: Distillation) -> dict:
 
 
 def _by_learning_rate(student: PreTrainedModel, stage: Distillation) -> list[dict]:
-    mixers = [p for name, p in student.named_parameters() if ".linear_attn." in name]
-    rest = [p for name, p in student.named_parameters() if ".linear_attn." not in name]
+    trained = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
+    mixers = [p for name, p in trained if ".linear_attn." in name]
+    rest = [p for name, p in trained if ".linear_attn." not in name]
     return [{"params": rest, "lr": stage.learning_rate}, {"params": mixers, "lr": stage.mixer_learning_rate}]

@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import shlex
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +28,14 @@ from modeling_deltanet.cache_deltanet import new_file
 from .checkpoint import fetch, has_tokenizer, load_tokenizer
 from .files import is_hub_id, own_file, public_name, read_json
 from .recall_tasks import KEYS, RecallTasks
+from .sample import go_on
 
 
 RECALL_LENGTHS = (256, 1024, 4096)  # those up to the model's max_position_embeddings
 DTYPES = ("float32", "bfloat16", "float16")
+AGREEMENT_TOKENS = 32
+PROMPT_TOKENS = 64  # of a text to go on from, at most
+DECODED = 16  # tokens whose time is taken
 THIS, TEACHER = "", "teacher"  # what a figure is of, as evaluation files say it
 
 
@@ -41,12 +46,16 @@ class Evaluation:
     Args:
         folder: a checkpoint or an adapter.
         teacher: the model that it was converted from, folder or repository: measured beside it.
+        beside: more models to measure, "NAME=FOLDER" or a folder: other choices of layers, stages of the conversion.
         data: text for perplexity, see `load_text`, that neither model was trained on.
         split: of a dataset on the Hub.
         length, blocks: of the text, so many blocks of so many tokens.
         recall_lengths: tokens of a text to recall from; 256, 1024 and 4096 by default, as far as the model's
             positions go.
         episodes: texts per length.
+        chats: held-out chats, or prompts with completions, for how far greedy answers agree with the teacher's;
+            pieces of `data` by default.
+        speed_lengths: tokens after which the cache is weighed and a token's time taken, `speed_batch` texts at once.
         batch_size: blocks at a time; for recall, as many texts as have together the tokens of so many blocks.
         tasks: of lm-evaluation-harness, by name or YAML file; `limit` examples of each, all by default.
         dtype: to compute in; bfloat16 on a GPU and float32 on a CPU by default.
@@ -69,6 +78,10 @@ class Evaluation:
     seed: int = 0
     dtype: str | None = None
     output: str | None = None
+    beside: tuple[str, ...] = ()
+    chats: tuple[str, ...] = ()
+    speed_lengths: tuple[int, ...] = ()
+    speed_batch: int = 1
 
     def command(self) -> str:
         """The command line, with what is not a default, and nothing of where things lie on this machine."""
@@ -78,9 +91,12 @@ class Evaluation:
             if value == field.default or field.name == "output":
                 continue
             option = {"tasks": "--task"}.get(field.name, f"--{field.name.replace('_', '-')}")
-            if field.name == "recall_lengths":
+            if field.name.endswith("_lengths"):
                 value = ",".join(map(str, value))
             for one in value if isinstance(value, tuple) else (value,):
+                if field.name == "beside":
+                    name, source = _named(one)
+                    one = f"{name}={public_name(source)}"
                 words += [option, shlex.quote(public_name(str(one)))]
         return " ".join(words)
 
@@ -88,7 +104,7 @@ class Evaluation:
 def evaluate_checkpoint(evaluation: Evaluation) -> dict:
     """Measure and write the evaluation file; the same seed gives the same figures on the same machine.
 
-    Returns what was written (`command`, `hardware`, `results`), and `output`, the file's name.
+    Returns what was written (`command`, `hardware`, `results`, `speed`), and `output`, the file's name.
 
     Raises:
         ValueError: a folder without model or tokenizer, a teacher of another vocabulary, text that is too short, a
@@ -104,12 +120,22 @@ def evaluate_checkpoint(evaluation: Evaluation) -> dict:
     tokenizer = _tokenizer(e.folder)
     rows = _blocks(e, tokenizer) if e.data else None
     recall = RecallTasks(tokenizer, None if rows is None else [i for row in rows for i in row])
-    models = {THIS: _model(e.folder, dtype).to(device).eval()}
-    if e.teacher is not None:
-        models = {TEACHER: _model(e.teacher, dtype).to(device).eval(), **models}
-        sizes = [model.config.vocab_size for model in models.values()]
-        if sizes[0] != sizes[1]:
-            raise ValueError(f"{e.folder} has a vocabulary of {sizes[1]}, {e.teacher} one of {sizes[0]}: no teacher")
+    if e.chats and e.teacher is None:
+        raise ValueError("chats (--chats) are for how far answers agree with a teacher's: give it (--teacher)")
+    prompts = _prompts(e, tokenizer, rows) if e.teacher is not None else []
+    sources = {} if e.teacher is None else {TEACHER: e.teacher}
+    for name, source in (*map(_named, e.beside), (THIS, e.folder)):
+        if name in sources:
+            raise ValueError(f"beside (--beside) names two models {name!r}: name them, as in NAME=FOLDER")
+        sources[name] = source
+    models = {name: _model(source, dtype).to(device).eval() for name, source in sources.items()}
+    size = models[THIS].config.vocab_size
+    for name, model in models.items():
+        if model.config.vocab_size != size:
+            what = "no teacher" if name == TEACHER else "nothing to compare"
+            raise ValueError(
+                f"{e.folder} has a vocabulary of {size}, {sources[name]} one of {model.config.vocab_size}: {what}"
+            )
     lengths = e.recall_lengths or _recall_lengths(models[THIS], recall)
     for length in lengths:
         next(recall.overwriting(length, 1, e.seed))  # refused before anything is measured
@@ -117,6 +143,8 @@ def evaluate_checkpoint(evaluation: Evaluation) -> dict:
     results = []
     if rows is not None:
         results += _text_figures(models, rows, e)
+    if prompts:
+        results += _agreement_figures(models, tokenizer, prompts, e)
     where = f" of {', '.join(map(public_name, e.data))}" if e.data else ""
     for length in lengths:
         for metric, name, draw in (
@@ -130,11 +158,13 @@ def evaluate_checkpoint(evaluation: Evaluation) -> dict:
     for of, model in models.items() if tasks else ():
         results += [figure | {"of": of} for figure in _harness_figures(model, tokenizer, tasks, e)]
 
-    written = {
-        "command": e.command(),
-        "hardware": hardware(),
-        "results": [{k: v for k, v in result.items() if (k, v) != ("of", THIS)} for result in results],
-    }
+    speed = [figure | {"of": of} for of, model in models.items() for figure in _speed_figures(model, e)]
+
+    def without_this(rows):
+        return [{k: v for k, v in row.items() if (k, v) != ("of", THIS)} for row in rows]
+
+    written = {"command": e.command(), "hardware": hardware(), "results": without_this(results)}
+    written |= {"speed": without_this(speed)} if speed else {}
     with new_file(output) as unfinished:
         Path(unfinished).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     return {"output": str(output), **written}
@@ -164,6 +194,12 @@ def _model(source: str, dtype: torch.dtype) -> PreTrainedModel:
     is_adapter = (folder / "adapter_config.json").exists()
     auto_class = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
     return auto_class.from_pretrained(folder, dtype=dtype)
+
+
+def _named(beside: str) -> tuple[str, str]:
+    """The name of a model beside this one, and where it is."""
+    name, _, source = beside.rpartition("=")
+    return name or public_name(source), source
 
 
 def _tokenizer(source: str):
@@ -200,6 +236,20 @@ def _blocks(e: Evaluation, tokenizer) -> list[list[int]]:
     return rows.select(range(min(len(rows), e.blocks)))["input_ids"][:]
 
 
+def _prompts(e: Evaluation, tokenizer, rows: list[list[int]] | None) -> list[list[int]]:
+    """What greedy continuations begin with: chats that were not answered, or the beginnings of blocks of text."""
+    if not e.chats:
+        return [row[: min(PROMPT_TOKENS, e.length // 2)] for row in rows or ()]
+    try:
+        from .text import unanswered
+    except ImportError as error:
+        raise ValueError(
+            f"chats ({', '.join(e.chats)}) need the package `datasets`, which is not installed"
+        ) from error
+    texts = unanswered(list(e.chats), tokenizer, e.text_column, e.split)[: e.blocks]
+    return tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+
+
 def _recall_lengths(model: PreTrainedModel, recall: RecallTasks) -> list[int]:
     limit = getattr(model.config, "max_position_embeddings", None) or RECALL_LENGTHS[-1]
     shortest = recall.shortest()
@@ -211,8 +261,9 @@ def _recall_lengths(model: PreTrainedModel, recall: RecallTasks) -> list[int]:
 
 @torch.no_grad()
 def _text_figures(models: dict[str, PreTrainedModel], rows: list[list[int]], e: Evaluation) -> list[dict]:
-    """Perplexity of each model, and KL(teacher || student) in nats per token."""
-    sums, count = dict.fromkeys([*models, "KL"], 0.0), len(rows) * (e.length - 1)
+    """Perplexity of each model, and KL(teacher || student) of each student in nats per token."""
+    students = [of for of in models if of != TEACHER]
+    sums, divergences, count = dict.fromkeys(models, 0.0), dict.fromkeys(students, 0.0), len(rows) * (e.length - 1)
     for start in tqdm(range(0, len(rows), e.batch_size), desc="perplexity", disable=None):
         ids = torch.tensor(rows[start : start + e.batch_size], device=models[THIS].device)
         logits = {of: model(input_ids=ids, use_cache=False).logits[:, :-1] for of, model in models.items()}
@@ -221,16 +272,95 @@ def _text_figures(models: dict[str, PreTrainedModel], rows: list[list[int]], e: 
             for of, x in log_p.items():
                 sums[of] += F.nll_loss(x, ids[i, 1:], reduction="sum").item()
             if TEACHER in log_p:
-                sums["KL"] += F.kl_div(log_p[THIS], log_p[TEACHER], reduction="sum", log_target=True).item()
+                for of in students:
+                    kl = F.kl_div(log_p[of], log_p[TEACHER], reduction="sum", log_target=True)
+                    divergences[of] += kl.item()
     name = f"{', '.join(map(public_name, e.data))}, {len(rows)} blocks of {e.length} tokens"
     figures = [
         {"dataset": name, "metric": "perplexity", "value": round(math.exp(min(sums[of] / count, 600)), 4), "of": of}
         for of in models
     ]
-    if TEACHER in models:
-        value = round(sums["KL"] / count, 6)
-        figures.append({"dataset": name, "metric": "KL to the teacher, nats per token", "value": value, "of": THIS})
+    for of in students if TEACHER in models else ():
+        value = round(divergences[of] / count, 6)
+        figures.append({"dataset": name, "metric": "KL to the teacher, nats per token", "value": value, "of": of})
     return figures
+
+
+def _agreement_figures(models: dict[str, PreTrainedModel], tokenizer, prompts: list, e: Evaluation) -> list[dict]:
+    """How much of what the teacher writes greedily in fp32 a model writes, too, before it first writes otherwise.
+
+    The teacher's own figure is what the dtype alone costs.
+    """
+
+    def written(model, title):
+        rows = []
+        for start in tqdm(range(0, len(prompts), 4 * e.batch_size), desc=f"agreement, {title}", disable=None):
+            batch = prompts[start : start + 4 * e.batch_size]
+            rows += go_on(model, tokenizer, batch, AGREEMENT_TOKENS, do_sample=False)
+        return rows
+
+    exact = models[TEACHER]
+    if exact.dtype != torch.float32:
+        exact = _model(e.teacher, torch.float32).to(exact.device).eval()
+    wanted = written(exact, "the teacher in float32")
+    text = ", ".join(map(public_name, e.chats or e.data))
+    figures = []
+    for of, model in models.items():
+        found = wanted if model is exact else written(model, of or "this model")
+        shares = [_common(one, other) for one, other in zip(wanted, found)]
+        figures.append(
+            {
+                "dataset": f"{text}, {len(prompts)} prompts",
+                "metric": f"greedy agreement with the fp32 teacher, first {AGREEMENT_TOKENS} tokens",
+                "value": round(sum(shares) / len(shares), 4),
+                "of": of,
+            }
+        )
+    return figures
+
+
+def _common(wanted: list[int], found: list[int]) -> float:
+    """The share of `wanted`, and of its end where that is within reach, up to the first difference."""
+    one, other = ([*row, -1][:AGREEMENT_TOKENS] for row in (wanted, found))
+    same = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+    return same / len(one)
+
+
+@torch.no_grad()
+def _speed_figures(model: PreTrainedModel, e: Evaluation) -> list[dict]:
+    """What the cache weighs after so many tokens, and what the next token costs: eager, with a growing cache."""
+    figures = []
+    of_texts = f" of {e.speed_batch} texts" if e.speed_batch > 1 else ""
+    for length in e.speed_lengths:
+        ids = torch.randint(model.config.vocab_size, (e.speed_batch, length), device=model.device)
+        cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        size = _cache_bytes(cache)
+        token, times = ids[:, -1:], []
+        for _ in range(DECODED):
+            start = time.perf_counter()
+            logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
+            token = logits[:, -1:].argmax(-1)
+            token.tolist()  # waits for the device
+            times.append(time.perf_counter() - start)
+        del cache
+        milliseconds = 1000 * sorted(times)[DECODED // 2]
+        figures += [
+            {"what": f"cache after {length} tokens{of_texts}", "value": round(size / 1e6, 6), "unit": "MB"},
+            {"what": f"the next token after {length}{of_texts}", "value": round(milliseconds, 3), "unit": "ms"},
+        ]
+    return figures
+
+
+def _cache_bytes(cache) -> int:
+    """Of all tensors that a cache holds: keys, values, states, convolutions' inputs."""
+
+    def tensors(x):
+        if isinstance(x, torch.Tensor):
+            return {x.untyped_storage().data_ptr(): x.numel() * x.element_size()}
+        values = x.values() if isinstance(x, dict) else x if isinstance(x, list | tuple) else ()
+        return {pointer: size for value in values for pointer, size in tensors(value).items()}
+
+    return sum(size for layer in cache.layers for size in tensors(vars(layer)).values())
 
 
 @torch.no_grad()

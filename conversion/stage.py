@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
+    ProgressCallback,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -119,11 +122,14 @@ class Stage:
         student = AutoModelForCausalLM.from_pretrained(student_folder, dtype=torch.float32)
         saved_dtype = getattr(torch, student_dtype(student_folder))
         _check_pair(teacher, student)
+        student = self._prepared(student)
         tokenizer = load_tokenizer(student_folder)
+        # Without the folder's name, so that `datasets` finds the rows that another stage made with this tokenizer.
+        tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = ""
         documents = load_text(
             list(self.data), self.text_column, tokenizer=tokenizer, completion_only=self.completion_only
         )
-        text = blocks(documents, tokenizer, self.length, self.seed)
+        text = blocks(documents, tokenizer, self.length, self.seed).with_format("torch")
         held_out = max(1, min(64, int(len(text) * HELD_OUT)))
         if len(text) <= held_out:
             raise ValueError(
@@ -136,6 +142,11 @@ class Stage:
             "callbacks": [SaveOnInterrupt()],
         }
         trainer = make_trainer(teacher.eval().requires_grad_(False), student, trainer_arguments)
+        tokens_a_step = self._tokens_a_step(trainer.args.world_size)
+        if trainer.pop_callback(ProgressCallback) is not None:
+            trainer.add_callback(TokenBar(tokens_a_step))
+        pace = Pace()
+        trainer.add_callback(pace)
         self._claim(work, name)
         checkpoint = last_checkpoint(work)
         # Not by `trainer.evaluate()` first: accelerate takes a model that was evaluated for one that is prepared, and
@@ -149,10 +160,11 @@ class Stage:
             **dataclasses.asdict(self)
             | {"data": [public_name(source) for source in self.data], "precision": precision},
             "steps": trainer.state.global_step,
-            "trained_tokens": trainer.state.global_step * self._tokens_a_step(trainer.args.world_size),
+            "trained_tokens": trainer.state.global_step * tokens_a_step,
             "loss_before": next(log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log),
             "loss_after": trainer.evaluate()["eval_loss"],
             "seconds": round(time.perf_counter() - start, 1),
+            "tokens_per_second": round(pace.steps_per_second() * tokens_a_step),
             "resumed": checkpoint is not None,
         }
         if trainer.is_world_process_zero():
@@ -173,8 +185,14 @@ class Stage:
         file = student_folder / FACTS
         is_converted = os.path.lexists(file)
         facts = read_json(own_file(student_folder, FACTS)) if is_converted else {"teacher": public_name(self.teacher)}
+        again = sum(key == name or key.startswith(f"{name}_") for key in facts)
+        name = f"{name}_{again + 1}" if again else name  # a second distillation, such as one on longer texts
         local = ("teacher", "student", "output", "resumed", *FREE_SETTINGS)
         return facts | {name: {key: value for key, value in summary.items() if key not in local}}
+
+    def _prepared(self, student: DeltaNetForCausalLM) -> DeltaNetForCausalLM:
+        """The student to train, of the one that came."""
+        return student
 
     def _settings(self, name: str) -> dict:
         """What a run must have been started with for this one to go on with it, as JSON tells it."""
@@ -261,6 +279,42 @@ class Stage:
         args.logging_steps = max(1, args.max_steps // 50)
         args.save_steps = self.save_steps or max(1, args.max_steps // 10)
         return args
+
+
+class TokenBar(ProgressCallback):
+    """Trainer's bar in tokens: it says how many a second, and how long it will take."""
+
+    def __init__(self, tokens_a_step: int):
+        super().__init__()
+        self.tokens_a_step = tokens_a_step
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(
+                total=state.max_steps * self.tokens_a_step, initial=state.global_step * self.tokens_a_step,
+                unit="tok", unit_scale=True, dynamic_ncols=True,
+            )  # fmt: skip
+        self.current_step = state.global_step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.training_bar.update((state.global_step - self.current_step) * self.tokens_a_step)
+            self.current_step = state.global_step
+
+
+class Pace(TrainerCallback):
+    """How fast a training goes, without its first step, which compiles kernels."""
+
+    def __init__(self):
+        self.steps, self.times = [], []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps[1:], self.times[1:] = [state.global_step], [time.perf_counter()]
+
+    def steps_per_second(self) -> float:
+        """Of this call; 0 where it trained fewer than two steps."""
+        steps, seconds = self.steps[-1] - self.steps[0], self.times[-1] - self.times[0]
+        return steps / seconds if steps else 0.0
 
 
 def student_dtype(folder: Path) -> str:

@@ -62,6 +62,15 @@ def load_text(
     return concatenate_datasets(parts)
 
 
+def unanswered(sources: list[str], tokenizer, text_column: str = "text", split: str = "train") -> list[str]:
+    """Of chats, and of prompts with completions, what comes before the first answer; errors as in `load_text`."""
+    documents = load_text(sources, text_column, split, tokenizer, completion_only=True)
+    texts = [text[: answers[0][0]] for text, answers in zip(documents["text"], documents["answers"]) if answers]
+    if not any(texts):
+        raise ValueError(f"{', '.join(sources)} holds no chat that somebody answers")
+    return texts
+
+
 def _documents(source: str, rows: Dataset, text_column: str, tokenizer, completion_only: bool) -> Dataset:
     """Rows of a source as a column `text`, with `completion_only` also `answers`."""
     names = rows.column_names

@@ -34,7 +34,9 @@ def deltanet(monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("command", ["convert", "align", "distill", "inspect", "export", "generate", "check", "env"])
+@pytest.mark.parametrize(
+    "command", ["convert", "sample", "align", "distill", "inspect", "export", "generate", "evaluate", "check", "env"]
+)
 def test_every_command_has_help_with_an_example(deltanet, command):
     """A user would have to read the source to make a first call."""
     code, out, _ = deltanet(command, "--help")

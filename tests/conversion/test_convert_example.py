@@ -1,13 +1,19 @@
-"""`examples/convert_llama.py` at a size of seconds. What it is for, a teacher that recalls, needs minutes."""
+"""`examples/convert_llama.py` and `convert_smollm2.py` at a size of seconds. What they are for needs minutes."""
 
+import copy
 import importlib.util
 import json
 import random
 import re
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
+from test_evaluate import tokenizer  # noqa: F401  a fixture
+from tiny import tiny_llama
+
+from deltanet_conversion.interrupt import Stopped
 
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "convert_llama.py"
@@ -62,3 +68,61 @@ def test_recall_asks_for_the_last_value(example):
             tokens = tokens[question + 2 :]
         assert len(memory) == 8 and asked >= 8
     assert writes < 200
+
+
+CHAT = (
+    "{% for m in messages %}{{ '<s>' + m['role'] + ': ' + m['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant: ' }}{% endif %}"
+)
+
+
+def test_a_chat_model_goes_the_whole_way(monkeypatch, tmp_path, tokenizer, capsys):  # noqa: F811
+    """The command that the README names for one's own chat model would break between two of its steps, do a step
+    twice, or leave a card without its figures.
+    """
+    monkeypatch.syspath_prepend(EXAMPLE.parent)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(tmp_path / "chatty")
+    tiny_llama(vocab_size=len(tokenizer), eos_token_id=1).save_pretrained(tmp_path / "chatty")
+    (tmp_path / "text.txt").write_text("The delta rule writes what is new. " * 20)
+    monkeypatch.setattr("pydoc_data.topics.topics", {str(i): f"{i} is what a document says. " * 12 for i in range(12)})
+    monkeypatch.setenv("COLUMNS", "240")
+    monkeypatch.setattr("deltanet_conversion.evaluate.AGREEMENT_TOKENS", 4)
+    out, student = tmp_path / "run", tmp_path / "run" / "distilled"
+    arguments = (
+        f"--smoke --teacher {tmp_path / 'chatty'} --output-dir {out} --compare --keep auto:25% "
+        "--chat-tokens 300 --held-out-tokens 60 --max-new-tokens 12 --calibration-tokens 64 --align-tokens 64 "
+        "--distill-tokens 64 --long-tokens 0 --length 16 --batch-size 2 --recall-lengths 512 --episodes 1 "
+        f"--speed-lengths 8 --eval-length 16 --text {tmp_path / 'text.txt'}"
+    ).split()
+    monkeypatch.setattr(sys, "argv", ["convert_smollm2.py", *arguments])
+    stopped = [Stopped("the machine is somebody else's")]
+    module = runpy.run_path(str(EXAMPLE.with_name("convert_smollm2.py")))
+    evaluate = module["main"].__globals__["evaluate"]
+
+    def stops_once(*args):
+        if stopped:
+            raise stopped.pop()
+        return evaluate(*args)
+
+    monkeypatch.setitem(module["main"].__globals__, "evaluate", stops_once)
+    with pytest.raises(Stopped):
+        module["main"]()
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    module["main"]()
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    facts = json.loads((student / "conversion.json").read_text())
+    assert len(facts["layer_scores"]["scores"]) == 4 and {"align", "distill"} <= facts.keys()
+    figures = json.loads((student / "evaluation.json").read_text())
+    columns = {row.get("of", "") for row in figures["results"] if row["metric"] == "perplexity"}
+    stages = {"hybrid", "aligned"}
+    assert columns == {"", "teacher", "even distilled", *stages, *(f"even {name}" for name in stages)}
+    card = (student / "README.md").read_text()
+    assert "KL to the teacher" in card and "greedy agreement" in card and "the next token after 8, teacher" in card
+    transcript = (student / "transcript.md").read_text()
+    assert (
+        transcript.count("**Teacher:**") == transcript.count("**Student:**") == transcript.count("**Prompt:**") == 10
+    )
+    assert str(tmp_path) not in card + transcript
+    assert "even distilled" in capsys.readouterr().out

@@ -18,11 +18,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
-from deltanet_conversion import Evaluation, evaluate_checkpoint
+from deltanet_conversion import Evaluation, evaluate_checkpoint, inspect_checkpoint
 from deltanet_conversion.card import make_card
 from deltanet_conversion.card_check import card_problems
 from deltanet_conversion.evaluate import _share_right
 from deltanet_conversion.recall_tasks import KEYS, WRITES, RecallTasks
+from deltanet_conversion.text import unanswered
 
 
 TEXT = "The delta rule writes what is new. It leaves alone what is known already, and forgets the rest. " * 60
@@ -134,7 +135,71 @@ def test_perplexity_and_kl_are_those_of_the_models(folder, tokenizer):
     kl = (teacher.exp() * (teacher - student)).sum(-1).mean()
     assert math.isclose(found["KL to the teacher, nats per token", ""], kl, rel_tol=1e-4)
     recall = {(metric, of) for metric in ("overwriting recall", "needle retrieval") for of in ("", "teacher")}
-    assert recall < found.keys() and len(found) == 7
+    assert recall < found.keys() and len(found) == 9
+
+
+@torch.no_grad()
+def test_students_stand_beside_each_other(folder, tokenizer, deltanet):  # noqa: F811
+    """A user who chooses between layers or stages would read one student's figures under another's name."""
+    for seed, name in ((1, "same"), (5, "other")):
+        tiny_model(seed=seed, vocab_size=len(tokenizer)).save_pretrained(folder / name)
+    settings = {"teacher": str(folder / "teacher"), "data": (str(folder / "text.txt"),), "speed_lengths": (24, 48)}
+    beside = (f"copy={folder / 'same'}", str(folder / "other"))
+    result = evaluate(folder, **settings, beside=beside)
+    found = figures(result)
+    columns = [row.get("of", "") for row in result["results"] if row["metric"] == "perplexity"]
+    assert columns == ["teacher", "copy", "other", ""]
+    assert "--beside copy=same --beside other=other" in result["command"] and str(folder) not in result["command"]
+    alone = figures(
+        evaluate(folder, teacher=settings["teacher"], data=settings["data"], output=str(folder / "x.json"))
+    )
+    assert all(found[key] == value for key, value in alone.items())
+    kl, agreement = "KL to the teacher, nats per token", "greedy agreement with the fp32 teacher, first 32 tokens"
+    assert found[kl, "copy"] == pytest.approx(0, abs=1e-6) and found[kl, "other"] > 0.1
+    assert found[agreement, "teacher"] == found[agreement, "copy"] == 1
+
+    shares, ids = [], tokenizer.encode(TEXT, add_special_tokens=False)
+    for i in range(0, 6 * 32, 32):
+        one, other = (
+            tiny_model(seed=seed, vocab_size=len(tokenizer)).generate(
+                torch.tensor([ids[i : i + 16]]), max_new_tokens=32, do_sample=False, eos_token_id=1, pad_token_id=1
+            )[0, 16:].tolist()
+            for seed in (1, 0)
+        )  # fmt: skip
+        same = [a == b for a, b in zip(one, other)]
+        shares.append(same.index(False) / len(one) if False in same else 1)
+    assert found[agreement, ""] == pytest.approx(sum(shares) / 6, abs=1e-4)
+
+    memory = inspect_checkpoint(folder / "student")
+    for length in (24, 48):
+        expected = memory["state_bytes"] + length * memory["kv_bytes_per_token"]
+        weighed = [row for row in result["speed"] if row["what"] == f"cache after {length} tokens"]
+        assert [row.get("of", "") for row in weighed] == columns
+        assert all(row["value"] * 1e6 == pytest.approx(expected, abs=8) for row in weighed)
+    card = make_card(folder / "student", "me/x", license="mit", summary="x", limits="x")
+    assert "| the next token after 48, teacher |" in card.content and "| cache after 48 tokens |" in card.content
+    with pytest.raises(ValueError, match="names two models 'other'"):
+        evaluate(folder, **settings, beside=(str(folder / "other"), f"other={folder / 'same'}"))
+    with pytest.raises(ValueError, match="give it .--teacher"):
+        evaluate(folder, chats=("x.jsonl",))
+
+
+def test_answers_to_chats_are_compared(folder, tokenizer):
+    """Agreement would be measured on what users say, or on questions with their answers."""
+    (folder / "chats.jsonl").write_text('{"prompt": "Who writes", "completion": " it?"}\n' * 3)
+    assert unanswered([str(folder / "chats.jsonl")], tokenizer) == ["Who writes"] * 3
+    chats = {"teacher": str(folder / "teacher"), "chats": (str(folder / "chats.jsonl"),), "blocks": 2}
+    rows = [row for row in evaluate(folder, **chats)["results"] if "agreement" in row["metric"]]
+    one, other = (
+        tiny_model(seed=seed, vocab_size=len(tokenizer)).generate(
+            torch.tensor([tokenizer.encode("Who writes", add_special_tokens=False)]), max_new_tokens=32,
+            do_sample=False, eos_token_id=1, pad_token_id=1,
+        )[0, 10:].tolist()
+        for seed in (1, 0)
+    )  # fmt: skip
+    same = [a == b for a, b in zip(one, other)]
+    assert rows[1]["value"] == pytest.approx(same.index(False) / 32, abs=1e-4)
+    assert {row["dataset"] for row in rows} == {"chats.jsonl, 2 prompts"}
 
 
 def test_the_file_is_repeatable_and_fills_a_card(folder):
@@ -246,6 +311,7 @@ def test_the_command_in_the_file_is_the_one_that_was_given(deltanet, monkeypatch
     given = Evaluation(
         "x y", teacher="them/teacher", data=("a:b", "c"), text_column="d", split="e", length=3, blocks=4,
         recall_lengths=(5, 6), episodes=7, batch_size=8, tasks=("f", "g"), limit=9, seed=10, dtype="float16",
+        beside=("h=i", "j=k"), chats=("l",), speed_lengths=(11, 12), speed_batch=13,
     )  # fmt: skip
     seen = []
     result = {"results": [], "hardware": "", "output": ""}

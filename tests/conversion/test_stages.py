@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from tiny import LINEAR, tokens
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
-from deltanet_conversion import Distillation, Stage, align, alignment, convert_from_llama, distill
+from deltanet_conversion import Distillation, Stage, align, alignment, convert_from_llama, distill, distillation
 from deltanet_conversion import stage as stage_module
 from deltanet_conversion.alignment import LayerwiseAlignment
 from deltanet_conversion.text import blocks, load_text
@@ -131,6 +132,59 @@ def _tokenizer(pair):
     return AutoTokenizer.from_pretrained(pair["student"])
 
 
+def test_a_stage_on_long_texts_begins_where_the_last_one_ended(pair, tmp_path, capsys):
+    """A third stage would train what is to stay, begin with a memory that forgets, or pass over what it says of the
+    second one.
+    """
+    second = distill(Distillation(**pair, mixer_learning_rate=1e-2, freeze=("mlp", "embeddings")))
+    assert "tok/s" in capsys.readouterr().err and second["tokens_per_second"] > 0
+    before, after = weights(tmp_path / "student"), weights(tmp_path / "out")
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {name for name in before if any(part in name for part in (".mlp.", "embed_tokens", "lm_head"))}
+
+    third = pair | {"student": pair["output"], "output": str(tmp_path / "long"), "length": 32, "batch_size": 2}
+    plain = distill(Distillation(**third | {"output": str(tmp_path / "plain"), "tokens": 64}))
+    gated = distill(Distillation(**third, linear_decay=True, mixer_learning_rate=1e-2))
+    assert gated["loss_before"] == pytest.approx(plain["loss_before"], rel=1e-4)
+    config = json.loads((tmp_path / "long" / "config.json").read_text())
+    facts = json.loads((tmp_path / "long" / "conversion.json").read_text())
+    assert config["linear_use_decay"] and facts["distill"]["length"] == 16 and facts["distill_2"]["length"] == 32
+    assert weights(tmp_path / "long")["model.layers.0.linear_attn.A_log"].abs().max() > 0.02
+    for options, message in (
+        ({"student": str(tmp_path / "long")}, "decay .* the student has one already"),
+        ({"freeze": ("heads",)}, "freeze takes embeddings, mlp, attention, norms, got heads"),
+        ({"freeze": ("mlp",), "lora_rank": 2}, "freeze and lora_rank"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            distill(Distillation(**third | {"output": str(tmp_path / "other")} | options, linear_decay=True))
+
+
+def test_the_divergence_and_its_gradient(monkeypatch):
+    """Distillation would learn something else than the teacher's distribution, at the border of a chunk or between
+    answers.
+    """
+    monkeypatch.setattr(distillation, "CHUNK", 7)
+    torch.manual_seed(0)
+    logits, wanted = (3 * torch.randn(16, 11, dtype=torch.float64) for _ in range(2))
+    learned = torch.rand(16) < 0.7
+    found, expected = [], []
+    for store, divergence in (
+        (found, distillation.KLDivergence.apply),
+        (
+            expected,
+            lambda q, p, on: torch.nn.functional.kl_div(
+                q[on].log_softmax(-1), p[on].log_softmax(-1), reduction="sum", log_target=True
+            ),
+        ),
+    ):
+        leaf = logits.clone().requires_grad_()
+        loss = divergence(leaf, wanted, learned)
+        (2.5 * loss).backward()
+        store += [loss.detach(), leaf.grad]
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+
+
 def test_lora_is_merged_into_the_student(pair, tmp_path):
     """The output would need PEFT to load, or the embeddings would have been trained after all."""
     summary = distill(Distillation(**pair, mixer_learning_rate=3e-3, lora_rank=4))
@@ -153,11 +207,15 @@ class StopAt(TrainerCallback):
 
 
 def stop(monkeypatch, step, how):
-    """Every alignment stops at this step."""
-    trainer, callback = alignment.Trainer, StopAt(step, how)
-    monkeypatch.setattr(
-        alignment, "Trainer", lambda **kwargs: trainer(**kwargs | {"callbacks": [*kwargs["callbacks"], callback]})
-    )
+    """Every stage stops at this step."""
+
+    def stops(trainer):
+        return lambda *args, **kwargs: trainer(
+            *args, **kwargs | {"callbacks": [*kwargs["callbacks"], StopAt(step, how)]}
+        )
+
+    for module, name in ((alignment, "Trainer"), (distillation, "DistillationTrainer")):
+        monkeypatch.setattr(module, name, stops(getattr(module, name)))
 
 
 def _raises(message):
@@ -167,19 +225,23 @@ def _raises(message):
     return crash
 
 
-@pytest.mark.parametrize("how", ["crash", "Ctrl-C"])
-def test_a_stage_goes_on_from_its_last_checkpoint(pair, tmp_path, monkeypatch, how):
+@pytest.mark.parametrize("how, kind", [("crash", "align"), ("Ctrl-C", "align"), ("crash", "distill")])
+def test_a_stage_goes_on_from_its_last_checkpoint(pair, tmp_path, monkeypatch, how, kind):
     """A run that was stopped would begin anew, or go on with other data and end somewhere else."""
     pair |= {"save_steps": 5}
-    whole = align(Stage(**pair | {"output": str(tmp_path / "whole")}))
+    run, make = align, Stage
+    if kind == "distill":
+        run, make = distill, Distillation
+        pair |= {"freeze": ("mlp",), "linear_decay": True}
+    whole = run(make(**pair | {"output": str(tmp_path / "whole")}))
 
     crash = _raises("the machine went away") if how == "crash" else lambda: signal.raise_signal(signal.SIGINT)
     with monkeypatch.context() as patch:
         stop(patch, 7, crash)
         with pytest.raises((RuntimeError, KeyboardInterrupt), match="went away|step 8"):
-            align(Stage(**pair))
+            run(make(**pair))
     assert not (tmp_path / "out").exists()
-    resumed = align(Stage(**pair))
+    resumed = run(make(**pair))
     assert resumed["resumed"] and resumed["steps"] == 20
     assert resumed["loss_before"] == whole["loss_before"] and resumed["loss_after"] == whole["loss_after"]
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "out")
@@ -230,6 +292,22 @@ def test_what_a_retry_may_change(pair, tmp_path, monkeypatch):
     (work / "settings.json").write_text('{"seed": 1}')
     again = align(Stage(**pair | {"output": str(tmp_path / "other"), "tokens": 64}))
     assert not again["resumed"] and again["loss_before"] == resumed["loss_before"]
+
+
+def test_the_text_of_a_stage_is_made_once(pair, tmp_path, monkeypatch):
+    """Each stage would write out all chats and make tokens of all text again, minutes for each on a GPU that waits."""
+    made = []
+
+    def blocks_only(*arguments):
+        made.append(blocks(*arguments)._fingerprint)
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(stage_module, "blocks", blocks_only)
+    shutil.copytree(pair["student"], tmp_path / "aligned")
+    for student in (pair["student"], tmp_path / "aligned"):
+        with pytest.raises(RuntimeError, match="enough"):
+            align(Stage(**pair | {"student": str(student)}))
+    assert made[0] == made[1]
 
 
 def test_settings_that_do_not_fit_are_refused(pair, tmp_path):
