@@ -7,8 +7,9 @@ do not depend on each other together. Two such programs share a multiprocessor: 
 E^T and R^T are not computed: E and R stand in shared memory as they were rounded, and the tensor cores turn them as
 they read them.
 
-Shared memory that a reduction needs lies where Triton sees no tile any more, and it does not see what a product on its
-way still reads. So rows are summed across warps only where no product is.
+What goes from warp to warp through shared memory, in a sum or a change of layout, takes the place of a tile that no
+line further down names, and Triton does not see what a product on its way still reads. So it happens while every tile
+is still named, or where no product is on its way.
 """
 
 import triton
@@ -240,8 +241,9 @@ def grads_kernel(
     b_r = gl.where(o_i[:, None] >= o_j[None, :], b_r, 0.0).to(BF16)
     t_do.index(0).store(b_r)
     fence_async_shared()
-    if gs is not None:
+    if gs is not None or GROUPS > 1:  # with two groups R goes through shared memory to the product's left operand
         b_dk = warpgroup_mma_wait(0, deps=[b_dk])
+    if gs is not None:
         b_dk *= b_after[:, None]
         b_through += gl.sum(gl.sum(t_k.load(wide).to(gl.float32) * b_dk, 1) - b_in, 0)
 
