@@ -41,6 +41,7 @@ ACCEPTED_GATED = {
 # 96 where rows are no multiple of 64. Heads of 64 may spill nothing: dg was wrong where they did (kernels/README.md,
 # "What ptxas gets wrong")
 ACCEPTED_GATED_GLUON = {64: {"grads": 0}, 128: {"scan": 56, "reverse": 64, "grads": 96}}
+ACCEPTED_IN_POOL = 104  # of that scan, where it finds states in a pool whose values are neighbours
 SMALL = 48
 # Triton 3.8 alone spills this much in the chain of wide keys, whatever the warps and columns: a launch of 30 us
 CHAIN_OF_3_8 = 600
@@ -83,6 +84,8 @@ def test_launch_table(other, arch, K, V, dtype, tmp_path):
         if dtype.endswith("gated"):
             accepted = ACCEPTED_GATED_GLUON[64 if max(K, V) <= 64 else 128] if "Gluon" in name else ACCEPTED_GATED
         accepted = accepted.get(kernel, SMALL)
+        if dtype.endswith("gated") and "Gluon, pool" in name:
+            accepted = ACCEPTED_IN_POOL
         if version.startswith("3.8.") and K > 128 and name.startswith("chain"):
             accepted = CHAIN_OF_3_8
         assert spilled <= accepted or dtype == "fp32", (name, spilled)
