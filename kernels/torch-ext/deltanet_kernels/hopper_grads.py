@@ -131,46 +131,26 @@ def grads_kernel(
 
     # everything is asked for before anything is waited for, first what the first products read (0.43 ms, was 0.50 the
     # other way round)
-    b_u0 = load_fragments(u, 64, C, C)
-    b_s0 = load_fragments(s, 64, K, KEYS)
-    if NV > 1:
-        b_u1 = load_fragments(u + 64 * C, 64, C, C)
-        b_s1 = load_fragments(s + 64 * K, 64, K, KEYS)
-    if NV > 2:
-        b_u2 = load_fragments(u + 128 * C, 64, C, C)
-        b_s2 = load_fragments(s + 128 * K, 64, K, KEYS)
-    if NV > 3:
-        b_u3 = load_fragments(u + 192 * C, 64, C, C)
-        b_s3 = load_fragments(s + 192 * K, 64, K, KEYS)
+    b_u, b_s, b_ds = (), (), ()
+    for h in gl.static_range(NV):
+        b_u = b_u + (load_fragments(u + h * 64 * C, 64, C, C),)
+        b_s = b_s + (load_fragments(s + h * 64 * K, 64, K, KEYS),)
     if flags is not None:
         wait_for_chunk(flags + ((chunk - i_c) * HV + i_hv) * NV, HV * NV, (T + C - 1) // C, i_c, NV)
     for h in gl.static_range(NV):
         copy_tile(t_dv.index(h), dv + h * 64, HV * V, length, 64, EVEN, 64)
         copy_tile(t_do.index(h), do + h * 64, d_st, length, 64, EVEN, 64)
     async_copy.commit_group()
-    b_ds0 = load_fragments(ds, 64, K, KEYS)
-    if NV > 1:
-        b_ds1 = load_fragments(ds + 64 * K, 64, K, KEYS)
-    if NV > 2:
-        b_ds2 = load_fragments(ds + 128 * K, 64, K, KEYS)
-    if NV > 3:
-        b_ds3 = load_fragments(ds + 192 * K, 64, K, KEYS)
+    for h in gl.static_range(NV):
+        b_ds = b_ds + (load_fragments(ds + h * 64 * K, 64, K, KEYS),)
     copy_tile(t_k, k, k_st, length, K, EVEN, KEYS)
     copy_tile(t_q, q, q_st, length, K, EVEN, KEYS)
     async_copy.commit_group()
-    t_u.index(0).store(b_u0)
-    t_s.index(0).store(b_s0)
-    if NV > 1:
-        t_u.index(1).store(b_u1)
-        t_s.index(1).store(b_s1)
-    if NV > 2:
-        t_u.index(2).store(b_u2)
-        t_s.index(2).store(b_s2)
-    if NV > 3:
-        t_u.index(3).store(b_u3)
-        t_s.index(3).store(b_s3)
-    if not SHARED:
-        t_ds.index(0).store(b_ds0)
+    for h in gl.static_range(NV):
+        t_u.index(h).store(b_u[h])
+        t_s.index(h).store(b_s[h])
+        if not SHARED:
+            t_ds.index(h).store(b_ds[h])
     b_a = gl.load(a + o_i * C + o_i, mask=o_i < length, other=1.0).to(gl.float32)
     if gs is not None:
         b_all = gl.load(gs + C - 1)
@@ -187,22 +167,13 @@ def grads_kernel(
         b_dq = warpgroup_mma(t_do.index(h), t_s.index(h), b_dq, is_async=True)
     if gs is not None:
         # <S, dS>, of the entering and the leaving state; here, so that no product waits for the latter
-        b_through = row_products(t_s.index(0), b_ds0)
-        if NV > 1:
-            b_through += row_products(t_s.index(1), b_ds1)
-        if NV > 2:
-            b_through += row_products(t_s.index(2), b_ds2)
-        if NV > 3:
-            b_through += row_products(t_s.index(3), b_ds3)
+        b_through = row_products(t_s.index(0), b_ds[0])
+        for h in gl.static_range(1, NV):
+            b_through += row_products(t_s.index(h), b_ds[h])
     b_dk, b_dq = warpgroup_mma_wait(0, deps=[b_dk, b_dq])
     if SHARED:
-        t_ds.index(0).store(b_ds0)
-        if NV > 1:
-            t_ds.index(1).store(b_ds1)
-        if NV > 2:
-            t_ds.index(2).store(b_ds2)
-        if NV > 3:
-            t_ds.index(3).store(b_ds3)
+        for h in gl.static_range(NV):
+            t_ds.index(h).store(b_ds[h])
     if gs is not None:
         b_through = gl.sum(b_through, 0) * gl.exp2(b_all)
     b_dk *= (-b_rk * b_before if gs is not None else -b_rk)[:, None]

@@ -129,12 +129,6 @@ def fade_lower(b_p, t_gs, layout: gl.constexpr):
 
 
 @gluon.jit
-def fade_upper(b_p, t_gs, layout: gl.constexpr):
-    """The same of a transposed product, of which the upper triangle is kept."""
-    return b_p * gl.exp2(t_gs.load(gl.SliceLayout(0, layout))[None, :] - t_gs.load(gl.SliceLayout(1, layout))[:, None])
-
-
-@gluon.jit
 def last_of(t_x):
     """The last value of a line of shared memory, to all threads."""
     return gl.sum(t_x.slice(C - 1, 1).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
