@@ -153,7 +153,7 @@ def evaluate_checkpoint(evaluation: Evaluation) -> dict:
         ):
             episodes = list(draw(length, e.episodes, e.seed))
             for of, model in models.items():
-                shares = _share_right(model, episodes, max(1, e.batch_size * e.length // length), f"{metric} {length}")
+                shares = share_right(model, episodes, max(1, e.batch_size * e.length // length), f"{metric} {length}")
                 results.append({"dataset": name, "metric": metric, "value": round(shares, 4), "of": of})
     for of, model in models.items() if tasks else ():
         results += [figure | {"of": of} for figure in _harness_figures(model, tokenizer, tasks, e)]
@@ -334,7 +334,7 @@ def _speed_figures(model: PreTrainedModel, e: Evaluation) -> list[dict]:
     for length in e.speed_lengths:
         ids = torch.randint(model.config.vocab_size, (e.speed_batch, length), device=model.device)
         cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-        size = _cache_bytes(cache)
+        size = cache_bytes(cache)
         token, times = ids[:, -1:], []
         for _ in range(DECODED):
             start = time.perf_counter()
@@ -351,7 +351,7 @@ def _speed_figures(model: PreTrainedModel, e: Evaluation) -> list[dict]:
     return figures
 
 
-def _cache_bytes(cache) -> int:
+def cache_bytes(cache) -> int:
     """Of all tensors that a cache holds: keys, values, states, convolutions' inputs."""
 
     def tensors(x):
@@ -364,7 +364,7 @@ def _cache_bytes(cache) -> int:
 
 
 @torch.no_grad()
-def _share_right(model: PreTrainedModel, episodes: list, batch_size: int, title: str) -> float:
+def share_right(model: PreTrainedModel, episodes: list, batch_size: int, title: str) -> float:
     """Of all the questions, how many are answered by the likeliest tokens."""
     right = asked = 0
     for start in tqdm(range(0, len(episodes), batch_size), desc=title, disable=None):

@@ -170,25 +170,10 @@ def multiple_choice(model, rows: np.ndarray, batch: int, choices: int = 4, end: 
 
 
 @torch.no_grad()
-def share_right(model, episodes: list, batch: int) -> float:
-    """Of the questions of `deltanet evaluate`'s tasks, how many are answered by the likeliest tokens."""
-    right = asked = 0
-    device = model.device
-    for start in range(0, len(episodes), batch):
-        part = episodes[start : start + batch]
-        ids = torch.tensor([episode.ids for episode in part], device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            likeliest = model(input_ids=ids, use_cache=False).logits.argmax(-1).tolist()
-        for episode, said in zip(part, likeliest):
-            for answer in episode.answers:
-                right += all(said[at - 1] == episode.ids[at] for at in answer)
-                asked += 1
-    return right / asked
-
-
-@torch.no_grad()
 def decoding(model, context: int, batch: int, steps: int = 20) -> dict:
     """Milliseconds per token of `batch` texts after `context` tokens, and bytes of one text's cache."""
+    from deltanet_conversion.evaluate import cache_bytes
+
     device = model.device
     model.to(torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
     ids, cache = torch.zeros(batch, context, dtype=torch.long, device=device), None
@@ -204,24 +189,15 @@ def decoding(model, context: int, batch: int, steps: int = 20) -> dict:
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    held = {x.data_ptr(): x.nbytes for layer in cache.layers for x in tensors_in(vars(layer))}
-    size = sum(held.values())
     return {
         "context": context, "batch": batch, "ms": round(1e3 * float(np.median(times)), 3),
-        "cache_bytes_per_text": size // batch,
+        "cache_bytes_per_text": cache_bytes(cache) // batch,
     }  # fmt: skip
-
-
-def tensors_in(value) -> list[torch.Tensor]:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        return [x for each in value for x in tensors_in(each)]
-    return [value] if isinstance(value, torch.Tensor) else []
 
 
 def measure(model, held_out: np.ndarray, tokenizer, options: dict) -> dict:
     """Everything that is measured of a trained model."""
+    from deltanet_conversion.evaluate import share_right
     from deltanet_conversion.recall_tasks import RecallTasks
 
     length, long, batch, count = (options[x] for x in ("length", "long", "batch", "rows"))
@@ -244,7 +220,9 @@ def measure(model, held_out: np.ndarray, tokenizer, options: dict) -> dict:
     for asked, draw in (("needle", tasks.needle), ("overwriting", tasks.overwriting)):
         for at in (length // 4, length, 2 * length, long):
             if at >= tasks.shortest():
-                share = share_right(model, list(draw(at, options["episodes"], 0)), max(1, batch * length // at // 2))
+                episodes, at_a_time = list(draw(at, options["episodes"], 0)), max(1, batch * length // at // 2)
+                with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+                    share = share_right(model, episodes, at_a_time, f"{asked} {at}")
                 found.setdefault(asked, {})[at] = round(share, 4)
     found["decoding"] = [decoding(model, context, options["decode_batch"]) for context in options["contexts"]]
     return found

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from deltanet_conversion import Evaluation, evaluate_checkpoint, inspect_checkpoint
 from deltanet_conversion.card import make_card
 from deltanet_conversion.card_check import card_problems
-from deltanet_conversion.evaluate import _share_right
+from deltanet_conversion.evaluate import share_right
 from deltanet_conversion.recall_tasks import KEYS, WRITES, RecallTasks
 from deltanet_conversion.text import unanswered
 
@@ -112,11 +112,11 @@ def test_the_needle_lies_at_every_depth(tokenizer):
 def test_an_answer_counts_if_each_of_its_tokens_is_right(tokenizer):
     """A model would score for half an answer, or an answer would be looked for one token off."""
     episodes = list(RecallTasks(tokenizer).overwriting(600, 3, seed=0))
-    assert _share_right(Oracle(len(tokenizer)), episodes, 2, "") == 1.0
+    assert share_right(Oracle(len(tokenizer)), episodes, 2, "") == 1.0
     answer = episodes[0].answers[2]
-    assert _share_right(Oracle(len(tokenizer), [(0, answer[-1])]), episodes[:1], 2, "") == 1 - 1 / KEYS
+    assert share_right(Oracle(len(tokenizer), [(0, answer[-1])]), episodes[:1], 2, "") == 1 - 1 / KEYS
     after = [(0, answer[-1] + 1), (0, answer[0] - 1)]  # tokens that nobody asked for
-    assert _share_right(Oracle(len(tokenizer), after), episodes[:1], 2, "") == 1.0
+    assert share_right(Oracle(len(tokenizer), after), episodes[:1], 2, "") == 1.0
 
 
 @torch.no_grad()
