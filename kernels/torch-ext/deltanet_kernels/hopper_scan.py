@@ -128,9 +128,7 @@ def scan_kernel(
 
     b_s = gl.zeros([BV, K], gl.float32, wide)
     o_k = gl.arange(0, K, gl.SliceLayout(0, wide))
-    p_s = p_h + o_k[None, :] * V + gl.arange(0, BV, gl.SliceLayout(1, wide))[:, None]
-    if slots is not None:
-        p_s = p_h + o_k[None, :] * h_sk + gl.arange(0, BV, gl.SliceLayout(1, wide))[:, None] * h_sv
+    p_s = p_h + o_k[None, :] * h_sk + gl.arange(0, BV, gl.SliceLayout(1, wide))[:, None] * h_sv
     m_s = gl.full([BV, K], True, gl.int1, wide) & (o_k < KEYS)[None, :]
     if slots is not None:
         b_s = gl.load(h0 + p_s, mask=m_s & reads, other=0.0)
@@ -255,6 +253,7 @@ def scan(x: Inputs, scratch: Scratch, t: Tables, scale: float, choice: Launch, k
     ht = ht if x.pool is None else h0
     H, K = k.shape[2:]
     HV, V = v.shape[2:]
+    h_sk, h_sv = (V, 1) if x.pool is None else h0.stride()[2:]
     launch(
         scan_kernel, (V // choice.columns, HV, t.n),
         (
@@ -267,7 +266,7 @@ def scan(x: Inputs, scratch: Scratch, t: Tables, scale: float, choice: Launch, k
         ),
         {
             "H": H, "HV": HV, "q_st": q.stride(1), "k_st": k.stride(1), "v_st": v.stride(1),
-            "h_sk": None if x.pool is None else h0.stride(2), "h_sv": None if x.pool is None else h0.stride(3),
+            "h_sk": h_sk, "h_sv": h_sv,
             "K": key_tile, "KEYS": K, "V": V, "BV": choice.columns, "EVEN": t.even, "STAGES": STAGES[choice.columns],
         },
         {"num_warps": choice.num_warps},
