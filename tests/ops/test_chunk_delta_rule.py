@@ -370,7 +370,7 @@ def test_gpu_gluon(heads, K, V, T, cu_seqlens, monkeypatch):
         1, T, heads, K, V, HV=4 * heads, N=None if cu_seqlens is None else len(cu_seqlens) - 1, dtype=torch.bfloat16
     )
     compare(*x, cu_seqlens=cu_seqlens)
-    assert ran == {"grads_kernel", "reverse_kernel", "scan_kernel"}
+    assert ran == {"grads_kernel", "reverse_kernel", "scan_kernel", "sum_heads_kernel"}
 
 
 @pytest.mark.gpu

@@ -294,10 +294,11 @@ def grads(
     a, _, rq, rk, u, s, gs = scratch
     G = HV // H
     parts = q.new_empty(2, *q.shape[:2], HV, K) if G > 1 else None
+    dq_heads, dk_heads = (dq, dk) if parts is None else (parts[0], parts[1])  # unpacked, a call is never played again
     launch(
         grads_kernel, (HV, t.n_chunks),
         (
-            q, k, do, a, u, dv, s, ds, rq, rk, gs, flags, *((dq, dk) if parts is None else parts), dbeta, dg,
+            q, k, do, a, u, dv, s, ds, rq, rk, gs, flags, dq_heads, dk_heads, dbeta, dg,
             t.cu_seqlens, t.chunks,
         ),
         (scale, q.shape[1], t.nt, HV, *q.stride()[:3], *k.stride()[:3], *do.stride()[:3]),
@@ -308,7 +309,7 @@ def grads(
         launch(
             sum_heads_kernel, (2 * H, t.n_chunks),
             (parts, dq, dk, t.cu_seqlens, t.chunks),
-            (q.shape[1], t.nt, parts[0].numel(), H),
+            (q.shape[1], t.nt, dq_heads.numel(), H),
             {"G": G, "K": plan.key_tile, "KEYS": K},
             {"num_warps": 4},
         )  # fmt: skip
