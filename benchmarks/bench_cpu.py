@@ -206,7 +206,6 @@ def main():
     if busy := [problem for name in tables for found in results[name] if (problem := noise(found))]:
         sys.exit("not written, measure again:\n" + "\n".join(busy))
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         write(args.out, results)
         print(f"written to {args.out}")
 

@@ -223,7 +223,6 @@ def main() -> None:
     }
     name = gpu.lower().replace("nvidia ", "").replace(" ", "_")
     output = args.output or Path(__file__).parent / "results" / f"decode_{name}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
     write(output, result)
     print(f"written to {output}")
 

@@ -239,7 +239,6 @@ def main() -> None:
     }
     suffix = "_gated" if args.gated else "_token_by_token" if args.token_by_token else "_ops"
     out = Path(args.out or Path(__file__).parent / "results" / f"{gpu.lower().replace(' ', '_')}{suffix}.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
 
     def save() -> None:  # after every figure: a run that is cut off keeps what it has
         write(out, record)

@@ -176,7 +176,6 @@ def main() -> None:
         rows = bench(args.batch, args.tokens, args.heads, args.head_dim, args.gate, copy)
     name = gpu.lower().replace("nvidia ", "").replace(" ", "_")
     output = args.output or Path(__file__).parent / "results" / f"pools_{name}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "gpu": gpu,
         "torch": torch.__version__,

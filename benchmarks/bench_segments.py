@@ -77,7 +77,6 @@ def main() -> None:
         "rows": rows,
     }
     out = Path(args.out or Path(__file__).parent / "results" / f"{gpu.lower().replace(' ', '_')}_segments.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
     for size in args.sizes:
         for T in args.lengths:
             rows.append(measure(*map(int, size.split(",")), T))

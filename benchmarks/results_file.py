@@ -9,7 +9,8 @@ from modeling_deltanet.cache_deltanet import new_file
 
 
 def write(path: Path, record: dict) -> None:
-    """Under a temporary name first: benchmarks write after every figure, and one that is cut off keeps what it has.
+    """Under a temporary name first: benchmarks write after every figure, and one that is cut off keeps what it has. A
+    folder that is missing is made.
 
     The commit that was measured is written too, where there is a repository ("-dirty": with changes).
     """
@@ -18,6 +19,7 @@ def write(path: Path, record: dict) -> None:
         found = subprocess.run(describe, capture_output=True, text=True)
         if found.returncode == 0:
             record.setdefault("commit", found.stdout.strip())
+    path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as unfinished:
         unfinished.write_text(_expanded(record, "") + "\n")
 

@@ -107,7 +107,7 @@ def test_models_differ_by_what_their_names_say():
 
 def test_a_grid_goes_on_where_it_stopped(tmp_path, capfd):
     """A lease that ends would cost everything that was measured in it, and one failure the rest."""
-    grid, out = [{"x": 0.0}, {"x": 0.25}, {"x": 0.5}, {"x": 60.0}], tmp_path / "out.json"
+    grid, out = [{"x": 0.0}, {"x": 0.25}, {"x": 0.5}, {"x": 60.0}], tmp_path / "not there yet" / "out.json"
     assert not cells.run_cells(grid[:2], slow_square, {}, out, 60, 1)
     assert "this one fails" in (said := capfd.readouterr().out) and "1 left" in said
     record = {}

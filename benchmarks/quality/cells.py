@@ -49,21 +49,23 @@ def run_cells(
         with patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": place, "OMP_NUM_THREADS": "1"}):
             worker.start()
     print(f"{len(left)} of {len(cells)} cells to run, {len(places)} at a time", flush=True)
-    while (any(worker.is_alive() for worker in workers) or not done.empty()) and time.time() < started + seconds:
-        try:
-            cell, row, error = done.get(timeout=0.5)
-        except queue.Empty:
-            continue
-        if error:
-            print(f"failed: {cell}\n{error}", flush=True)
-            continue
-        rows.append(cell | row)
-        write(out, record)
-        print(f"{time.time() - started:.0f} s: {json.dumps(rows[-1])}", flush=True)
-    for worker in workers:
-        worker.terminate()
-    for worker in workers:  # it may save a checkpoint first
-        worker.join(30)
+    try:
+        while (any(worker.is_alive() for worker in workers) or not done.empty()) and time.time() < started + seconds:
+            try:
+                cell, row, error = done.get(timeout=0.5)
+            except queue.Empty:
+                continue
+            if error:
+                print(f"failed: {cell}\n{error}", flush=True)
+                continue
+            rows.append(cell | row)
+            write(out, record)
+            print(f"{time.time() - started:.0f} s: {json.dumps(rows[-1])}", flush=True)
+    finally:  # also where a result cannot be written: nothing trains on for nobody
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:  # it may save a checkpoint first
+            worker.join(30)
     missing = [cell for cell in cells if not any(cell.items() <= row.items() for row in rows)]
     print(f"{len(missing)} left: the same command goes on" if missing else "nothing is left", flush=True)
     return not missing
