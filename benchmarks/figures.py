@@ -24,12 +24,14 @@ BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- /figures -->)", re.DOTA
 
 # Which files a table shows. Several: the range over these runs.
 RUNS = {
-    "rule_h100": ["h100_ops", "h100_ops_17d4db3", "h100_ops_c4f9cfe", "h100_ops_366bcd6"],
+    "rule_h100": ["h100_ops", "h100_ops_17d4db3", "h100_ops_c4f9cfe", "h100_ops_366bcd6", "h100_ops_a5cd198"],
     "rule_h200": ["h200_ops"],
     "long_rows": ["h100_long_rows"],
     "errors": ["h200_ops", "h100_ops"],
-    "gated": ["h100_gated_a8a5fdf", "h100_gated"],  # of a shape the first that has it
-    "accelerate": ["h100_accelerate"],
+    "gated": ["h100_gated_a8a5fdf", "h100_gated_a5cd198", "h100_gated"],  # of a shape the first that has it
+    "gated_beside_fla": ["h100_gated_errors"],
+    "accelerate": ["h100_accelerate_a5cd198", "h100_accelerate"],
+    "pools": ["h100_pools", "h100_pools_gated"],
     "kernels": ["h200_kernels"],
     "lengths": ["h100_lengths"],
     "token_by_token": ["h100_token_by_token"],
@@ -53,15 +55,21 @@ FILES = {
     "h100_ops_c4f9cfe": ("the same after the rewrite, four shapes beside fla", False),
     "h100_ops_f9b106b": ("the six shapes beside the commit before the rewrite", False),
     "h100_ops_366bcd6": ("d = 64 and 256 beside fla", False),
+    "h100_ops_a5cd198": ("the six shapes, ours alone", False),
     "h100_gated": ("the gated rule, five shapes and its errors, without a peer", False),
     "h100_gated_a8a5fdf": ("the gated rule beside fla and FlashQLA, four shapes", False),
-    "h100_accelerate": ("Transformers' own models by torch, fla and ours", False),
+    "h100_gated_a5cd198": ("the gated rule beside fla and FlashQLA, 32 value heads", False),
+    "h100_gated_errors": ("errors of the gated rule over those of fla, 16 draws of each case", False),
+    "h100_accelerate": ("a prompt in Transformers' own models by torch, fla and ours", False),
+    "h100_accelerate_a5cd198": ("training of Transformers' own models by fla and ours", False),
+    "h100_pools": ("states found in a pool against copied ones", False),
+    "h100_pools_gated": ("the same of the gated rule", False),
     "h100_check_full": ("`deltanet check --full --peer fla`, the largest errors", False),
     "h200_kernels": ("each kernel beside its bytes", True),
     "h100_lengths": ("by sequence length, with a picture", True),
     "h100_long_rows": ("one long sequence of any length", True),
     "h100_segments": ("every number of segments, in CUDA graphs", True),
-    "h100_token_by_token": ("chunked against token by token", True),
+    "h100_token_by_token": ("chunked against token by token", False),
     "h100_sizes": ("errors of 2304 cases of head sizes", False),
     "h200_small_beta": ("dbeta of a small beta, few keys, beside fla", False),
     "h100_ptxas": ("a fault of ptxas 12.8, trial by trial", False),
@@ -219,6 +227,37 @@ def gated_errors() -> str:
 
     rows = [[*case, *(cell(rows, x) for x in quantities)] for case, rows in found.items()]
     return markdown(["H, HV, K, V", "gate", *quantities], rows)
+
+
+def gated_beside_fla() -> str:
+    """Ours over fla's, all draws; in parentheses the largest ratio of a single one."""
+    [record] = runs("gated_beside_fla")
+    quantities = {"o": "output", "dq": "dq", "dk": "dk", "dv": "dv", "dbeta": "dbeta", "dg": "dg"}
+
+    def cell(row, x):
+        return f"{row['ratio'][x]:.2f} ({row['largest'][x]:.2f})"
+
+    rows = [
+        [f"{row['K']}, {row['V']}", row["layout"], row["gate"], *(cell(row, x) for x in quantities.values())]
+        for row in record["rows"]
+    ]
+    return markdown(["K, V", "layout", "gate", *quantities], rows)
+
+
+def pools() -> str:
+    """Times faster than gather, call and scatter, in CUDA graphs; of a step the share of a copy's bandwidth, too."""
+    names = {"step": "a step", "chunks": "chunks of", "short_conv": "convolution of"}
+    found, batches = {}, {}
+    for record in runs("pools"):
+        for row in record["rows"]:
+            tokens = "" if row["what"] == "step" else f" {row['T']} token{'s' * (row['T'] > 1)}"
+            of_copy = f" ({row['of_copy']:.0%})" if "of_copy" in row else ""
+            key = "gated" if record["gate"] else "plain", names[row["what"]] + tokens, row["layout"]
+            if row["what"] != "short_conv" or not record["gate"]:
+                found.setdefault(key, {})[row["B"]] = digits(row["graph_ratio"]) + of_copy
+                batches[row["B"]] = True
+    rows = [[*key, *(cells.get(B, "-") for B in sorted(batches))] for key, cells in found.items()]
+    return markdown(["rule", "call", "layout", *(f"B = {B}" for B in sorted(batches))], rows)
 
 
 def accelerate() -> str:
