@@ -68,7 +68,7 @@ def plot_evidence_cpu(record: dict, axes) -> None:
         right.plot(lengths, means, marker="o", ls="-" if "to 2" in model else "--", label=f"{task}, {beta}")
     right.set_xscale("log", base=2)
     right.set(title="state tracking, learned from 32 tokens", xlabel="tokens", ylim=(0, 1.05))
-    right.legend(loc="center left", bbox_to_anchor=(0, 0.75))
+    right.legend(loc="center right", bbox_to_anchor=(1, 0.78), ncol=2, fontsize="small")
 
 
 # --------------------------------------------------------------------------------------------------------------- MQAR
@@ -112,7 +112,7 @@ def plot_mqar(record: dict, axes) -> None:
         axis.set(ylim=(0, 1.05))
     left.set(title="width 64", xlabel="tokens", ylabel="right answers")
     right.set(title=f"{max(key[0] for key in best)} tokens", xlabel="width")
-    right.legend()
+    right.legend(loc="center right", bbox_to_anchor=(1, 0.78), ncol=2, fontsize="small")
 
 
 # ---------------------------------------------------------------------------------------------------- language models

@@ -4,9 +4,9 @@
     python benchmarks/quality/evidence_cpu.py --out mine.json      # all of it anew: 20 minutes on two cores
 
 Overwriting recall: eight keys are written four times each, the value that was written last has to be returned; it is
-learned from texts in which writes and questions come in any order. State
-tracking: products of swaps (the group S3) and parity, learned from 32 tokens and asked up to 256. Writes
-`results/evidence_cpu.json` after every training, then the tables and, beside it, the picture.
+learned from texts in which writes and questions come in any order. State tracking: products of swaps (the groups S3
+and S5) and parity, learned from 32 tokens and asked up to 256. Writes `results/evidence_cpu.json` after every
+training, then the tables and, beside it, the picture.
 """
 
 import argparse
@@ -31,6 +31,12 @@ TASKS = {
         "recipe": {"steps": 1500, "batch": 64, "learning_rate": 5e-3},
         "data": {"length": LENGTHS[0]},
     },
+    "S5": {
+        "models": (DOUBLED, PLAIN),
+        "sizes": {"width": 64, "layers": 1, "heads": 2, "vocab_size": 144, "intermediate_size": 128},
+        "recipe": {"steps": 1500, "batch": 64, "learning_rate": 5e-3},
+        "data": {"length": LENGTHS[0], "items": 5},
+    },
     "parity": {
         "models": (DOUBLED, PLAIN),
         "sizes": {"width": 64, "layers": 1, "heads": 2, "vocab_size": 16, "intermediate_size": 128},
@@ -53,7 +59,9 @@ def work(cell: dict, steps: int | None = None) -> dict:
     from transformers import set_seed
 
     task = TASKS[cell["task"]]
-    draw = {"overwriting recall": tasks.overwriting, "S3": tasks.swaps, "parity": tasks.parity}[cell["task"]]
+    draw = {
+        "overwriting recall": tasks.overwriting, "S3": tasks.swaps, "S5": tasks.swaps, "parity": tasks.parity,
+    }[cell["task"]]  # fmt: skip
     learn = tasks.overwriting_stream if draw is tasks.overwriting else draw
     recipe = Recipe(**task["recipe"] | ({"steps": steps} if steps else {}))
     set_seed(cell["seed"])
