@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from deltanet_conversion import check
+from modeling_deltanet.delta_rule import torch_chunk_delta_rule
+
 
 pytest.importorskip("deltanet_kernels")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="`make bench-gpu` runs the real thing")
@@ -37,6 +40,15 @@ def test_errors_are_those_of_the_rule(bench, shape, gate):
     found = bench_ops.errors(functions, shape, gate, device="cpu", seeds=2)["ours"]
     assert found.keys() == {"o", "dq", "dk", "dv", "dbeta"} | ({"dg"} if gate else set())
     assert max(found.values()) < 1.5e-2, found
+
+
+def test_errors_beside_a_peer_are_of_the_same_inputs(bench):
+    """`gated_errors.py` would blame a kernel for another draw's numbers."""
+    case = check.Case(16, 16, "bfloat16", "few", "forgetful")
+    functions = dict.fromkeys(("ours", "fla"), torch_chunk_delta_rule)
+    found = bench("gated_errors").compare(functions, case, 2, torch.device("cpu"))
+    assert {"output", "dbeta", "dg"} < found["ours"].keys() and 0 < found["ours"]["dbeta"] < 1e-2
+    assert {*found["ratio"].values(), *found["largest"].values()} == {1.0}
 
 
 def test_both_ways_to_a_pool_agree(bench):
