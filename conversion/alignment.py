@@ -8,9 +8,17 @@ next.
 import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
-from .stage import Stage
+from .stage import Stage, StageTrainer, compile_layers
+
+
+def remember(attention: nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
+    """A hook that leaves at an attention what it was given and what it gave.
+
+    One function for all layers: with one of its own, each would be compiled for itself.
+    """
+    attention.seen = kwargs["hidden_states"], kwargs["position_embeddings"], output[0]
 
 
 class LayerwiseAlignment(nn.Module):
@@ -31,16 +39,9 @@ class LayerwiseAlignment(nn.Module):
         if not self.mixers:
             raise ValueError("the student keeps softmax attention in every layer: there is nothing to align")
         self.teacher = [teacher.model]  # in a list, and so no submodule
-        self.seen: dict[str, tuple] = {}
         self.is_activation_checkpointing = False
-        for i in self.mixers:
-            teacher.model.layers[int(i)].self_attn.register_forward_hook(self._remember(i), with_kwargs=True)
-
-    def _remember(self, i: str):
-        def hook(module, args, kwargs, output):
-            self.seen[i] = (kwargs["hidden_states"], kwargs["position_embeddings"], output[0])
-
-        return hook
+        for layer in teacher.model.layers:  # all of them: compiled layers are not told apart by their hooks
+            layer.self_attn.register_forward_hook(remember, with_kwargs=True)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
@@ -60,9 +61,10 @@ class LayerwiseAlignment(nn.Module):
         """
         with torch.no_grad():
             self.teacher[0](input_ids, use_cache=False)
+        seen = [vars(layer.self_attn).pop("seen") for layer in self.teacher[0].layers]
         losses = []
         for i, mixer in self.mixers.items():
-            hidden_states, position_embeddings, wanted = self.seen.pop(i)
+            hidden_states, position_embeddings, wanted = seen[int(i)]
             if self.is_activation_checkpointing and self.training:
                 got = checkpoint(mixer, hidden_states, position_embeddings=position_embeddings, use_reentrant=False)
             else:
@@ -79,7 +81,10 @@ def align(stage: Stage) -> dict:
     """
 
     def make_trainer(teacher, student, trainer_arguments):
-        trainer = Trainer(model=LayerwiseAlignment(teacher, student), **trainer_arguments)
+        alignment = LayerwiseAlignment(teacher, student)
+        if stage.compile:
+            compile_layers(alignment.mixers.values(), teacher.model.layers)
+        trainer = StageTrainer(model=alignment, **trainer_arguments)
         teacher.to(trainer.args.device)
         return trainer
 

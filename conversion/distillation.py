@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from modeling_deltanet import DeltaNetConfig, DeltaNetForCausalLM
 
 from .llama import OPEN_DT_BIAS
-from .stage import Stage
+from .stage import Stage, StageTrainer, compile_layers
 
 
 # What a stage can leave as it is: a part's name -> what its parameters' names hold.
@@ -81,45 +81,57 @@ class KLDivergence(torch.autograd.Function):
     """KL(teacher || student) in nats, summed over the learned ones of `N` tokens, from logits `[N, V]`.
 
     Its gradient is the difference of the two distributions, and is made with it, `CHUNK` tokens at a time: in fp32 and
-    for all tokens at once, what autograd keeps is several times as large as the logits.
+    for all tokens at once, what autograd keeps is several times as large as the logits. Given a compiled `_compare`,
+    which writes nothing else as large as the logits, all tokens are compared at once.
     """
 
     @staticmethod
-    def forward(ctx, logits, wanted, learned):
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        total = logits.new_zeros((), dtype=dtype)
+    def forward(ctx, logits, wanted, learned, compiled=None):
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(logits), CHUNK):
-            part = slice(start, start + CHUNK)
-            log_q, log_p = (x[part].log_softmax(-1, dtype=dtype) for x in (logits, wanted))
-            p = log_p.exp()
-            total += (log_p.sub_(log_q).mul_(p).sum(-1) * learned[part]).sum()
-            if gradient is not None:
-                torch.sub(log_q.exp_(), p, out=gradient[part])
-        ctx.save_for_backward(gradient, learned)
+        compare, size = (_compare, CHUNK) if compiled is None else (compiled, len(logits))
+        total = 0
+        for start in range(0, len(logits), size):
+            part = slice(start, start + size)
+            total += compare(logits[part], wanted[part], learned[part], None if gradient is None else gradient[part])
+        ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_total):
-        gradient, learned = ctx.saved_tensors
-        return gradient * (d_total * learned).unsqueeze(-1), None, None
+        (gradient,) = ctx.saved_tensors
+        return gradient * d_total, None, None, None
 
 
-class DistillationTrainer(Trainer):
+def _compare(
+    logits: torch.Tensor, wanted: torch.Tensor, learned: torch.Tensor, gradient: torch.Tensor | None
+) -> torch.Tensor:
+    """The divergence of some tokens; its gradient is written into `gradient`, if there is one."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    log_q, log_p = (x.log_softmax(-1, dtype=dtype) for x in (logits, wanted))
+    p = log_p.exp()
+    total = (log_p.sub_(log_q).mul_(p).sum(-1) * learned).sum()
+    if gradient is not None:
+        gradient.copy_(log_q.exp_().sub_(p).mul_(learned.unsqueeze(-1)))
+    return total
+
+
+class DistillationTrainer(StageTrainer):
     """Trainer on KL(teacher || student), the mean in nats over the tokens that the student learns to predict."""
 
     def __init__(self, teacher: PreTrainedModel, **kwargs):
         super().__init__(**kwargs)
         self.teacher = teacher.to(self.args.device)
         self.model_accepts_loss_kwargs = True  # the loss is divided by `num_items_in_batch`
+        self.compare = torch.compile(_compare, dynamic=False) if self.compiled else None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(input_ids=inputs["input_ids"], use_cache=False)
         with torch.no_grad():
             wanted = self.teacher(inputs["input_ids"], use_cache=False).logits
         learned = inputs["shift_labels"] != -100
-        loss = KLDivergence.apply(outputs.logits.flatten(0, 1), wanted.flatten(0, 1), learned.flatten())
+        compare = self.compare if self.runs_compiled(model, inputs) else None
+        loss = KLDivergence.apply(outputs.logits.flatten(0, 1), wanted.flatten(0, 1), learned.flatten(), compare)
         # Trainer counts what is learned in all batches of the step on all processes, whose gradients it averages.
         loss = loss * self.accelerator.num_processes / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
@@ -140,7 +152,10 @@ def distill(stage: Distillation) -> dict:
             model = get_peft_model(student, lora)
             trained = [p for p in model.parameters() if p.requires_grad]
             groups = [{"params": trained, "lr": stage.mixer_learning_rate}]
-        optimizer = torch.optim.AdamW(groups, eps=trainer_arguments["args"].adam_epsilon, weight_decay=0.0)
+        if stage.compile:
+            compile_layers(student.model.layers, teacher.model.layers)
+        epsilon = trainer_arguments["args"].adam_epsilon
+        optimizer = torch.optim.AdamW(groups, eps=epsilon, weight_decay=0.0, fused=True)
         return DistillationTrainer(teacher, model=model, optimizers=(optimizer, None), **trainer_arguments)
 
     def merged(trainer):

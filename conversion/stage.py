@@ -10,17 +10,21 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn as nn
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
     ProgressCallback,
+    Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
@@ -38,7 +42,7 @@ from .text import blocks, load_text
 HELD_OUT = 0.02  # of the blocks, at most 64, never trained on
 SETTINGS = "settings.json"
 # What a run may go on with otherwise than it began: none of it changes what is learned.
-FREE_SETTINGS = ("save_steps", "activation_checkpointing", "report_to", "device", "keep_training")
+FREE_SETTINGS = ("save_steps", "activation_checkpointing", "report_to", "device", "keep_training", "compile")
 OPEN_DECAY_EPSILON = 1e-15  # of Adam, to which the gradient of a decay that starts open would be nothing beside 1e-8
 
 
@@ -64,6 +68,8 @@ class Stage:
         device: "cuda" or "cpu"; a GPU by default, and of several the first. For all of them, start the command line
             with `accelerate launch -m deltanet_conversion.cli`.
         keep_training: leave the folder `OUTPUT.training`.
+        compile: compile the layers of teacher and student with torch.compile, which fuses what lies between the matrix
+            products. It costs seconds on a GPU, minutes on a CPU, and pays off in stages that are longer than that.
     """
 
     teacher: str
@@ -83,6 +89,7 @@ class Stage:
     report_to: str = "none"
     device: Literal["cuda", "cpu"] | None = None
     keep_training: bool = False
+    compile: bool = False
 
     completion_only = False  # a setting of distillation; an alignment learns from every token
 
@@ -95,7 +102,7 @@ class Stage:
 
         Raises:
             ValueError: the output is there already, a folder of another run is in the way, teacher and student do not
-                fit together, or there is too little text.
+                fit together, there is too little text, or nothing to compile with.
         """
         output, work = Path(self.output), Path(f"{self.output}.training")
         check_new(output)
@@ -140,6 +147,8 @@ class Stage:
             "train_dataset": text.select(range(held_out, len(text))),
             "eval_dataset": text.select(range(held_out)),
             "callbacks": [SaveOnInterrupt()],
+            "precision": precision,
+            "compiled": self.compile,
         }
         trainer = make_trainer(teacher.eval().requires_grad_(False), student, trainer_arguments)
         tokens_a_step = self._tokens_a_step(trainer.args.world_size)
@@ -240,6 +249,8 @@ class Stage:
             raise ValueError(f"precision must be 'float32', 'bfloat16' or 'float16', got {self.precision!r}")
         if self.precision == "float16" and not on_gpu:
             raise ValueError("precision 'float16' needs a GPU: on a CPU take 'bfloat16' or 'float32'")
+        if self.compile:
+            check_compiler(on_gpu)
         return on_gpu
 
     def _tokens_a_step(self, processes: int) -> int:
@@ -260,8 +271,7 @@ class Stage:
             save_total_limit=1,
             prediction_loss_only=True,
             remove_unused_columns=False,
-            bf16=precision == "bfloat16",
-            fp16=precision == "float16",
+            fp16=precision == "float16",  # for bfloat16, see `StageTrainer`
             activation_checkpointing=self.activation_checkpointing,
             ddp_find_unused_parameters=False,  # there are none
             label_names=["labels"],
@@ -269,6 +279,9 @@ class Stage:
             seed=self.seed,
             dataloader_pin_memory=on_gpu,
             use_cpu=not on_gpu,
+            # A GPU would stand still at each step, for a batch on its way and for a look whether the loss is NaN.
+            accelerator_config={"non_blocking": on_gpu},
+            logging_nan_inf_filter=False,
         )
         if args.n_gpu > 1:  # one process would spread batches over all GPUs, where the teacher is not
             args._n_gpu = 1
@@ -279,6 +292,67 @@ class Stage:
         args.logging_steps = max(1, args.max_steps // 50)
         args.save_steps = self.save_steps or max(1, args.max_steps // 10)
         return args
+
+
+class StageTrainer(Trainer):
+    """Trainer on blocks of one length.
+
+    bfloat16's autocast surrounds the loss as well: accelerate's ends with the model, and copies all logits to fp32.
+    Compiled code runs on full batches of training; of others there are few, and each size would be compiled anew.
+    (Not by Trainer's own `torch_compile`: it turns on TF32 for the whole process, and compiles a model whole, thirty
+    layers one after the other and with an attention mask written out, in torch 2.13 and earlier.)
+    """
+
+    def __init__(self, precision: str, compiled: bool, **kwargs):
+        super().__init__(**kwargs)
+        self.precision, self.compiled = precision, compiled
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
+        if self.precision == "bfloat16":
+            return torch.autocast(self.args.device.type, torch.bfloat16, cache_enabled=cache_enabled)
+        return super().autocast_smart_context_manager(cache_enabled)
+
+    def runs_compiled(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> bool:
+        """Whether this batch is one for compiled code."""
+        return self.compiled and model.training and len(inputs["input_ids"]) == self.args.per_device_train_batch_size
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        with self._stance(self.runs_compiled(model, inputs)):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        with self._stance(False):
+            return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def _stance(self, compiled: bool) -> AbstractContextManager:
+        if compiled or not self.compiled:  # what imports the compiler is called where it is used
+            return nullcontext()
+        return torch.compiler.set_stance("force_eager")
+
+
+def compile_layers(students: Iterable[nn.Module], teachers: Iterable[nn.Module]) -> None:
+    """Compile each layer, in place and when it is first called. Those of one kind share what is compiled.
+
+    A teacher may be of any architecture: its layers may fall into several graphs.
+    """
+    torch._dynamo.reset()  # an earlier stage's layers are not told apart from these by their hooks
+    for layer in students:
+        layer.compile(fullgraph=True, dynamic=False)
+    for layer in teachers:
+        layer.compile(dynamic=False)
+
+
+def check_compiler(on_gpu: bool) -> None:
+    """See that torch.compile finds what it writes its code for."""
+    if on_gpu:
+        found, wanted = find_spec("triton"), "the package triton on a GPU"
+    else:
+        names = os.environ.get("CXX", "").split()[:1] or ["g++", "clang++"]
+        found = any(shutil.which(name) for name in names)
+        wanted = "a C++ compiler on a CPU (g++, clang++, or what CXX names)"
+    if not found:
+        raise ValueError(f"compile needs {wanted}, and there is none here")
 
 
 class TokenBar(ProgressCallback):

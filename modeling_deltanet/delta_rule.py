@@ -210,43 +210,44 @@ class _ChunkDeltaRule(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dht):
         q, k, v, beta, g, KK, A, W, S, U = ctx.saved_tensors
-        between, before, after = _decays(g)
+        with torch.autocast(do.device.type, enabled=False):  # compiled, backward runs under the caller's autocast
+            between, before, after = _decays(g)
 
-        # Against time, dS being the gradient of the state that leaves a chunk:
-        # dU = P^T dO + K dS, then dS <- dS + Q^T dO - W^T dU, for P = lower(Q K^T) and W^T = K^T A^T.
-        P = _times((q @ k.mT).tril_(), between)
-        dU = P.mT @ do
-        dS = _times(q, before).mT @ do
-        written = _times(k, after)
-        d_state = dht.clone(memory_format=torch.contiguous_format)
-        for n, state in _chunks(d_state, ctx.chunk_borders, reverse=True):
-            dU[n].baddbmm_(written[n], state)
-            kept = state if g is None else state * before[n, -1:]
-            entering = (kept + dS[n]).baddbmm_(W[n].mT, dU[n], alpha=-1)
-            dS[n] = state
-            state.copy_(entering)
+            # Against time, dS being the gradient of the state that leaves a chunk:
+            # dU = P^T dO + K dS, then dS <- dS + Q^T dO - W^T dU, for P = lower(Q K^T) and W^T = K^T A^T.
+            P = _times((q @ k.mT).tril_(), between)
+            dU = P.mT @ do
+            dS = _times(q, before).mT @ do
+            written = _times(k, after)
+            d_state = dht.clone(memory_format=torch.contiguous_format)
+            for n, state in _chunks(d_state, ctx.chunk_borders, reverse=True):
+                dU[n].baddbmm_(written[n], state)
+                kept = state if g is None else state * before[n, -1:]
+                entering = (kept + dS[n]).baddbmm_(W[n].mT, dU[n], alpha=-1)
+                dS[n] = state
+                state.copy_(entering)
 
-        # Chunk-parallel; R and F are the gradients of P and of strict(K K^T).
-        dv = A.mT @ dU
-        R, F = do @ U.mT, dv @ U.mT
-        q_reads, k_reads, k_writes = do @ S.mT, dv @ S.mT, U @ dS.mT
-        dg = None
-        if g is not None:
-            q_reads, k_reads, k_writes = q_reads * before, k_reads * before, k_writes * after
-            # of exp(g_t): what goes from before t to t or later, within the chunk, into it, out of it and through it
-            pairs = (R * P).sub_(F * KK).flip(-2).cumsum_(-2).flip(-2).tril_(-1).sum(-1, keepdim=True)
-            reads = ((q * q_reads) - (k * k_reads)).sum(-1, keepdim=True)
-            writes = (k * k_writes).sum(-1, keepdim=True)
-            through = (S * dS).sum((-2, -1), keepdim=True) * before[:, -1:]
-            dg = pairs + reads.flip(-2).cumsum(-2).flip(-2) + (writes.cumsum(-2) - writes) + through
-        R, F = _times(R.tril_(), between), _times(F.tril_(-1), between)
-        dq = q_reads.baddbmm_(R, k)
-        dk = k_writes.sub_(k_reads).baddbmm_(R.mT, q)
-        dk.baddbmm_(F + F.mT, k, alpha=-1)
+            # Chunk-parallel; R and F are the gradients of P and of strict(K K^T).
+            dv = A.mT @ dU
+            R, F = do @ U.mT, dv @ U.mT
+            q_reads, k_reads, k_writes = do @ S.mT, dv @ S.mT, U @ dS.mT
+            dg = None
+            if g is not None:
+                q_reads, k_reads, k_writes = q_reads * before, k_reads * before, k_writes * after
+                # of exp(g_t): what goes from before t to t or later, in the chunk, into it, out of it and through it
+                pairs = (R * P).sub_(F * KK).flip(-2).cumsum_(-2).flip(-2).tril_(-1).sum(-1, keepdim=True)
+                reads = ((q * q_reads) - (k * k_reads)).sum(-1, keepdim=True)
+                writes = (k * k_writes).sum(-1, keepdim=True)
+                through = (S * dS).sum((-2, -1), keepdim=True) * before[:, -1:]
+                dg = pairs + reads.flip(-2).cumsum(-2).flip(-2) + (writes.cumsum(-2) - writes) + through
+            R, F = _times(R.tril_(), between), _times(F.tril_(-1), between)
+            dq = q_reads.baddbmm_(R, k)
+            dk = k_writes.sub_(k_reads).baddbmm_(R.mT, q)
+            dk.baddbmm_(F + F.mT, k, alpha=-1)
 
-        # E = V - K S - strict(K K^T) U is what each token found missing, U = beta E: no division by beta.
-        E = torch.baddbmm(v, _times(k, before), S, alpha=-1).baddbmm_(KK, U, alpha=-1)
-        dbeta = dU.baddbmm_(KK.mT, dv, alpha=-1).mul_(E).sum(-1, keepdim=True)
+            # E = V - K S - strict(K K^T) U is what each token found missing, U = beta E: no division by beta.
+            E = torch.baddbmm(v, _times(k, before), S, alpha=-1).baddbmm_(KK, U, alpha=-1)
+            dbeta = dU.baddbmm_(KK.mT, dv, alpha=-1).mul_(E).sum(-1, keepdim=True)
         return dq, dk, dv, dbeta, dg, d_state, None
 
 

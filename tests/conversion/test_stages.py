@@ -214,7 +214,7 @@ def stop(monkeypatch, step, how):
             *args, **kwargs | {"callbacks": [*kwargs["callbacks"], StopAt(step, how)]}
         )
 
-    for module, name in ((alignment, "Trainer"), (distillation, "DistillationTrainer")):
+    for module, name in ((alignment, "StageTrainer"), (distillation, "DistillationTrainer")):
         monkeypatch.setattr(module, name, stops(getattr(module, name)))
 
 

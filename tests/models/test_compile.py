@@ -40,6 +40,18 @@ def test_a_training_step_is_one_graph(case):
         torch.testing.assert_close(gradient, results[1][1][name], atol=1e-5, rtol=1e-4, msg=name)
 
 
+def test_a_compiled_training_step_under_autocast():
+    """Without the kernels, the delta rule's gradients would be an error, or be computed in bf16."""
+    x, results = tokens(2, 20), []
+    for compiled in (False, True):
+        model = tiny_model(layer_types=[LINEAR]).train()
+        forward = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(output_and_gradients(model, forward, input_ids=x, labels=x)[1])
+    for name, gradient in results[0].items():
+        assert (gradient - results[1][name]).norm() <= 1e-2 * gradient.norm(), name
+
+
 @pytest.mark.parametrize(
     "fields, graphs_wanted",
     [
