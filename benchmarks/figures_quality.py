@@ -112,7 +112,7 @@ def plot_mqar(record: dict, axes) -> None:
         axis.set(ylim=(0, 1.05))
     left.set(title="width 64", xlabel="tokens", ylabel="right answers")
     right.set(title=f"{max(key[0] for key in best)} tokens", xlabel="width")
-    right.legend(loc="center right", bbox_to_anchor=(1, 0.78), ncol=2, fontsize="small")
+    right.legend()
 
 
 # ---------------------------------------------------------------------------------------------------- language models

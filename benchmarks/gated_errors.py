@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 from datetime import date
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,16 +46,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=16, help="draws of each case (default 16)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gated_errors.json")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.exit(1, "gated_errors needs a CUDA GPU: fla computes nowhere else\n")
-    import deltanet_kernels
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if why := check_run.missing_peer(device):
+        parser.exit(1, f"nothing to compare with: {why}\n")
     import fla
-    import fla.ops
     import triton
 
-    check_run.tune_nothing()
-    ours = partial(check_run.by_gate, deltanet_kernels, "chunk")
-    functions = {"ours": ours, "fla": partial(check_run.for_fla, partial(check_run.by_gate, fla.ops, "chunk"))}
+    found = {route.name: route.function for route in check_run.routes(device, "fla")}
+    functions = {"ours": found["kernels, chunks"], "fla": found["fla, chunks"]}
     rows = []
     record = {
         "gpu": torch.cuda.get_device_name(),
@@ -70,7 +67,7 @@ def main() -> None:
             for gate in check.GATES:
                 case = check.Case(K, V, "bfloat16", layout, gate)
                 rows.append({"K": K, "V": V, "layout": layout, "gate": gate})
-                rows[-1] |= compare(functions, case, args.seeds, torch.device("cuda"))
+                rows[-1] |= compare(functions, case, args.seeds, device)
                 print(json.dumps(rows[-1]), flush=True)
                 write(args.out, record)
 

@@ -69,10 +69,10 @@ def routes(device: torch.device, peer: str | None = None) -> tuple[Route, ...]:
     else:
         dtypes = DTYPES if device.type == "cuda" else DTYPES[1:]
         found += [
-            Route("kernels, chunks", partial(by_gate, kernels, "chunk"), RULE, dtypes=dtypes),
+            Route("kernels, chunks", partial(_by_gate, kernels, "chunk"), RULE, dtypes=dtypes),
             Route(
                 "kernels, token by token",
-                partial(by_gate, kernels, "fused_recurrent"),
+                partial(_by_gate, kernels, "fused_recurrent"),
                 SHORT,
                 dtypes=dtypes,
                 is_slow=True,
@@ -84,7 +84,7 @@ def routes(device: torch.device, peer: str | None = None) -> tuple[Route, ...]:
         import fla.ops
 
         tune_nothing()
-        chunks, steps = (partial(for_fla, partial(by_gate, fla.ops, kind)) for kind in ("chunk", "fused_recurrent"))
+        chunks, steps = (partial(_fla, partial(_by_gate, fla.ops, kind)) for kind in ("chunk", "fused_recurrent"))
         found += [
             Route("fla, chunks", chunks, RULE, dtypes=DTYPES[:2], is_peer=True, is_slow=True),
             Route("fla, token by token", steps, SHORT, is_peer=True, is_slow=True, is_gated=False),  # no backward
@@ -132,14 +132,14 @@ def _first_that_runs(tuner, bench, *args, config, **meta) -> list[float]:
     return times
 
 
-def by_gate(module, kind: str, *, g=None, **inputs):
+def _by_gate(module, kind: str, *, g=None, **inputs):
     """The module's function for these inputs, which with a gate has another name."""
     if g is None:
         return getattr(module, f"{kind}_delta_rule")(**inputs)
     return getattr(module, f"{kind}_gated_delta_rule")(g=g, **inputs)
 
 
-def for_fla(function, q, k, v, beta, cu_seqlens=None, **options):
+def _fla(function, q, k, v, beta, cu_seqlens=None, **options):
     """fla has as many key heads as value heads, and borders in int64."""
     q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], dim=2) for x in (q, k))
     return function(q=q, k=k, v=v, beta=beta, cu_seqlens=None if cu_seqlens is None else cu_seqlens.long(), **options)

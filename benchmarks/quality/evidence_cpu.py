@@ -1,7 +1,7 @@
 """What the delta rule repairs, and what its negative eigenvalues buy, on a CPU.
 
     python benchmarks/quality/evidence_cpu.py                      # shows what there is, and trains what is missing
-    python benchmarks/quality/evidence_cpu.py --out mine.json      # all of it anew: 20 minutes on two cores
+    python benchmarks/quality/evidence_cpu.py --out mine.json      # all of it anew: 25 minutes on two cores
 
 Overwriting recall: eight keys are written four times each, the value that was written last has to be returned; it is
 learned from texts in which writes and questions come in any order. State tracking: products of swaps (the groups S3
