@@ -234,6 +234,12 @@ def test_segment_count(shape, training, inference):
         assert {T: plan.count_segments(x, blocks) for T, x in calls.items()} == lengths
 
 
+def test_two_segments_are_for_heads_that_forget():
+    """32 value heads of a gated model would leave half of the chip idle; without a gate two segments gain nothing."""
+    for T, gated, s in ((32768, True, 2), (32768, False, 1), (8192, True, 2), (4096, True, 1)):
+        assert plan.count_segments(call(B=1, T=T, HV=32, K=128, gradients=True)._replace(gated=gated), 2) == s
+
+
 @pytest.mark.parametrize(
     "T, K, programs, beside, cut",
     [

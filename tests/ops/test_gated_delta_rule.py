@@ -230,11 +230,17 @@ def test_packed_documents_fade_alone():
         assert x[:, :3].eq(0).all() and x[:, 133:].eq(0).all() and x.isfinite().all()
 
 
-@pytest.mark.parametrize("T, backward", [(512, True), (450, False)])
-def test_segments_fade(T, backward, monkeypatch):
-    """A long sequence cut into segments: what a segment does to the state, Phi, fades, too."""
+@pytest.mark.parametrize(
+    "T, backward, fade", [(512, True, 0.02), (450, False, 0.02), (768, True, 0.8), (450, False, 3)]
+)
+def test_segments_fade(T, backward, fade, monkeypatch):
+    """A long sequence cut into segments: what a segment does to the state, Phi, fades, too. Where a head forgets a
+    segment's start (all but its last two chunks, or one), that is not read; the head beside it forgets nothing.
+    """
     decide_anew(monkeypatch, count_segments=lambda *_: 4, cuts_backward=lambda *_: backward)
-    compare(make_inputs(1, T, 1, 32, 2, 16, gate="slow"))
+    inputs = make_inputs(1, T, 1, 32, 2, 16, gate="slow")
+    inputs[4][..., 0] *= fade / 0.02
+    compare(inputs)
 
 
 def test_an_open_gate_on_kernels_is_the_plain_rule():

@@ -210,6 +210,8 @@ MIN_TOTAL = 40
 MIN_BACKWARD = 128
 # Chunks per segment (one head of 128, H100, CUDA graphs: 4096 tokens in eight 0.105 ms, in four 0.125)
 MIN_CHUNKS = 8
+# The same for two segments, of the gated rule
+MIN_FORGETFUL = 128
 # where a program holds all columns of a head. 20 heads of 128, 32768 tokens, forward alone: 0.77 ms (was 0.95 uncut)
 MIN_CHUNKS_WHOLE = 128
 
@@ -237,8 +239,9 @@ def count_segments(call: Call, blocks: int) -> int:
         if length < 2 * s or not (few or whole):
             break
         s *= 2
-    # two extra passes: worth it from four segments on
-    return s if s >= 4 else 1
+    # two extra passes: worth it from four segments on; in two they take what they save, but for heads that forget, of
+    # which the first of them reads a few chunks
+    return s if s >= 4 or (call.gated and chunks >= MIN_FORGETFUL) else 1
 
 
 def cuts_backward(call: Call, programs: int, beside: bool) -> bool:

@@ -8,8 +8,10 @@ chip of 132 multiprocessors. Over a segment the state goes S_out = Phi S_in + N,
     S_in  of every segment, one after the other                             (chain, one launch)
     the ordinary scan from each segment's true entry state                  (scan)
 
-Backward is its adjoint, dS_in = Phi^T dS_out + dN, and reuses Phi. Phi is exact, nothing is truncated: the rule does
-not decay. Each factor has norm at most 1 for normalised keys and beta <= 2, so products cannot grow.
+Backward is its adjoint, dS_in = Phi^T dS_out + dN, and reuses Phi. Each factor of Phi has norm at most 1 for
+normalised keys and beta <= 2, so products cannot grow. Without a gate they do not decay, either, and nothing is left
+out. With one, and the L2 norm in the kernel, the first pass leaves out chunks whose tokens fade to 2^-40 before their
+segment ends, and a Phi that does: of heads that forget fast it reads a few chunks.
 
 Where T is a multiple of the segments, they are batch entries: every tensor is viewed as [B * S, T / S, ...], which
 costs no copy. Otherwise they are packed sequences of one batch entry, the last one the shortest.
