@@ -28,7 +28,7 @@ RUNS = {
     "rule_h200": ["h200_ops"],
     "long_rows": ["h100_long_rows"],
     "errors": ["h200_ops", "h100_ops"],
-    "gated": ["h100_gated_a8a5fdf", "h100_gated_a5cd198", "h100_gated"],  # of a shape the first that has it
+    "gated": ["h100_gated_c00b2f0", "h100_gated_a8a5fdf", "h100_gated"],  # of a shape the first that has it
     "gated_beside_fla": ["h100_gated_errors"],
     "accelerate": ["h100_accelerate_a5cd198", "h100_accelerate"],
     "pools": ["h100_pools", "h100_pools_gated"],
@@ -44,6 +44,7 @@ RUNS = {
     "cpu": ["cpu"],
     "memory": ["convert_memory"],
     "evidence_cpu": ["evidence_cpu"],
+    "smollm2": ["h100_smollm2"],
     "mqar": [],
     "language_models": [],
 }
@@ -58,7 +59,7 @@ FILES = {
     "h100_ops_a5cd198": ("the six shapes, ours alone", False),
     "h100_gated": ("the gated rule, five shapes and its errors, without a peer", False),
     "h100_gated_a8a5fdf": ("the gated rule beside fla and FlashQLA, four shapes", False),
-    "h100_gated_a5cd198": ("the gated rule beside fla and FlashQLA, 32 value heads", False),
+    "h100_gated_c00b2f0": ("the same, one sequence of 32768 tokens", False),
     "h100_gated_errors": ("errors of the gated rule over those of fla, 16 draws of each case", False),
     "h100_accelerate": ("a prompt in Transformers' own models by torch, fla and ours", False),
     "h100_accelerate_a5cd198": ("training of Transformers' own models by fla and ours", False),
@@ -81,6 +82,7 @@ FILES = {
     "h200_fla_parity_gated": ("the same of gated ones", False),
     "cpu": ("the torch rule on two cores", False),
     "convert_memory": ("peak memory of a conversion", False),
+    "h100_smollm2": ("SmolLM2-135M-Instruct as a hybrid, chosen and evenly spaced layers", False),
     "evidence_cpu": ("overwriting recall and state tracking, models trained on a CPU", False),
 }
 # What the rows of `rule_h200` set out for, as multiples of fla: forward, forward + backward.
@@ -522,6 +524,10 @@ def mqar() -> str:
 
 def language_models() -> str:
     return _quality("language_models", figures_quality.language_models, "python benchmarks/quality/lm.py")
+
+
+def smollm2() -> str:
+    return _quality("smollm2", figures_quality.smollm2, "python examples/convert_smollm2.py")
 
 
 def _quality(table: str, function, command: str) -> str:

@@ -172,6 +172,24 @@ def plot_language_models(record: dict, axes) -> None:
     right.set(title="cache of one text, MB", xlabel="tokens", yscale="log")
 
 
+# ---------------------------------------------------------------------------------------------- a converted chat model
+
+
+def smollm2(record: dict) -> str:
+    """Of each figure the teacher's, and after each stage that of the students with chosen / evenly spaced layers."""
+    found = {}
+    for row in record["rows"]:
+        found.setdefault((row["metric"], row["data"]), {})[row["of"], row["layers"]] = row["value"]
+    layers, stages = list(record["stages"]), list(dict.fromkeys(row["of"] for row in record["rows"]))
+
+    def cell(values, of):
+        shown = [f"{values[of, x]:.{3 if values[of, x] < 10 else 1}f}" for x in layers if (of, x) in values]
+        return " / ".join(dict.fromkeys(shown) if of == "teacher" else shown) or "-"
+
+    table = [[f"{metric}: {data}", *(cell(values, of) for of in stages)] for (metric, data), values in found.items()]
+    return markdown([f"layers {' / '.join(layers)}", *stages], table)
+
+
 # ----------------------------------------------------------------------------------------------------- token by token
 
 

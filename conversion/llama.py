@@ -15,6 +15,7 @@ k, v and o projections as the linear attention nearest to it that needs no data:
 """
 
 import logging
+import math
 from pathlib import Path
 
 import torch
@@ -41,8 +42,9 @@ def choose_layers(keep: str, num_hidden_layers: int) -> list[int]:
     """The layers that keep softmax attention, by `keep`: `"all"`, `"none"`, a ratio such as `"0.25"` or `"25%"`, or a
     list such as `"3,7"`, counted from 0.
 
-    A ratio is spread evenly, each kept layer the last of its group: a quarter of 8 is 3 and 7. Which layers keep
-    softmax matters more than anything else in a conversion: `"auto:25%"`, which only a conversion takes, measures it.
+    A ratio is spread evenly, each kept layer the last of its group: a quarter of 8 is 3 and 7. Between two numbers of
+    layers it is the lesser: a quarter of 30 is 7. Which layers keep softmax matters more than anything else in a
+    conversion: `"auto:25%"`, which only a conversion takes, measures it.
     """
     words = keep.strip().lower()
     if words in ("all", "none"):
@@ -52,7 +54,7 @@ def choose_layers(keep: str, num_hidden_layers: int) -> list[int]:
             ratio = float(words[:-1]) / 100 if words.endswith("%") else float(words)
             if not 0 <= ratio <= 1:
                 raise ValueError
-            count = round(ratio * num_hidden_layers)
+            count = math.ceil(ratio * num_hidden_layers - 0.5)
             return [(i + 1) * num_hidden_layers // count - 1 for i in range(count)]
         layers = sorted({int(word) for word in words.split(",")})
     except ValueError:

@@ -23,10 +23,10 @@ UNITS = {"ms": 1, "us": 1e3, "s": 1, "MB": 1, "GB": 1, "TB/s": 1, "tokens/s": 1,
 FIGURE = re.compile(
     r"(?<![\w.^,/-])(?:(\d[\d,]*(?:\.\d+)?) ?(K tokens/s|tokens/s|TB/s|ms|us|s|MB|GB)\b|(0\.\d+)(?![\w.]))"
 )
-# What looks like a figure and is none: code, equations, versions, addresses.
+# What looks like a figure and is none: code, equations, versions, addresses, names of GPUs.
 NO_FIGURE = re.compile(
     r"```.*?```|^ {4,}\S.*?$|`[^`]*`|\]\([^)]*\)"
-    r"|(?:attention|bitsandbytes|fla|kernels|liger|torch|Transformers|Triton) v?\d+(?:\.\d+)+",
+    r"|H\d00 \d+GB|(?:attention|bitsandbytes|fla|kernels|liger|torch|Transformers|Triton) v?\d+(?:\.\d+)+",
     re.DOTALL | re.MULTILINE,
 )
 

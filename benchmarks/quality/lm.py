@@ -169,30 +169,14 @@ def multiple_choice(model, rows: np.ndarray, batch: int, choices: int = 4, end: 
     return float((np.stack(scores).argmin(0) == 0).mean())
 
 
-@torch.no_grad()
 def decoding(model, context: int, batch: int, steps: int = 20) -> dict:
     """Milliseconds per token of `batch` texts after `context` tokens, and bytes of one text's cache."""
-    from deltanet_conversion.evaluate import cache_bytes
+    from deltanet_conversion.evaluate import time_decoding
 
-    device = model.device
-    model.to(torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
-    ids, cache = torch.zeros(batch, context, dtype=torch.long, device=device), None
-    for part in ids.split(1024, dim=1):
-        output = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
-    times = []
-    for _ in range(steps):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return {
-        "context": context, "batch": batch, "ms": round(1e3 * float(np.median(times)), 3),
-        "cache_bytes_per_text": cache_bytes(cache) // batch,
-    }  # fmt: skip
+    model.to(torch.bfloat16 if model.device.type == "cuda" else torch.float32).eval()
+    ids = torch.zeros(batch, context, dtype=torch.long, device=model.device)
+    seconds, size = time_decoding(model, ids, steps, part=1024)
+    return {"context": context, "batch": batch, "ms": round(1e3 * seconds, 3), "cache_bytes_per_text": size // batch}
 
 
 def measure(model, held_out: np.ndarray, tokenizer, options: dict) -> dict:

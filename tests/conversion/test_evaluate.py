@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shlex
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from deltanet_conversion import Evaluation, evaluate_checkpoint, inspect_checkpoint
 from deltanet_conversion.card import make_card
 from deltanet_conversion.card_check import card_problems
-from deltanet_conversion.evaluate import share_right
+from deltanet_conversion.evaluate import share_right, time_decoding
 from deltanet_conversion.recall_tasks import KEYS, WRITES, RecallTasks
 from deltanet_conversion.text import unanswered
 
@@ -136,6 +137,23 @@ def test_perplexity_and_kl_are_those_of_the_models(folder, tokenizer):
     assert math.isclose(found["KL to the teacher, nats per token", ""], kl, rel_tol=1e-4)
     recall = {(metric, of) for metric in ("overwriting recall", "needle retrieval") for of in ("", "teacher")}
     assert recall < found.keys() and len(found) == 9
+
+
+def test_what_a_length_costs_once_is_not_the_price_of_a_token(monkeypatch):
+    """cuDNN plans for each new length: the model that comes first, the teacher, would look three times too slow."""
+    model, seen = tiny_model(), set()
+    forward = model.forward
+
+    def plan(*args, past_key_values=None, **kwargs):
+        length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if length not in seen:
+            time.sleep(0.3)
+        seen.add(length)
+        return forward(*args, past_key_values=past_key_values, **kwargs)
+
+    monkeypatch.setattr(model, "forward", plan)
+    seconds, _ = time_decoding(model, torch.zeros(2, 8, dtype=torch.long), 3, part=4)
+    assert seconds < 0.3 and {0, 4, 8, 9, 10} == seen
 
 
 @torch.no_grad()

@@ -228,6 +228,12 @@ def test_keep_names_layers(keep, layers):
     assert choose_layers(keep, 8) == layers
 
 
+@pytest.mark.parametrize("keep, layers, count", [("25%", 30, 7), ("25%", 6, 1), ("25%", 11, 3), ("50%", 3, 1)])
+def test_a_ratio_between_two_counts_keeps_the_lesser(keep, layers, count):
+    """A quarter of SmolLM2's 30 layers would be 8, of which nobody would say that they are at most a quarter."""
+    assert len(choose_layers(keep, layers)) == count
+
+
 @pytest.mark.parametrize("keep", ["some", "8", "-1", "1.5", "120%", "", "1,x"])
 def test_keep_that_means_nothing_is_refused(keep):
     """A typing error would convert all layers, or none."""
