@@ -81,12 +81,23 @@ def record(arch: int, K: int, V: int, dtype: torch.dtype, gated: bool) -> Iterat
                 name = kernel.fn.__name__.removesuffix("_kernel")
                 yield f"{name}, {'Gluon, ' if kernel.is_gluon() else ''}pool of {layout}", kernel, *arguments
             launched.clear()
+    if gated:
+        # keys that the caller normalises: the reverse scan sums for dbeta
+        q, k, v, do = (torch.empty(1, 65, 2, d, dtype=dtype) for d in (K, K, V, V))
+        beta, g = torch.empty(1, 65, 2, dtype=dtype), torch.empty(1, 65, 2)
+        _, _, made, memory, _ = passes.forward(None, False, False, True, q, k, v, beta, None, None, g)
+        passes.backward(made, None, False, q, k, beta, None, None, g, do, None, memory, None)
+        for kernel, *arguments in launched:
+            name = kernel.fn.__name__.removesuffix("_kernel")
+            if name in ("reverse", "grads"):
+                yield f"{name}, {'Gluon, ' if kernel.is_gluon() else ''}caller's norm", kernel, *arguments
+        launched.clear()
 
 
 def is_first(kernel, pointers: tuple) -> bool:
     """Whether a scan only brings the state of a segment to its end."""
     given = dict(zip(kernel.arg_names, pointers))
-    return kernel.fn.__name__ in ("scan_kernel", "reverse_kernel") and given.get("u", given.get("dv")) is None
+    return given.get({"scan_kernel": "u", "reverse_kernel": "dv"}.get(kernel.fn.__name__), kernel) is None
 
 
 def compile_launch(kernel, pointers: tuple, sizes: tuple, constants: dict, options: dict, arch: int):

@@ -31,7 +31,7 @@ ACCEPTED = {
 # With a gate every scan holds decays beside its state, and gradients sums beside theirs; not tuned off Gluon
 ACCEPTED_GATED = {
     "scan": 456,
-    "reverse": 368,
+    "reverse": 400,
     "grads": 552,
     "first scan": 56,
     "first reverse": 112,

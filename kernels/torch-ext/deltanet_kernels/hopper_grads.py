@@ -51,9 +51,9 @@ def row_products(t_x, b_y):
 
 @gluon.jit
 def grads_kernel(
-    # inputs; dv as the reverse scan wrote it; rq and rk None without the L2 norm, gs without a gate; flags where that
-    # scan still runs
-    q, k, do, a, u, dv, s, ds, rq, rk, gs, flags,
+    # inputs; dv as the reverse scan wrote it; uv may be None; rq and rk None without the L2 norm, gs without a gate;
+    # flags where that scan still runs
+    q, k, do, a, u, dv, s, ds, uv, rq, rk, gs, flags,
     # outputs, dq and dk with rows of their own for each value head; dg with a gate
     dq, dk, dbeta, dg,
     # packed sequences
@@ -152,6 +152,12 @@ def grads_kernel(
         if not SHARED:
             t_ds.index(h).store(b_ds[h])
     b_a = gl.load(a + o_i * C + o_i, mask=o_i < length, other=1.0).to(gl.float32)
+    if uv is not None:
+        uv += (chunk * HV + i_hv) * (V // 16) * C + o_i
+        b_x = gl.load(uv)
+        for i in gl.static_range(1, V // 16):
+            b_x += gl.load(uv + i * C)
+        gl.store(dbeta + (row + o_i) * HV + i_hv, (b_x / b_a / b_a).to(dbeta.dtype.element_ty), mask=o_i < length)
     if gs is not None:
         b_all = gl.load(gs + C - 1)
         b_before = gl.exp2(gl.load(gs + o_w))
@@ -186,8 +192,9 @@ def grads_kernel(
     b_e = warpgroup_mma_wait(0, deps=[b_e])
     # by A's diagonal rk beta as it was rounded, not by rk beta^2: U and dV carry that rounding (error 0.0048, was
     # 0.0060); twice, because its square would leave fp32's range where beta is near its bound
-    b_x = gl.sum(gl.where(o_i[:, None] == o_j[None, :], b_e, 0.0), 1) / b_a * b_rk_i / b_a
-    gl.store(dbeta + (row + o_i) * HV + i_hv, b_x.to(dbeta.dtype.element_ty), mask=o_i < length)
+    if uv is None:
+        b_x = gl.sum(gl.where(o_i[:, None] == o_j[None, :], b_e, 0.0), 1) / b_a * b_rk_i / b_a
+        gl.store(dbeta + (row + o_i) * HV + i_hv, b_x.to(dbeta.dtype.element_ty), mask=o_i < length)
     if gs is not None:
         b_e = fade_lower(b_e, t_gs, square)
     b_e = gl.where(o_i[:, None] > o_j[None, :], b_e * -b_rk_i[:, None], 0.0).to(BF16)
@@ -285,7 +292,7 @@ def sum_heads_kernel(
 
 
 def grads(
-    x: Inputs, do, scratch: Scratch, t: Tables, plan: Plan, scale: float, dv, ds, flags, dq, dk, dbeta, dg
+    x: Inputs, do, scratch: Scratch, t: Tables, plan: Plan, scale: float, dv, ds, uv, flags, dq, dk, dbeta, dg
 ) -> None:
     """Writes dq, dk, dbeta and, with a gate, dg. `flags` as `hopper_reverse.reverse` was given them."""
     q, k = x.q, x.k
@@ -298,7 +305,7 @@ def grads(
     launch(
         grads_kernel, (HV, t.n_chunks),
         (
-            q, k, do, a, u, dv, s, ds, rq, rk, gs, flags, dq_heads, dk_heads, dbeta, dg,
+            q, k, do, a, u, dv, s, ds, uv, rq, rk, gs, flags, dq_heads, dk_heads, dbeta, dg,
             t.cu_seqlens, t.chunks,
         ),
         (scale, q.shape[1], t.nt, HV, *q.stride()[:3], *k.stride()[:3], *do.stride()[:3]),

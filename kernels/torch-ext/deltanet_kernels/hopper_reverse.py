@@ -16,6 +16,7 @@ from .hopper_tiles import (
     C,
     fade_lower,
     last_of,
+    load_fragments,
     load_stage,
     store_factors,
     store_fragments,
@@ -30,13 +31,25 @@ from .tiles import locate_sequence
 # ---------------------------------------------------------------------------------------------------------- kernels
 
 
+@gluon.jit
+def store_sums(p, b_v, b_u):
+    """Sums of b_v * b_u over 16 rows, which one warp holds: no warp waits for another."""
+    R: gl.constexpr = b_v.shape[0] // 16
+    b_x = gl.sum(gl.reshape(b_v * b_u.to(gl.float32), [R, 16, C]), 1)
+    o_r = gl.arange(0, R, gl.SliceLayout(1, b_x.type.layout))
+    o_c = gl.arange(0, C, gl.SliceLayout(0, b_x.type.layout))
+    gl.store(p + o_r[:, None] * C + o_c[None, :], b_x)
+
+
 # with the one chunk as a constant Triton 3.6 fails an assertion
 @gluon.jit(do_not_specialize=["NT"])
 def reverse_kernel(
-    # inputs; a, rq, rk and gs as forward left them, rq and rk None without the L2 norm, gs without a gate
-    q, k, do, a, rq, rk, gs, dht,
-    # outputs or None; ds, in tiles like s: gradient of the state leaving a chunk; flags: the gradients run meanwhile
-    dv, ds, dh0, flags,
+    # inputs; a, rq, rk, gs and u as forward left them, or None: rq and rk without the L2 norm, gs without a gate, u
+    # without uv
+    q, k, do, a, rq, rk, gs, u, dht,
+    # outputs or None; ds, in tiles like s: gradient of the state leaving a chunk; uv: parts of
+    # diag(dV U^T); flags: the gradients run meanwhile
+    dv, ds, uv, dh0, flags,
     # packed sequences
     cu_seqlens, chunk_offsets,
     # sizes and strides
@@ -63,6 +76,9 @@ def reverse_kernel(
     if dv is not None:
         dv += (row * HV + i_hv) * V + i_v
         ds += ((chunk_0 * HV + i_hv) * V + i_v) * K
+    if uv is not None:
+        u += ((chunk_0 * HV + i_hv) * V + i_v) * C
+        uv += ((chunk_0 * HV + i_hv) * V + i_v) // 16 * C
     FLAGS: gl.constexpr = HV * (V // BV)  # of a chunk
     if flags is not None:
         flags += chunk_0 * FLAGS + i_hv * (V // BV) + gl.program_id(0)
@@ -164,6 +180,8 @@ def reverse_kernel(
                 i_c - STAGES + 1, (i + STAGES - 1) % STAGES, T, H, HV, q_st, k_st, d_st, K, KEYS, BV, EVEN, True,
             )  # fmt: skip
         async_copy.commit_group()
+        if uv is not None:  # not at the start of the turn, where registers are scarce: 72 bytes would be spilled
+            b_uu = load_fragments(u + i_c.to(gl.int64) * HV * V * C, BV, C, C)
         if gs is not None:
             b_after = t_f.index(i % 2 * 3 + 2).load(columns)
             b_u = warpgroup_mma_wait(1, deps=[b_u])
@@ -185,6 +203,10 @@ def reverse_kernel(
         b_s = warpgroup_mma(gl.convert_layout(b_w.to(BF16), left_w), t_k.index(slot), b_s, is_async=True)
         if dv is not None:
             t_dv.permute([1, 0]).store(b_v.to(BF16))
+        if uv is not None:
+            store_sums(
+                uv + i_c.to(gl.int64) * HV * (V // 16) * C, b_v, gl.convert_layout(b_uu, narrow, assert_trivial=True)
+            )
         if gs is not None:
             store_factors(t_f, (i + 1) % 2 * 3, t_gs.index(after), t_rk.index(after), rk, last_of(t_gs.index(after)))
         b_p = warpgroup_mma_wait(1, deps=[b_p])
@@ -208,10 +230,11 @@ def reverse_kernel(
 
 
 def reverse(
-    x: Inputs, do, scratch: Scratch, t: Tables, scale: float, choice: Launch, key_tile: int, dht, dv, ds, dh0, flags
-) -> None:
-    """Writes dv and ds, or neither, and dh0 where it is given. With flags, `hopper_grads.grads` must be next in the
-    stream.
+    x: Inputs, do, scratch: Scratch, t: Tables, scale: float, choice: Launch, key_tile: int,
+    dht, dv, ds, uv, dh0, flags,
+) -> None:  # fmt: skip
+    """Writes dv and ds, or neither, and uv and dh0 where they are given. With flags, `hopper_grads.grads` must be next
+    in the stream.
     """
     q, k = x.q, x.k
     H, K = k.shape[2:]
@@ -219,8 +242,8 @@ def reverse(
     launch(
         reverse_kernel, (V // choice.columns, HV, t.n),
         (
-            q, k, do, scratch.a, scratch.rq, scratch.rk, scratch.gs, dht, dv, ds, dh0, flags, t.cu_seqlens,
-            t.chunk_offsets,
+            q, k, do, scratch.a, scratch.rq, scratch.rk, scratch.gs, None if uv is None else scratch.u, dht,
+            dv, ds, uv, dh0, flags, t.cu_seqlens, t.chunk_offsets,
         ),
         (
             scale, k.shape[1], t.nt, q.stride(0), q.stride(2), k.stride(0), k.stride(2), do.stride(0), do.stride(2),

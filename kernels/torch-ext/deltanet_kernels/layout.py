@@ -213,6 +213,11 @@ def s_shape(plan: Plan, n_chunks: int) -> tuple[int, ...]:
     return n_chunks, plan.call.HV, plan.value_tiles * plan.value_tile, plan.key_tiles * plan.key_tile
 
 
+def sums_shape(plan: Plan, n_chunks: int) -> tuple[int, ...]:
+    """Of uv: diag(dV U^T), of dV before it is rounded, in parts of 16 value columns."""
+    return n_chunks, plan.call.HV, plan.value_tiles * plan.value_tile // 16, CHUNK
+
+
 def scratch_layout(plan: Plan, l2norm: bool, save: bool, n_chunks: int) -> tuple[Scratch, int]:
     """(first byte, shape, dtype) of each tensor in one piece of memory, and the bytes of that.
 

@@ -12,6 +12,7 @@ from .layout import (
     scratch_layout,
     scratch_type,
     segment_tables,
+    sums_shape,
     tables,
 )
 from .plan import Plan, can_cut, is_aligned, make_plan
@@ -101,13 +102,15 @@ def _gradients(x: Inputs, do, scratch, t, plan: Plan, scale: float, dht, dh0, ou
     """dq, dk, dv, dbeta and dg or None, written to `out` where it is given."""
     dv = _scratch_like(do) if out is None else out[2]
     ds = do.new_empty(s_shape(plan, t.n_chunks), dtype=scratch_type(plan.call.dtype))
-    flags = None
+    flags = uv = None
+    if scratch.gs is not None and scratch.rk is None:  # why: `grads.py`
+        uv = do.new_empty(sums_shape(plan, t.n_chunks), dtype=torch.float32)
     if plan.beside:
         flags = do.new_empty(t.n_chunks, plan.call.HV, plan.value_tiles, dtype=torch.int32)
-    reverse(x, do, scratch, t, plan, scale, plan.reverse, dht=dht, dv=dv, ds=ds, dh0=dh0, flags=flags)
+    reverse(x, do, scratch, t, plan, scale, plan.reverse, dht=dht, dv=dv, ds=ds, uv=uv, dh0=dh0, flags=flags)
     # allocated while the reverse scan runs, since at batch 1 the GPU waits for the host
     dq, dk, _, dbeta, dg = out or _gradients_like(x, do, dv)
-    grads(x, do, scratch, t, plan, scale, dv=dv, ds=ds, flags=flags, dq=dq, dk=dk, dbeta=dbeta, dg=dg)
+    grads(x, do, scratch, t, plan, scale, dv=dv, ds=ds, uv=uv, flags=flags, dq=dq, dk=dk, dbeta=dbeta, dg=dg)
     return [dq, dk, dv, dbeta, dg]
 
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from ._launch import launch
 from .layout import Inputs, Scratch, Tables, precision, static
 from .plan import GLUON, Launch, Plan
-from .tiles import C, below, decay, load_tile, load_tile_t, locate_sequence, store_fragments
+from .tiles import C, below, decay, load_rows, load_tile, load_tile_t, locate_sequence, store_fragments
 
 
 if GLUON:
@@ -25,10 +25,10 @@ if GLUON:
 
 @triton.jit
 def reverse_kernel(
-    # inputs; a, p, rq, rk and gs as forward left them
-    q, k, do, a, p, rq, rk, gs, dht,
-    # outputs or None; ds, in tiles like s: gradient of the state leaving a chunk
-    dv, ds, dh0,
+    # inputs; a, p, rq, rk, gs and u as forward left them, u for uv alone
+    q, k, do, a, p, rq, rk, gs, u, dht,
+    # outputs or None; ds, in tiles like s: gradient of the state leaving a chunk; uv: parts of diag(dV U^T)
+    dv, ds, uv, dh0,
     # packed sequences
     cu_seqlens, chunk_offsets,
     # sizes and strides
@@ -74,6 +74,9 @@ def reverse_kernel(
     if dv is not None:
         dv += ((row + last * C) * HV + i_hv) * V
         ds += (((chunk_0 + last) * HV + i_hv) * NV + i_v) * NK * BV * BK
+    if uv is not None:
+        u += (((chunk_0 + last) * HV + i_hv) * NV + i_v) * BV * C
+        uv += (((chunk_0 + last) * HV + i_hv) * NV + i_v) * (BV // 16 * C)
     p_h = (i_n.to(tl.int64) * HV + i_hv) * K * V
 
     b_s1 = tl.zeros([BV, BK], tl.float32)
@@ -147,6 +150,10 @@ def reverse_kernel(
             b_u = tl.dot(b_do, b_p, b_u, input_precision=PRECISION)
         # dV^T = dU^T A
         b_v = tl.dot(b_u.to(CT), b_a, input_precision=PRECISION)
+        if uv is not None:
+            b_x = b_v * load_rows(u, 0, 1, BV, BV, C).to(tl.float32)
+            b_x = tl.sum(tl.reshape(b_x, [BV // 16, 16, C]), 1)
+            tl.store(uv + tl.arange(0, BV // 16)[:, None] * C + o_c[None, :], b_x)
         # dS^T <- dS^T + dO'^T Q - (rk dV)^T K
         b_w = -b_v * tl.load(rk + o_c)[None, :] if rk is not None else -b_v
         if gs is not None:
@@ -176,6 +183,9 @@ def reverse_kernel(
         if dv is not None:
             dv -= C * HV * V
             ds -= HV * NV * NK * BV * BK
+        if uv is not None:
+            u -= HV * NV * BV * C
+            uv -= HV * NV * (BV // 16) * C
 
     if dh0 is not None:
         tl.store(dh0 + p_h + o_k1[None, :] * V + o_v[:, None], b_s1, mask=m_v[:, None] & m_k1[None, :])
@@ -196,21 +206,25 @@ def reverse(
     dv,
     ds,
     dh0,
+    uv=None,
     flags=None,
 ) -> None:
-    """Writes dv and ds, or neither, and dh0, where they are given. `choice` is the plan's reverse or exit; with
+    """Writes dv and ds, or neither, and uv and dh0, where they are given. `choice` is the plan's reverse or exit; with
     `flags` the gradients, the next launch, run beside this one.
     """  # fmt: skip
     call = plan.call
     if t.n == 0:
         return
     if choice.gluon:
-        hopper_reverse.reverse(x, do, scratch, t, scale, choice, plan.key_tile, dht, dv, ds, dh0, flags)
+        hopper_reverse.reverse(x, do, scratch, t, scale, choice, plan.key_tile, dht, dv, ds, uv, dh0, flags)
         return
-    a, p, rq, rk, _, _, gs = scratch
+    a, p, rq, rk, u, _, gs = scratch
     launch(
         reverse_kernel, (plan.value_tiles, call.HV, t.n),
-        (x.q, x.k, do, a, p, rq, rk, gs, dht, dv, ds, dh0, t.cu_seqlens, t.chunk_offsets),
+        (
+            x.q, x.k, do, a, p, rq, rk, gs, None if uv is None else u, dht, dv, ds, uv, dh0,
+            t.cu_seqlens, t.chunk_offsets,
+        ),
         (
             scale, x.k.shape[1], t.nt, call.H, call.HV, *x.q.stride()[:3], *x.k.stride()[:3], *do.stride()[:3],
             static(call.K, call.wide), static(call.V, call.wide),
