@@ -4,6 +4,8 @@ Without a GPU they run in Triton's interpreter on small shapes, in fp32 (numpy h
 its bit patterns), which reaches every line except the cast to bf16. Tests marked `gpu` run the real thing.
 """
 
+import functools
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from tests.ops._reference import DEVICE, assert_close, delta_rule_fp64, error, m
 
 triton = pytest.importorskip("triton")
 import deltanet_kernels  # noqa: E402
-from deltanet_kernels import _replay, chunk_delta_rule, plan, reverse  # noqa: E402
+from deltanet_kernels import _replay, chunk_delta_rule, chunk_gated_delta_rule, plan, reverse  # noqa: E402
 
 from tests.ops._plans import call, change_plans, decide_anew  # noqa: E402
 
@@ -397,14 +399,21 @@ def test_gpu_gluon_borders(l2norm, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("d", [64, 128])
 @pytest.mark.parametrize(
     "T, cu_seqlens",
     [(50, None), (300, None), (1000, None), (4096, None), (1000, [0, 0, 5, 325, 325, 1000]), (700, [0, 64, 700])],
 )
-def test_gpu_gradients_beside_the_scan(T, cu_seqlens, d, monkeypatch):
-    """They would be computed from what the scan has not written yet, and only sometimes."""
-    x = make(1, T, 4, d, HV=8, N=None if cu_seqlens is None else len(cu_seqlens) - 1, dtype=torch.bfloat16)
+def test_gpu_gradients_beside_the_scan(T, cu_seqlens, d, gated, monkeypatch):
+    """They would be computed from what the scan has not written yet, and only sometimes. With a gate and keys that the
+    caller normalises the scan leaves them sums, too.
+    """
+    n = None if cu_seqlens is None else len(cu_seqlens) - 1
+    x = make(1, T, 4, d, HV=8, N=n, dtype=torch.bfloat16, keys="unit")
+    rule, options = chunk_delta_rule, {"use_qk_l2norm_in_kernel": not gated}
+    if gated:
+        rule = functools.partial(chunk_gated_delta_rule, g=-0.1 * torch.rand(x[3].shape, device=DEVICE))
     x = [t.requires_grad_() for t in x]
     cu = None if cu_seqlens is None else torch.tensor(cu_seqlens, device=DEVICE)
     do = torch.randn_like(x[2])
@@ -418,7 +427,7 @@ def test_gpu_gradients_beside_the_scan(T, cu_seqlens, d, monkeypatch):
 
     def run(times):
         _replay.forget()
-        o, _ = chunk_delta_rule(*x[:4], initial_state=x[4], use_qk_l2norm_in_kernel=True, cu_seqlens=cu)
+        o, _ = rule(*x[:3], beta=x[3], initial_state=x[4], cu_seqlens=cu, **options)
         for _ in range(times):  # through one graph, from memory that holds neither zeros nor what the last time wrote
             poison = [torch.full((2**25,), torch.nan, device=DEVICE)]
             poison += [torch.ones(2**15, dtype=torch.int32, device=DEVICE) for _ in range(100)]

@@ -133,6 +133,8 @@ def reverse_kernel(
     b_p = warpgroup_mma_wait(0, deps=[b_p])
     if gs is not None:
         b_p = fade_lower(b_p, t_gs.index(0), narrow)
+        if rk is None:
+            b_p *= scale
     store_scores(t_p.index(0), b_p, narrow)
     if gs is not None:
         store_factors(t_f, 0, t_gs.index(0), t_rk.index(0), rk, last_of(t_gs.index(0)))
@@ -146,24 +148,27 @@ def reverse_kernel(
         if flags is not None:
             say_written(flags, FLAGS, NT, i)
         b_c = b_s.to(BF16)
-        # dU^T = dS^T K^T + dO'^T lower(Q K^T) with dO' = scale rq dO
+        # dU^T = dS^T K^T + dO'^T lower(Q K^T) with dO' = scale rq dO; with a gate but no norm lower() holds the
+        # scale, so that dO is not rounded again
         b_u = warpgroup_mma(
             gl.convert_layout(b_c, left), t_k.index(slot).permute([1, 0]), zero, use_acc=False, is_async=True
         )
         if dv is not None:
             store_fragments(ds + i_c.to(gl.int64) * HV * V * K, b_c, BV, K)
-        b_do = t_do.index(slot).permute([1, 0]).load(left).to(gl.float32)
-        b_do = (
-            b_do * (t_rq.index(slot).load(gl.SliceLayout(0, left)) * scale)[None, :]
+        b_do = t_do.index(slot).permute([1, 0]).load(left)
+        b_dq = b_do.to(gl.float32)
+        b_dq = (
+            b_dq * (t_rq.index(slot).load(gl.SliceLayout(0, left)) * scale)[None, :]
             if rk is not None
-            else b_do * scale
+            else b_dq * scale
         )
         if gs is not None:
             b_s *= last_of(t_f.index(i % 2 * 3))
-            b_dq = (b_do * t_f.index(i % 2 * 3).load(gl.SliceLayout(0, left))[None, :]).to(BF16)
-            b_do = b_do.to(BF16)
+            b_faded = (b_dq * t_f.index(i % 2 * 3).load(gl.SliceLayout(0, left))[None, :]).to(BF16)
+            b_do = b_dq.to(BF16) if rk is not None else b_do
+            b_dq = b_faded
         else:
-            b_do = b_do.to(BF16)
+            b_do = b_dq.to(BF16)
             b_dq = b_do
             b_u = warpgroup_mma(b_do, t_p.index(i % 2), b_u, is_async=True)
         # dS^T <- dS^T + dO'^T Q - (rk dV)^T K
@@ -212,6 +217,8 @@ def reverse_kernel(
         b_p = warpgroup_mma_wait(1, deps=[b_p])
         if gs is not None:
             b_p = fade_lower(b_p, t_gs.index(after), narrow)
+            if rk is None:
+                b_p *= scale
         store_scores(t_p.index((i + 1) % 2), b_p, narrow)
         b_s = warpgroup_mma_wait(0, deps=[b_s])
 

@@ -122,11 +122,13 @@ def reverse_kernel(
                 b_p = tl.dot(b_q2, tl.trans(b_k2), b_p, input_precision=PRECISION)
             if gs is not None:
                 b_p *= decay(b_gs[:, None], b_gs[None, :])
+                if rk is None:
+                    b_p *= scale
             b_p = tl.where(o_c[:, None] >= o_c[None, :], b_p, 0.0).to(CT)
-        # dO' = scale rq dO; a stored P holds the factor, so there dO itself meets P
+        # dO' = scale rq dO; where P holds the factor, as a stored one does, dO itself meets it, not rounded again
         b_do = tl.dot(b_do, b_i, input_precision="ieee") if DEEP else b_do.to(tl.float32)
         b_dq = b_do * (tl.load(rq + o_c) * scale)[None, :] if rk is not None else b_do * scale
-        b_do = b_do.to(CT) if p is not None else b_dq.to(CT)
+        b_do = b_do.to(CT) if p is not None or (gs is not None and rk is None) else b_dq.to(CT)
         if gs is not None:
             b_dq *= b_before[None, :]
         b_dq = b_dq.to(CT)
