@@ -165,9 +165,10 @@ def grads_kernel(
                 b_g = tl.zeros([C], tl.float32)
                 for i in range(NV * (BV // 16)):
                     b_g += tl.load(uv + (i_g * NV * (BV // 16) + i) * C + o_c)
+                p_b = dbeta + (row + o_c) * HV + i_h * G + i_g
+                tl.store(p_b, (b_g / b_a / b_a).to(dbeta.dtype.element_ty), mask=m_t)
             else:
-                b_g = tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_e, 0.0), 1)
-            b_g = b_g / b_a * b_rk / b_a
+                b_g = tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_e, 0.0), 1) / b_a * b_rk / b_a
             if gs is not None:
                 b_e *= decay(b_gs[:, None], b_gs[None, :])
             b_e = tl.where(o_c[:, None] > o_c[None, :], b_e * -b_rk[:, None], 0.0).to(CT)
@@ -211,8 +212,9 @@ def grads_kernel(
                 b_x = tl.sum(b_k * b_dk, 1)
                 tl.store(r + i_g * C + o_c, 2.0 * b_in - b_known - b_x)
                 b_known = b_x
-            p_b = dbeta + (row + o_c) * HV + i_h * G + i_g
-            tl.store(p_b, b_g.to(dbeta.dtype.element_ty), mask=m_t)
+            if uv is None:
+                p_b = dbeta + (row + o_c) * HV + i_h * G + i_g
+                tl.store(p_b, b_g.to(dbeta.dtype.element_ty), mask=m_t)
         b_k = load_tile(k, o_c, k_st, o_k, m_t, m_k)
         b_dk = norm_backward(b_dk, b_k, b_rk, rk is not None)
         tl.store(dk + ((row + o_c) * H + i_h)[:, None] * K + o_k[None, :], b_dk.to(dk.dtype.element_ty), mask=m_o)
