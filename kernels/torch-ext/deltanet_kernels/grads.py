@@ -15,9 +15,9 @@ its way to a later one or to the end: with r_i what comes into token i less what
 (S' leaves the chunk). What goes from one token to another stands in two of the r, as the same bits: both roundings of
 R are one, and what has come in and gone out again cancels. `decay_kernel` sums, in a launch more.
 
-Of the gated rule, where the caller has normalised the keys, the reverse scan sums diag(dV U^T) itself, in uv, from dV
-as it is before it is rounded: by the rounded one, dbeta's error was up to 1.37 times that of fla's kernels, which
-round least there.
+Of the gated rule, where the caller has normalised the keys, the reverse scan sums diag(dV U^T) itself, to uv, from dV
+before it is rounded: with rounded dV, dbeta's error was more than 1.2 times that of fla's kernels, which round least
+there.
 
 They need only the state entering a chunk and the gradient of the one leaving it: given U and dV, both recurrences are
 plain sums. Letters as in `reverse.py`; U is saved times rk, as the forward scan used it.
