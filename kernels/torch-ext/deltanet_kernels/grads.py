@@ -254,7 +254,7 @@ def grads(
     *,
     dv,
     ds,
-    uv,
+    uv=None,
     flags,
     dq,
     dk,
