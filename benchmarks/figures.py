@@ -29,7 +29,7 @@ RUNS = {
     "long_rows": ["h100_long_rows"],
     "errors": ["h200_ops", "h100_ops"],
     "gated": ["h100_gated_c00b2f0", "h100_gated_a8a5fdf", "h100_gated"],  # of a shape the first that has it
-    "gated_beside_fla": ["h100_gated_errors"],
+    "gated_beside_fla": ["h100_gated_errors_324b91e", "h100_gated_errors"],  # of a case the first that has it
     "accelerate": ["h100_accelerate_a5cd198", "h100_accelerate"],
     "pools": ["h100_pools", "h100_pools_gated"],
     "kernels": ["h200_kernels"],
@@ -46,7 +46,7 @@ RUNS = {
     "evidence_cpu": ["evidence_cpu"],
     "smollm2": ["h100_smollm2"],
     "mqar": [],
-    "language_models": [],
+    "language_models": ["h100_language_models"],
 }
 # What each file holds, and whether it was measured with the kernels as they were before c4f9cfe rewrote the package.
 FILES = {
@@ -61,6 +61,7 @@ FILES = {
     "h100_gated_a8a5fdf": ("the gated rule beside fla and FlashQLA, four shapes", False),
     "h100_gated_c00b2f0": ("the same, one sequence of 32768 tokens", False),
     "h100_gated_errors": ("errors of the gated rule over those of fla, 16 draws of each case", False),
+    "h100_gated_errors_324b91e": ("the same where the caller normalises keys, and of heads of 96 by 192", False),
     "h100_accelerate": ("a prompt in Transformers' own models by torch, fla and ours", False),
     "h100_accelerate_a5cd198": ("training of Transformers' own models by fla and ours", False),
     "h100_pools": ("states found in a pool against copied ones", False),
@@ -83,6 +84,7 @@ FILES = {
     "cpu": ("the torch rule on two cores", False),
     "convert_memory": ("peak memory of a conversion", False),
     "h100_smollm2": ("SmolLM2-135M-Instruct as a hybrid, chosen and evenly spaced layers", False),
+    "h100_language_models": ("language models of 30M, four of seven", False),
     "evidence_cpu": ("overwriting recall and state tracking, models trained on a CPU", False),
 }
 # What the rows of `rule_h200` set out for, as multiples of fla: forward, forward + backward.
@@ -233,15 +235,17 @@ def gated_errors() -> str:
 
 def gated_beside_fla() -> str:
     """Ours over fla's, all draws; in parentheses the largest ratio of a single one."""
-    [record] = runs("gated_beside_fla")
     quantities = {"o": "output", "dq": "dq", "dk": "dk", "dv": "dv", "dbeta": "dbeta", "dg": "dg"}
+    found = {}
+    for row in (row for record in reversed(runs("gated_beside_fla")) for row in record["rows"]):
+        found[row["K"], row["layout"], row["gate"]] = row
 
     def cell(row, x):
         return f"{row['ratio'][x]:.2f} ({row['largest'][x]:.2f})"
 
     rows = [
         [f"{row['K']}, {row['V']}", row["layout"], row["gate"], *(cell(row, x) for x in quantities.values())]
-        for row in record["rows"]
+        for row in found.values()
     ]
     return markdown(["K, V", "layout", "gate", *quantities], rows)
 
@@ -590,6 +594,7 @@ PLOTS = {
     "h100_lengths": "h100_lengths.png",
     "h100_token_by_token": "h100_token_by_token.png",
     "evidence_cpu": "evidence_cpu.png",
+    "h100_language_models": "h100_language_models.png",
 }
 PANELS = {
     "h100_token_by_token": figures_quality.plot_token_by_token,

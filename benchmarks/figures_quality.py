@@ -139,7 +139,7 @@ def language_models(record: dict) -> str:
             model,
             f"{np.mean([row['tokens_per_second'] for row in found]) / 1e3:.0f}K",
             found[0].get("peak_GB", "-"),
-            *(f"{x['ms']:.2f}" for x in found[0]["decoding"]),
+            *(f"{x['ms']:.2f}" if "ms" in x else "-" for x in found[0]["decoding"]),
             *(f"{x['cache_bytes_per_text'] / 1e6:.2f}" for x in found[0]["decoding"]),
         ]
         for (model,), found in rows.items()
@@ -167,7 +167,7 @@ def plot_language_models(record: dict, axes) -> None:
         right.plot([x["context"] for x in contexts], [x["cache_bytes_per_text"] / 1e6 for x in contexts], marker="o")
     for axis in axes:
         axis.set_xscale("log", base=2)
-    left.set(title="held-out perplexity", xlabel="position in the text, up to")
+    left.set(title="held-out perplexity", xlabel="position in the text, up to", yscale="log")
     left.legend()
     right.set(title="cache of one text, MB", xlabel="tokens", yscale="log")
 
