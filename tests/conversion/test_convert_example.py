@@ -86,6 +86,8 @@ def test_a_chat_model_goes_the_whole_way(monkeypatch, tmp_path, tokenizer, capsy
     tokenizer.save_pretrained(tmp_path / "chatty")
     tiny_llama(vocab_size=len(tokenizer), eos_token_id=1).save_pretrained(tmp_path / "chatty")
     (tmp_path / "text.txt").write_text("The delta rule writes what is new. " * 20)
+    said = [{"role": role, "content": "The delta rule writes."} for role in ("user", "assistant")]
+    (tmp_path / "more.jsonl").write_text(json.dumps({"messages": said}))
     monkeypatch.setattr("pydoc_data.topics.topics", {str(i): f"{i} is what a document says. " * 12 for i in range(12)})
     monkeypatch.setenv("COLUMNS", "240")
     monkeypatch.setattr("deltanet_conversion.evaluate.AGREEMENT_TOKENS", 4)
@@ -94,7 +96,7 @@ def test_a_chat_model_goes_the_whole_way(monkeypatch, tmp_path, tokenizer, capsy
         f"--smoke --teacher {tmp_path / 'chatty'} --output-dir {out} --compare --keep auto:25% "
         "--chat-tokens 300 --held-out-tokens 60 --max-new-tokens 12 --calibration-tokens 64 --align-tokens 64 "
         "--distill-tokens 64 --long-tokens 0 --length 16 --batch-size 2 --recall-lengths 512 --episodes 1 "
-        f"--speed-lengths 8 --eval-length 16 --text {tmp_path / 'text.txt'}"
+        f"--speed-lengths 8 --eval-length 16 --text {tmp_path / 'text.txt'} --chats {tmp_path / 'more.jsonl'}"
     ).split()
     monkeypatch.setattr(sys, "argv", ["convert_smollm2.py", *arguments])
     stopped = [Stopped("the machine is somebody else's")]
@@ -114,6 +116,7 @@ def test_a_chat_model_goes_the_whole_way(monkeypatch, tmp_path, tokenizer, capsy
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     facts = json.loads((student / "conversion.json").read_text())
     assert len(facts["layer_scores"]["scores"]) == 4 and {"align", "distill"} <= facts.keys()
+    assert facts["distill"]["data"] == ["chats.jsonl", "more.jsonl", "docs.jsonl"]
     figures = json.loads((student / "evaluation.json").read_text())
     columns = {row.get("of", "") for row in figures["results"] if row["metric"] == "perplexity"}
     stages = {"hybrid", "aligned"}
