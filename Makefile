@@ -87,6 +87,7 @@ evidence-gpu: $(VENV)/.installed  ## associative recall, language models, chunke
 	$(RUN) benchmarks/quality/mqar.py --out runs/mqar.json
 	test -e $(LM_DATA)/lm_data.json || $(RUN) benchmarks/quality/lm_data.py $(LM_DATA)
 	$(RUN) benchmarks/quality/lm.py --data $(LM_DATA) --out runs/language_models.json --liger $(ARGS)
+	$(RUN) benchmarks/quality/lm_publish.py --data $(LM_DATA) --out runs/language_models.json --cards runs/cards
 
 docs: $(VENV)/.installed  ## write docs/api.md and the tables of figures anew, from docstrings and results
 	$(RUN) docs/api.py

@@ -120,6 +120,7 @@ def plot_mqar(record: dict, axes) -> None:
 
 def language_models(record: dict) -> str:
     rows = by(record["rows"], "model")
+    tasks = LOCAL_TASKS if any("tasks" in row for row in record["rows"]) else ()
     quality = [
         [
             model,
@@ -127,13 +128,14 @@ def language_models(record: dict) -> str:
             f"{found[0]['lr']:g}",
             *(spread([row[key] for row in found], 2) for key in PERPLEXITIES),
             spread([row["multiple_choice"] for row in found]),
+            *(f"{found[0]['tasks'][task]:.3f}" if "tasks" in found[0] else "-" for task in tasks),
             *(" / ".join(f"{np.mean(x):.2f}" for x in _by_length(found, task)) for task in ("needle", "overwriting")),
         ]
         for (model,), found in rows.items()
     ]
     lengths = {task: " / ".join(record["rows"][0].get(task, {})) for task in ("needle", "overwriting")}
     head = ["model", "parameters", "learning rate", "perplexity", "of recalled tokens", "of others", "choice of 4"]
-    head += [f"needle in {lengths['needle']}", f"overwriting in {lengths['overwriting']}"]
+    head += [*tasks, f"needle in {lengths['needle']}", f"overwriting in {lengths['overwriting']}"]
     cost = [
         [
             model,
@@ -150,6 +152,7 @@ def language_models(record: dict) -> str:
     return markdown(head, quality) + "\n" + markdown(costs, cost)
 
 
+LOCAL_TASKS = "cloze", "continuation", "value"  # of lm-evaluation-harness, see `quality/local_tasks.py`
 PERPLEXITIES = "perplexity", "perplexity_recalled", "perplexity_others"
 
 

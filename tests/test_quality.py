@@ -165,6 +165,10 @@ def test_tables_of_the_grid_and_of_language_models():
     }  # fmt: skip
     table = figures_quality.language_models({"rows": [row, row | {"seed": 1, "perplexity": 10.0}]})
     assert "| a | 29.9M | 0.002 | 9.50 [9.00, 10.00] | 2.00 [2.00, 2.00] |" in table
+    assert "cloze" not in table
+    tasks = {"cloze": 0.25, "continuation": 0.5, "value": 0.125}
+    table = figures_quality.language_models({"rows": [row | {"tasks": tasks}, row | {"model": "b"}]})
+    assert "| 0.500 | 0.250 | 0.500 | 0.125 |" in table and "| 0.500 | - | - | - |" in table
     assert "1.00 / 0.25" in table and "| a | 512K | 20.5 | 1.00 | 1.00 | 2.00 | 2.00 |" in table
 
 

@@ -40,7 +40,7 @@ MODELS = (
 )  # fmt: skip
 SIZES = {"width": 512, "layers": 8, "heads": 8, "vocab_size": 8192, "tie_word_embeddings": True}
 LENGTH = 1024
-LEARNING_RATES = (1e-3, 2e-3, 4e-3)
+LEARNING_RATES = (5e-4, 1e-3, 2e-3)
 BATCH, SEARCH_STEPS, TOKENS = 64, 150, 150e6
 LONG = 4 * LENGTH
 TOY = {
@@ -86,8 +86,8 @@ def make(name: str, options: dict):
 
 
 def train(name: str, data: np.ndarray, rate: float, steps: int, seed: int, folder: Path, options: dict):
-    """A model after `steps`, and what training took. Cut off, it leaves a checkpoint, from which the next call goes
-    on.
+    """The trainer after `steps`, and what training took. Cut off, it leaves a checkpoint, from which the next call
+    goes on.
     """
     from transformers import Trainer, TrainingArguments, set_seed
 
@@ -128,7 +128,7 @@ def train(name: str, data: np.ndarray, rate: float, steps: int, seed: int, folde
     took["tokens_per_second"] = round(done * options["batch"] * options["length"] / seconds)
     if on_gpu:
         took["peak_GB"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
-    return trainer.model, took
+    return trainer, took
 
 
 def spread(ids: np.ndarray, length: int, rows: int) -> np.ndarray:
@@ -212,6 +212,10 @@ def measure(model, held_out: np.ndarray, tokenizer, options: dict) -> dict:
     return found
 
 
+def folder_of(work: Path, model: str, seed: int) -> Path:
+    return work / f"{model}-{seed}".replace(" ", "_").replace(",", "")
+
+
 def work(options: dict, cell: dict) -> dict:
     """Search, train and measure one model."""
     from transformers import PreTrainedTokenizerFast
@@ -219,29 +223,32 @@ def work(options: dict, cell: dict) -> dict:
     from modeling_deltanet import DeltaNetForCausalLM
 
     data, held_out = (tokens(Path(options["data"]), name) for name in ("train", "held_out"))
-    folder = Path(options["work"]) / f"{cell['model']}-{cell['seed']}".replace(" ", "_").replace(",", "")
+    file = str(Path(options["data"]) / "tokenizer.json")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=file, eos_token="<|end|>", clean_up_tokenization_spaces=False)
+    folder = folder_of(Path(options["work"]), cell["model"], cell["seed"])
     folder.mkdir(parents=True, exist_ok=True)
     found = folder / "search.json"
     search = json.loads(found.read_text()) if found.exists() else {}
     for rate in options["learning_rates"]:
         if str(rate) not in search:
             steps = options["search_steps"]
-            model, took = train(cell["model"], data, rate, steps, cell["seed"], folder / f"lr-{rate}", options)
+            trainer, took = train(cell["model"], data, rate, steps, cell["seed"], folder / f"lr-{rate}", options)
             rows = spread(held_out, options["length"], options["rows"] // 4)
-            search[str(rate)] = round(float(losses(model, rows, options["batch"]).mean()), 4)
+            search[str(rate)] = round(float(losses(trainer.model, rows, options["batch"]).mean()), 4)
             found.write_text(json.dumps(search))
             print(f"{cell['model']}: lr {rate}: held-out loss {search[str(rate)]}, {took}", flush=True)
     best = float(min(search, key=lambda rate: search[rate] if math.isfinite(search[rate]) else math.inf))
     steps = math.ceil(options["tokens"] / options["batch"] / options["length"])
     saved = folder / f"model-{steps}"  # what is trained is not trained again, should measuring fail or be cut off
     if not (saved / "took.json").exists():
-        model, took = train(cell["model"], data, best, steps, cell["seed"], folder / f"training-{steps}", options)
+        trainer, took = train(cell["model"], data, best, steps, cell["seed"], folder / f"training-{steps}", options)
         print(f"{cell['model']}: lr {best}: {took}", flush=True)
-        model.save_pretrained(saved)
+        trainer.model.save_pretrained(saved)
+        trainer.state.save_to_json(str(saved / "trainer_state.json"))
+        tokenizer.save_pretrained(saved)
         (saved / "took.json").write_text(json.dumps(took))
     took = json.loads((saved / "took.json").read_text())
     model = DeltaNetForCausalLM.from_pretrained(saved).to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(Path(options["data"]) / "tokenizer.json"))
     row = {"search": search, "lr": best, "parameters": model.num_parameters(), **took}
     row |= {"tokens": options["tokens"], "text_tokens": len(data)}
     return row | measure(model, held_out, tokenizer, options)

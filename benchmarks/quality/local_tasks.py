@@ -1,6 +1,6 @@
 """Tasks for lm-evaluation-harness from held-out text, for a machine without a hub.
 
-    python benchmarks/quality/local_tasks.py runs/lm       # writes runs/lm/tasks/*.jsonl and *.yaml
+    python benchmarks/quality/local_tasks.py runs/lm       # writes tasks/*.jsonl and *.yaml, and held_out.jsonl there
     deltanet evaluate MODEL --task runs/lm/tasks/cloze.yaml --task runs/lm/tasks/value.yaml
     lm_eval --model hf --model_args pretrained=MODEL,trust_remote_code=True --include_path runs/lm/tasks \\
         --tasks heldout_cloze,heldout_continuation,heldout_value
@@ -79,8 +79,13 @@ def value(texts: list[str], draw: random.Random, size: int = 2500) -> Iterator[d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the folder of lm_data.py")
-    args = parser.parse_args()
-    texts, target = documents(args.folder), args.folder.resolve() / "tasks"
+    write_tasks(parser.parse_args().folder)
+
+
+def write_tasks(folder: Path) -> None:
+    """`held_out.jsonl`, a document per row, and `tasks/`."""
+    texts, target = documents(folder), folder.resolve() / "tasks"
+    (folder / "held_out.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     target.mkdir(exist_ok=True)
     for make in (cloze, continuation, value):
         name = make.__name__
