@@ -1,6 +1,7 @@
 """A start that is computed from text, and layers chosen by what they are worth on it."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,6 +102,40 @@ def test_the_layer_that_matters_is_kept(teacher, options, pair, tmp_path):  # no
     card = str(make_card(tmp_path / "out", "me/out"))
     assert f"{scores[2]}" in card and "when this layer alone is linear" in card
     assert not (tmp_path / "out.scores.json").exists()
+
+
+class Copying(torch.nn.Module):
+    """Attention to what came after a token's first occurrence: hidden states are tokens here, its output logits."""
+
+    def forward(self, hidden_states, **kwargs):
+        logits, ids = torch.zeros(1, hidden_states.shape[1], 64), hidden_states[0].tolist()
+        for t, token in enumerate(ids):
+            if token in ids[:t]:
+                logits[0, t, ids[ids.index(token) + 1]] = 5.0
+        return logits, None
+
+
+class Biased(torch.nn.Module):
+    def forward(self, hidden_states, **kwargs):
+        return torch.linspace(0, 1, 64).expand(1, hidden_states.shape[1], 64), None
+
+
+class Nothing(torch.nn.Module):
+    def forward(self, hidden_states, **kwargs):
+        return torch.zeros(1, hidden_states.shape[1], 64)
+
+
+def test_a_layer_that_copies_is_worth_most():
+    """A student would lose what it was told a page before: text as it comes says little of the layers that copy."""
+    layers = [SimpleNamespace(self_attn=module) for module in (Biased(), Copying())]
+
+    def teacher(ids, **kwargs):
+        return SimpleNamespace(logits=sum(layer.self_attn(hidden_states=ids)[0] for layer in layers))
+
+    teacher.model = SimpleNamespace(layers=layers)
+    rows = torch.stack([torch.randperm(64, generator=torch.Generator().manual_seed(seed)) for seed in range(2)])
+    scores = calibrate_module.score_layers(teacher, {0: Nothing(), 1: Nothing()}, rows)
+    assert scores[1] > 10 * scores[0] > 0
 
 
 def test_an_interrupted_measurement_goes_on(teacher, options, pair, tmp_path, monkeypatch):  # noqa: F811
