@@ -85,6 +85,7 @@ FILES = {
     "convert_memory": ("peak memory of a conversion", False),
     "h100_smollm2": ("SmolLM2-135M-Instruct as a hybrid, chosen and evenly spaced layers", False),
     "h100_language_models": ("language models of 30M, four of seven", False),
+    "layer_worth": ("what each softmax layer of SmolLM2-135M-Instruct is worth", False),
     "evidence_cpu": ("overwriting recall and state tracking, models trained on a CPU", False),
 }
 # What the rows of `rule_h200` set out for, as multiples of fla: forward, forward + backward.
@@ -595,12 +596,14 @@ PLOTS = {
     "h100_token_by_token": "h100_token_by_token.png",
     "evidence_cpu": "evidence_cpu.png",
     "h100_language_models": "h100_language_models.png",
+    "layer_worth": "layer_worth.png",
 }
 PANELS = {
     "h100_token_by_token": figures_quality.plot_token_by_token,
     "evidence_cpu": figures_quality.plot_evidence_cpu,
     "h100_mqar": figures_quality.plot_mqar,
     "h100_language_models": figures_quality.plot_language_models,
+    "layer_worth": figures_quality.plot_layer_worth,
 }
 
 

@@ -193,6 +193,13 @@ def smollm2(record: dict) -> str:
     return markdown([f"layers {' / '.join(layers)}", *stages], table)
 
 
+def plot_layer_worth(record: dict, axes) -> None:
+    for axis, key, title in zip(axes, ("once", "again"), ("text read once", "the same text, read once more")):
+        axis.bar([row["layer"] for row in record["rows"]], [row[key] for row in record["rows"]])
+        axis.set(title=title, xlabel="softmax layer that is made linear")
+    axes[0].set_ylabel("KL to the teacher, nats per token")
+
+
 # ----------------------------------------------------------------------------------------------------- token by token
 
 

@@ -28,9 +28,9 @@ from .checkpoint import Checkpoint, Output, load_tokenizer
 from .files import public_name, read_json
 
 
-# Read twice, because a linear memory loses first what copies from afar, and text as it comes hardly asks for that: of
-# SmolLM2-135M's layers 16 to 20, without which a repetition costs 0.4 to 1.3 nats a token, plain text keeps two of
-# eight (benchmarks/RESULTS.md).
+# Read twice, because what a linear memory loses is what copies from afar, and text as it comes hardly asks for that: of
+# SmolLM2-135M's layers 16 to 20, which are worth 0.2 to 0.9 nats at a second reading, a first one keeps two
+# (`benchmarks/quality/layer_worth.py`).
 MEASURE = "KL to the teacher, nats per token, when this layer alone is linear, on text that is read twice in a row"
 # How much projections are drawn to zero, times the mean square of what they read. SmolLM2-135M, a quarter evenly kept,
 # fitted to 4096 tokens: KL to the teacher on other text 2.59; drawn to where they start 2.68, and there with a tenth
