@@ -28,7 +28,7 @@ from .checkpoint import Checkpoint, Output, load_tokenizer
 from .files import public_name, read_json
 
 
-# Read twice, because what a linear memory loses is what copies from afar, and text as it comes hardly asks for that: of
+# Read twice, since what a linear memory loses is what copies from afar, and text as it comes hardly asks for that: of
 # SmolLM2-135M's layers 16 to 20, which are worth 0.2 to 0.9 nats at a second reading, a first one keeps two
 # (`benchmarks/quality/layer_worth.py`).
 MEASURE = "KL to the teacher, nats per token, when this layer alone is linear, on text that is read twice in a row"
@@ -120,7 +120,7 @@ class Calibration:
 
     Args:
         data: see `load_text`; `text_column` as there.
-        tokens: how many tokens mixers are fitted to. Layers are measured on a quarter as many.
+        tokens: how many tokens mixers are fitted to. Layers are measured on a quarter as many, of other text.
         length: tokens per block.
         work: where measured layers are kept until all are, so that the same call goes on with them.
     """
