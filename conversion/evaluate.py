@@ -348,7 +348,7 @@ def time_decoding(model: PreTrainedModel, ids: torch.Tensor, steps: int, part: i
     with a cache that grows. `ids` are read `part` tokens at a time, by default at once.
 
     All of it is done twice, and the second time counts: cuDNN's attention plans anew for every length that it has not
-    seen, 40 ms each, which would be charged to the model that is timed first.
+    seen, tens of milliseconds each, which would be charged to the model that is timed first.
     """
     for _ in range(2):
         cache = None
