@@ -86,6 +86,7 @@ FILES = {
     "h100_smollm2": ("SmolLM2-135M-Instruct as a hybrid, chosen and evenly spaced layers", False),
     "h100_language_models": ("language models of 30M, four of seven", False),
     "layer_worth": ("what each softmax layer of SmolLM2-135M-Instruct is worth", False),
+    "smollm2_untrained": ("SmolLM2-135M-Instruct as a hybrid before training, by choice of layers", False),
     "evidence_cpu": ("overwriting recall and state tracking, models trained on a CPU", False),
 }
 # What the rows of `rule_h200` set out for, as multiples of fla: forward, forward + backward.
