@@ -186,11 +186,15 @@ def calibrated_start(
     if isinstance(keep, int):
         text = hashlib.sha256(rows.cpu().numpy().tobytes()).hexdigest()
         settings = facts | {"text": text, "teacher": checkpoint.config, "student": config.to_diff_dict()}
-        scores = score_layers(teacher, mixers, rows[wanted : wanted + measured], calibration.work, settings)
+        texts = rows[wanted : wanted + measured]
+        # Each text is read twice: half as many, or where positions do not go so far, half of each.
+        fits = 2 * calibration.length <= config.max_position_embeddings
+        texts = texts[: -(-measured // 2)] if fits else texts[:, : calibration.length // 2]
+        scores = score_layers(teacher, mixers, texts, calibration.work, settings)
         keep = sorted(sorted(scores, key=scores.get, reverse=True)[:keep])
         more["layer_scores"] = {
             "measure": MEASURE,
-            "tokens": measured * calibration.length,
+            "tokens": 2 * texts.numel(),
             "scores": [round(scores[i], 5) for i in sorted(scores)],
         }
     facts["missed"] = [round(missed[i], 4) for i in sorted(missed) if i not in keep]
@@ -206,7 +210,7 @@ def score_layers(
     work: Path | None = None,
     settings: dict | None = None,
 ) -> dict[int, float]:
-    """What each layer's softmax attention is worth, in nats per token on `rows` `[B, T]`; see `MEASURE`.
+    """What each layer's softmax attention is worth, in nats per token on `rows` `[B, T]`, each read twice (`MEASURE`).
 
     What was measured is written into the file `work` after each layer, and an interrupted call that is repeated with
     the same `settings` goes on from there.
@@ -222,7 +226,7 @@ def score_layers(
     total = len(rows) * len(mixers)
     with tqdm(total=total, initial=sum(map(len, done)), desc="layers measured", disable=None) as bar:
         for r in range(len(done) - 1, len(rows)):
-            ids = rows[r : r + 1, : rows.shape[1] // 2].repeat(1, 2)
+            ids = rows[r : r + 1].repeat(1, 2)
             wanted = teacher(ids, use_cache=False).logits[0].log_softmax(-1)
             for i in list(mixers)[len(done[r]) :]:
                 teacher.model.layers[i].self_attn = Mixer(mixers[i])
