@@ -203,6 +203,20 @@ def calibrated_start(
 
 
 @torch.no_grad()
+def cost_of_layer(teacher: PreTrainedModel, i: int, mixer: nn.Module, ids: torch.Tensor, wanted: torch.Tensor):
+    """KL to `wanted`, the whole teacher's log-probabilities on `ids` `[1, T]`, with `mixer` in the place of layer i's
+    attention: nats of each token, `[T]`.
+    """
+    layer = teacher.model.layers[i]
+    attention, layer.self_attn = layer.self_attn, Mixer(mixer)
+    try:
+        got = teacher(ids, use_cache=False).logits[0].log_softmax(-1)
+    finally:
+        layer.self_attn = attention
+    return F.kl_div(got, wanted, reduction="none", log_target=True).sum(-1)
+
+
+@torch.no_grad()
 def score_layers(
     teacher: PreTrainedModel,
     mixers: dict[int, DeltaNetLinearAttention],
@@ -222,19 +236,13 @@ def score_layers(
         if content.get("settings") != settings:
             raise ValueError(f"{work} holds another measurement: remove it, or name another output")
         done = content["done"]
-    attention = {i: teacher.model.layers[i].self_attn for i in mixers}
     total = len(rows) * len(mixers)
     with tqdm(total=total, initial=sum(map(len, done)), desc="layers measured", disable=None) as bar:
         for r in range(len(done) - 1, len(rows)):
             ids = rows[r : r + 1].repeat(1, 2)
             wanted = teacher(ids, use_cache=False).logits[0].log_softmax(-1)
             for i in list(mixers)[len(done[r]) :]:
-                teacher.model.layers[i].self_attn = Mixer(mixers[i])
-                try:
-                    got = teacher(ids, use_cache=False).logits[0].log_softmax(-1)
-                finally:
-                    teacher.model.layers[i].self_attn = attention[i]
-                done[r].append(F.kl_div(got, wanted, reduction="batchmean", log_target=True).item())
+                done[r].append(cost_of_layer(teacher, i, mixers[i], ids, wanted).mean().item())
                 bar.update()
                 if len(done[r]) == len(mixers) and r + 1 < len(rows):
                     done.append([])

@@ -11,10 +11,10 @@ whole teacher is taken: what `--keep auto:25%` chooses layers by, which averages
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 
 sys.path.append(str(Path(__file__).parent.parent))
@@ -27,7 +27,7 @@ def worth(folder: Path, data: list[str], fitted: int, measured: int, length: int
     from transformers import AutoModelForCausalLM
 
     from deltanet_conversion import convert_checkpoint
-    from deltanet_conversion.calibrate import Mixer
+    from deltanet_conversion.calibrate import cost_of_layer
     from deltanet_conversion.checkpoint import load_tokenizer
     from deltanet_conversion.text import blocks, load_text
 
@@ -35,22 +35,18 @@ def worth(folder: Path, data: list[str], fitted: int, measured: int, length: int
     rows = torch.tensor(blocks(load_text(data, tokenizer=tokenizer), tokenizer, length)["input_ids"][:])
     if len(rows) < fitted + measured:
         raise SystemExit(f"{', '.join(data)}: {len(rows)} blocks of {length} tokens, wanted {fitted + measured}")
-    teacher, student = (Path(folder), Path(f"{folder}-all-linear"))
-    if not student.exists():
-        convert_checkpoint(teacher, student, keep="none", calibrate=tuple(data), calibration_tokens=fitted * length)
-    teacher, student = (
-        AutoModelForCausalLM.from_pretrained(x, dtype=torch.float32).eval() for x in (teacher, student)
-    )
+    with tempfile.TemporaryDirectory() as work:
+        linear = Path(work) / "linear"
+        convert_checkpoint(folder, linear, keep="none", calibrate=tuple(data), calibration_tokens=fitted * length)
+        student = AutoModelForCausalLM.from_pretrained(linear, dtype=torch.float32).eval()
+    teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found = torch.zeros(len(teacher.model.layers), 2)
     for row in tqdm(rows[fitted : fitted + measured], desc="blocks", disable=None):
         ids = row.repeat(2)[None]
         wanted = teacher(ids, use_cache=False).logits[0].log_softmax(-1)
-        for i, layer in enumerate(teacher.model.layers):
-            attention, layer.self_attn = layer.self_attn, Mixer(student.model.layers[i].linear_attn)
-            got = teacher(ids, use_cache=False).logits[0].log_softmax(-1)
-            layer.self_attn = attention
-            kl = F.kl_div(got, wanted, reduction="none", log_target=True).sum(-1)
-            found[i] += kl.view(2, length).mean(1) / measured
+        for i, layer in enumerate(student.model.layers):
+            cost = cost_of_layer(teacher, i, layer.linear_attn, ids, wanted)
+            found[i] += cost.view(2, length).mean(1) / measured
     return [{"layer": i, "once": round(a, 4), "again": round(b, 4)} for i, (a, b) in enumerate(found.tolist())]
 
 

@@ -165,7 +165,7 @@ def grads_kernel(
                 b_g = tl.zeros([C], tl.float32)
                 for i in range(NV * (BV // 16)):
                     b_g += tl.load(uv + (i_g * NV * (BV // 16) + i) * C + o_c)
-                p_b = dbeta + (row + o_c) * HV + i_h * G + i_g
+                p_b = dbeta + (row + o_c) * HV + i_h * G + i_g  # at once, for fewer registers
                 tl.store(p_b, (b_g / b_a / b_a).to(dbeta.dtype.element_ty), mask=m_t)
             else:
                 b_g = tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_e, 0.0), 1) / b_a * b_rk / b_a

@@ -10,8 +10,8 @@ chip of 132 multiprocessors. Over a segment the state goes S_out = Phi S_in + N,
 
 Backward is its adjoint, dS_in = Phi^T dS_out + dN, and reuses Phi. Each factor of Phi has norm at most 1 for
 normalised keys and beta <= 2, so products cannot grow. Without a gate they do not decay, either, and nothing is left
-out. With one, and the L2 norm in the kernel, the first pass leaves out chunks whose tokens fade to 2^-40 before their
-segment ends, and a Phi that does: of heads that forget fast it reads a few chunks.
+out. With one, and the L2 norm in the kernel, the first pass leaves out chunks of which less than 2^-40 is left at the
+end of their segment, and a Phi of which less is: of heads that forget fast it reads a few chunks.
 
 Where T is a multiple of the segments, they are batch entries: every tensor is viewed as [B * S, T / S, ...], which
 costs no copy. Otherwise they are packed sequences of one batch entry, the last one the shortest.
