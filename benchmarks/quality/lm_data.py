@@ -1,7 +1,8 @@
 """Text that every machine can get by its package registries, as a compact file of tokens to train on.
 
     sudo apt-get update                              # so that apt knows the versions below
-    python benchmarks/quality/lm_data.py runs/lm     # downloads 0.5 GB, and takes 25 minutes on one core
+    python benchmarks/quality/lm_data.py runs/lm     # downloads 0.5 GB, and takes 10 to 25 minutes on one core
+    python benchmarks/quality/lm_data.py runs/lm --documentation docs.jsonl    # text for examples/convert_smollm2.py
 
 Documentation of Debian 12 and Python packages of PyPI, of exactly the versions below: manuals, dictionaries, and
 source code with its docstrings. Nothing is drawn at random: the same packages give the same files, to the byte.
@@ -21,12 +22,14 @@ import html
 import io
 import json
 import lzma
+import math
 import re
 import subprocess
 import sys
 import tarfile
 import zipfile
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -169,13 +172,17 @@ def train_tokenizer(texts: Iterator[str]) -> Tokenizer:
     return tokenizer
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where everything goes")
-    args = parser.parse_args()
-    packages = args.folder / "packages"
-    packages.mkdir(parents=True, exist_ok=True)
-    download(packages)
+def write_documentation(file: Path, packages: Path, characters: float) -> None:
+    """`{"text": ...}` a line: every n-th of Debian's documents, which are the first."""
+    names = {name.partition("=")[0] for name in DEBIAN.split()}
+    every = [text for _, text in takewhile(lambda found: found[0].partition("/")[0] in names, documents(packages))]
+    some = every[:: math.ceil(sum(map(len, every)) / characters)]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in some))
+    print(f"{file}: {len(some)} of {len(every)} documents, {sum(map(len, some))} characters")
+
+
+def write_tokens(folder: Path, packages: Path) -> None:
+    """Tokenizer, tokens and `lm_data.json`."""
     every = list(documents(packages))
     said = {"documents": len(every), "characters": sum(len(text) for _, text in every), "packages": {}}
     for name, text in every:
@@ -185,7 +192,7 @@ def main() -> None:
 
     parts = {held_out: [text for name, text in every if is_held_out(name) == held_out] for held_out in (False, True)}
     tokenizer = train_tokenizer(text[:50_000] for text in parts[False][::10])
-    tokenizer.save(str(args.folder / "tokenizer.json"))
+    tokenizer.save(str(folder / "tokenizer.json"))
     for held_out, texts in parts.items():
         rows = []
         for start in range(0, len(texts), 500):
@@ -198,11 +205,26 @@ def main() -> None:
             part = name if held_out else f"{name}-{start // TOKENS_A_FILE:02d}"
             piece = ids[start : start + TOKENS_A_FILE].tobytes()
             packed = lzma.compress(piece, preset=6)
-            (args.folder / f"{part}.bin.xz").write_bytes(packed)
+            (folder / f"{part}.bin.xz").write_bytes(packed)
             digest = hashlib.sha256(piece).hexdigest()
             said.setdefault("files", {})[part] = {"bytes": len(packed), "sha256": digest}
             print(part, said["files"][part], flush=True)
-    (args.folder / "lm_data.json").write_text(json.dumps(said, indent=1) + "\n")
+    (folder / "lm_data.json").write_text(json.dumps(said, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where everything goes")
+    parser.add_argument("--documentation", type=Path, help="instead, Debian's documents as JSON lines into this file")
+    parser.add_argument("--characters", type=float, default=80e6, help="of them, at most (default 80e6)")
+    args = parser.parse_args()
+    packages = args.folder / "packages"
+    packages.mkdir(parents=True, exist_ok=True)
+    download(packages)
+    if args.documentation is not None:
+        write_documentation(args.documentation, packages, args.characters)
+    else:
+        write_tokens(args.folder, packages)
 
 
 if __name__ == "__main__":
