@@ -77,7 +77,7 @@ bench-gpu: $(VENV)/.installed  ## the kernels against their peers, on this GPU
 	$(RUN) benchmarks/bench_ops.py $(ARGS)
 	$(RUN) benchmarks/bench_decode.py $(ARGS)
 
-evidence-cpu: $(VENV)/.installed  ## overwriting recall and state tracking, trained here (25 minutes on two cores)
+evidence-cpu: $(VENV)/.installed  ## overwriting recall and state tracking, trained here (35 minutes on two cores)
 	$(RUN) benchmarks/quality/evidence_cpu.py --out runs/evidence_cpu.json $(ARGS)
 
 # Both stop by themselves, say what is left, and go on by the same command. The text is made once (25 minutes).

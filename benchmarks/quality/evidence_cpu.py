@@ -1,7 +1,7 @@
 """What the delta rule repairs, and what its negative eigenvalues buy, on a CPU.
 
     python benchmarks/quality/evidence_cpu.py                      # shows what there is, and trains what is missing
-    python benchmarks/quality/evidence_cpu.py --out mine.json      # all of it anew: 25 minutes on two cores
+    python benchmarks/quality/evidence_cpu.py --out mine.json      # all of it anew: 35 minutes on two cores
 
 Overwriting recall: eight keys are written four times each, the value that was written last has to be returned; it is
 learned from texts in which writes and questions come in any order. State tracking: products of swaps (the groups S3
@@ -44,7 +44,7 @@ TASKS = {
         "data": {"length": LENGTHS[0]},
     },
     "overwriting recall": {
-        "models": ("DeltaNet", "additive", "2021 form"),
+        "models": ("DeltaNet", "DeltaNet with a decay", "Gated DeltaNet", "additive", "2021 form"),
         "sizes": {"width": 64, "layers": 2, "heads": 2, "vocab_size": 256, "intermediate_size": 128},
         "recipe": {"steps": 600, "batch": 64, "learning_rate": 5e-3},
         "data": {"keys": 8, "vocab_size": 256},

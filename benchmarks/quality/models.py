@@ -15,6 +15,7 @@ MODELS = {
     "DeltaNet + global attention": {"layer_types": "global"},
     "DeltaNet, beta to 2": {"linear_allow_neg_eigval": True},
     "DeltaNet, no convolution, beta to 2": {"linear_allow_neg_eigval": True, "linear_conv_kernel_dim": None},
+    "DeltaNet with a decay": {"linear_use_decay": True},
     "Gated DeltaNet": {"linear_use_decay": True, "linear_use_output_gate": True},
 }
 

@@ -6,7 +6,7 @@
 The published settings (Zoology, Arora et al. 2023): vocabulary 8192, 4 pairs of key and value in 64 tokens up to 64 in
 512, 100,000 texts to learn from, two layers of width 64 to 512. Other than there: layers have an MLP of their own
 width, two heads, rotary positions in the transformer; at most 8000 steps of 128 texts, the better learning rate of
-1e-3 and 4e-3.
+7e-4 and 2e-3; a training ends early that is right in 99 of 100 held-out questions.
 """
 
 import argparse
@@ -23,9 +23,9 @@ MODELS = (
     "transformer", "additive", "DeltaNet", "DeltaNet, no convolution", "DeltaNet + global attention",
 )  # fmt: skip
 SETTINGS = {512: 64, 256: 16, 128: 8, 64: 4}  # pairs by length
-LEARNING_RATES = (1e-3, 4e-3)
+LEARNING_RATES = (7e-4, 2e-3)
 SIZES = {"layers": 2, "heads": 2, "vocab_size": 8192}
-RECIPE = {"steps": 8000, "batch": 128, "enough": 0.995}
+RECIPE = {"steps": 8000, "batch": 128, "enough": 0.99}
 TEXTS, HELD_OUT = 100_000, 1000
 
 
