@@ -59,7 +59,7 @@ def plot_evidence_cpu(record: dict, axes) -> None:
         left.bar(i, np.mean(right_answers), alpha=0.6)
         left.plot([i] * len(right_answers), right_answers, "k.")
     left.set(title="overwriting recall", ylabel="right answers", ylim=(0, 1.05))
-    left.set_xticks(range(len(models)), [model for (model,) in models])
+    left.set_xticks(range(len(models)), [model.replace(" ", "\n", 1) for (model,) in models])
     rows = [row for row in record["rows"] if row["task"] != "overwriting recall"]
     for (task, model), found in by(rows, "task", "model").items():
         lengths = list(map(int, found[0]["accuracy"]))
