@@ -130,7 +130,7 @@ class DistillationTrainer(StageTrainer):
         with torch.no_grad():
             wanted = self.teacher(inputs["input_ids"], use_cache=False).logits
         learned = inputs["shift_labels"] != -100
-        compare = self.compare if self.runs_compiled(model, inputs) else None
+        compare = self.compare if model.training and self.is_full(inputs) else None
         loss = KLDivergence.apply(outputs.logits.flatten(0, 1), wanted.flatten(0, 1), learned.flatten(), compare)
         # Trainer counts what is learned in all batches of the step on all processes, whose gradients it averages.
         loss = loss * self.accelerator.num_processes / num_items_in_batch

@@ -312,13 +312,12 @@ class StageTrainer(Trainer):
             return torch.autocast(self.args.device.type, torch.bfloat16, cache_enabled=cache_enabled)
         return super().autocast_smart_context_manager(cache_enabled)
 
-    def runs_compiled(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> bool:
-        """Whether this batch is one for compiled code."""
-        return self.compiled and model.training and len(inputs["input_ids"]) == self.args.per_device_train_batch_size
+    def is_full(self, inputs: dict[str, torch.Tensor]) -> bool:
+        """Whether the batch has the size that compiled code is for."""
+        return len(inputs["input_ids"]) == self.args.per_device_train_batch_size
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        model.train()
-        with self._stance(self.runs_compiled(model, inputs)):
+        with self._stance(self.is_full(inputs)):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def prediction_step(self, model, inputs, *args, **kwargs):
