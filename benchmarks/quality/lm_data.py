@@ -29,7 +29,6 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Iterator
-from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -66,13 +65,13 @@ BLOCK = re.compile(r"(?i)</?(p|div|br|h\d|li|ul|ol|dl|dt|dd|tr|table|pre|section
 SUFFIXES = (".txt", ".rst", ".md", ".pod", ".py", ".html", ".htm", ".dz")
 
 
-def download(folder: Path) -> None:
+def download(folder: Path, packages: list[str]) -> None:
     """What is not there yet, by the registries' own clients."""
-    for names, command in (
-        (DEBIAN.split(), ["apt-get", "download"]),
-        (PYPI.split(), [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]),
+    for registry, command in (
+        (DEBIAN, ["apt-get", "download"]),
+        (PYPI, [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]),
     ):
-        missing = [name for name in names if not archive(folder, name).exists()]
+        missing = [name for name in packages if name in registry.split() and not archive(folder, name).exists()]
         if missing and subprocess.run([*command, *missing], cwd=folder).returncode:
             raise SystemExit(
                 f"`{' '.join(command)}` failed, as it says above. A version that it does not find may be newer than "
@@ -133,10 +132,10 @@ def text_of(name: str, content: bytes) -> str | None:
     return re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t\r]+\n", "\n", text)).strip()
 
 
-def documents(folder: Path) -> Iterator[tuple[str, str]]:
+def documents(folder: Path, packages: list[str]) -> Iterator[tuple[str, str]]:
     """`(package/name, text)` of every document, each paragraph of 60 characters or more once."""
     seen = set()
-    for package in (*DEBIAN.split(), *PYPI.split()):
+    for package in packages:
         left = MOST_OF_A_PACKAGE
         for name, content in files(archive(folder, package)):
             text = text_of(name, content) if left > 0 else None
@@ -172,18 +171,15 @@ def train_tokenizer(texts: Iterator[str]) -> Tokenizer:
     return tokenizer
 
 
-def write_documentation(file: Path, packages: Path, characters: float) -> None:
-    """`{"text": ...}` a line: every n-th of Debian's documents, which are the first."""
-    names = {name.partition("=")[0] for name in DEBIAN.split()}
-    every = [text for _, text in takewhile(lambda found: found[0].partition("/")[0] in names, documents(packages))]
-    some = every[:: math.ceil(sum(map(len, every)) / characters)]
+def write_documentation(file: Path, texts: list[str], characters: float) -> None:
+    """`{"text": ...}` a line: every n-th text, so that they have at most about so many characters."""
+    some = texts[:: math.ceil(sum(map(len, texts)) / characters)]
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in some))
-    print(f"{file}: {len(some)} of {len(every)} documents, {sum(map(len, some))} characters")
+    print(f"{file}: {len(some)} of {len(texts)} documents, {sum(map(len, some))} characters")
 
 
-def write_tokens(folder: Path, packages: Path) -> None:
-    """Tokenizer, tokens and `lm_data.json`."""
-    every = list(documents(packages))
+def write_tokens(folder: Path, every: list[tuple[str, str]]) -> None:
+    """Tokenizer, tokens and `lm_data.json`, of `(package/name, text)`."""
     said = {"documents": len(every), "characters": sum(len(text) for _, text in every), "packages": {}}
     for name, text in every:
         package = name.partition("/")[0]
@@ -216,15 +212,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where everything goes")
     parser.add_argument("--documentation", type=Path, help="instead, Debian's documents as JSON lines into this file")
-    parser.add_argument("--characters", type=float, default=80e6, help="of them, at most (default 80e6)")
+    parser.add_argument("--characters", type=float, default=80e6, help="of them, at most about (default 80e6)")
     args = parser.parse_args()
-    packages = args.folder / "packages"
-    packages.mkdir(parents=True, exist_ok=True)
-    download(packages)
+    packages = DEBIAN.split() + (PYPI.split() if args.documentation is None else [])
+    folder = args.folder / "packages"
+    folder.mkdir(parents=True, exist_ok=True)
+    download(folder, packages)
+    every = list(documents(folder, packages))
     if args.documentation is not None:
-        write_documentation(args.documentation, packages, args.characters)
+        write_documentation(args.documentation, [text for _, text in every], args.characters)
     else:
-        write_tokens(args.folder, packages)
+        write_tokens(args.folder, every)
 
 
 if __name__ == "__main__":
