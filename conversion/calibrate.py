@@ -203,7 +203,9 @@ def calibrated_start(
 
 
 @torch.no_grad()
-def cost_of_layer(teacher: PreTrainedModel, i: int, mixer: nn.Module, ids: torch.Tensor, wanted: torch.Tensor):
+def cost_of_layer(
+    teacher: PreTrainedModel, i: int, mixer: nn.Module, ids: torch.Tensor, wanted: torch.Tensor
+) -> torch.Tensor:
     """KL to `wanted`, the whole teacher's log-probabilities on `ids` `[1, T]`, with `mixer` in the place of layer i's
     attention: nats of each token, `[T]`.
     """
